@@ -1,0 +1,155 @@
+"""Rule files: weights and config in safetensors, written atomically, read as data only."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
+
+from rnnopt.errors import InputError
+from rnnopt.lstm import CoordinateLSTM
+
+RULE_FILE = "rule.safetensors"
+SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
+_FORMAT = "rnnopt.CoordinateLSTM.1"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises:
+        InputError: the folder can't be written to, or the disk is full.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # a temporary file is private by default, results are not
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"can't write {path}: {error.strerror}; choose a folder with space that you may "
+            "write to"
+        ) from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        InputError: see `write_atomically`.
+    """
+    contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
+    write_atomically(path, serialise_tensors(contiguous, dict(metadata)))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors, on CPU, and its metadata.
+
+    Raises:
+        InputError: the file is missing, unreadable, truncated, or no safetensors file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}; check the path") from error
+    try:
+        tensors = parse_tensors(data)
+        (length,) = struct.unpack("<Q", data[:8])
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
+            "format: make it again with `rnnopt meta-train`"
+        ) from error
+    return tensors, metadata
+
+
+def save_rule(
+    rule: CoordinateLSTM, path: Path, training: Mapping[str, Any] | None = None
+) -> None:
+    """Write a rule with its config, and what it was meta-trained on, to one file.
+
+    Args:
+        rule: the rule.
+        path: the file to write.
+        training: JSON-compatible facts on its meta-training, kept with the weights.
+
+    Raises:
+        InputError: see `write_atomically`.
+    """
+    metadata = {
+        "format": _FORMAT,
+        "config": json.dumps(rule.config),
+        "training": json.dumps(dict(training or {})),
+    }
+    save_tensors(path, rule.state_dict(), metadata)
+
+
+def load_rule(path: str | os.PathLike[str]) -> CoordinateLSTM:
+    """Read a rule. Nothing in the file is ever run.
+
+    Args:
+        path: a rule file, or a folder that holds ``rule.safetensors``.
+
+    Returns:
+        The rule, float32 or as saved, on CPU, without gradients, in evaluation mode.
+
+    Raises:
+        InputError: missing, corrupt, truncated, or not a rule of this version's kind.
+    """
+    file = rule_path(path)
+    tensors, metadata = read_tensors(file)
+    if metadata.get("format") != _FORMAT:
+        raise InputError(
+            f"{file} holds {metadata.get('format', 'no rnnopt rule')!r}, expected {_FORMAT!r}; "
+            "name a file that `rnnopt meta-train` wrote with this version"
+        )
+    try:
+        rule = CoordinateLSTM(**json.loads(metadata["config"]))
+        rule.to(tensors["gate_weight"].dtype).load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file}: weights and config do not fit together ({str(error).splitlines()[0]}); the "
+            "file was altered or made by another version: meta-train again"
+        ) from error
+    if not all(torch.isfinite(leaf).all() for leaf in tensors.values()):
+        raise InputError(f"{file} holds weights that are not finite; meta-train again")
+    return rule.requires_grad_(False).eval()
+
+
+def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a rule file says of its own meta-training; empty if nothing was saved.
+
+    Raises:
+        InputError: see `read_tensors`.
+    """
+    file = rule_path(path)
+    try:
+        return dict(json.loads(read_tensors(file)[1].get("training", "{}")))
+    except ValueError as error:
+        raise InputError(
+            f"{file}: its note on meta-training is no JSON object; meta-train again"
+        ) from error
+
+
+def rule_path(path: str | os.PathLike[str]) -> Path:
+    """The rule file that a path means: the file itself, or the one in the folder."""
+    file = Path(path)
+    return file / RULE_FILE if file.is_dir() else file

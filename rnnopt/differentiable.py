@@ -1,0 +1,53 @@
+"""`LearnedOptimizer` inside `higher`: importing this module registers it.
+
+>>> import higher, rnnopt.differentiable
+>>> with higher.innerloop_ctx(model, LearnedOptimizer(model.parameters(), rule)) as (fmodel, opt):
+...     opt.step(loss(fmodel))  # differentiable in the rule's weights
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from rnnopt.optimizer import LearnedOptimizer
+from rnnopt.rule import advance
+
+with warnings.catch_warnings():
+    # higher 0.2.1 has "\ " in plain docstrings; Python says so when it compiles them, once
+    warnings.filterwarnings("ignore", message=".*invalid escape sequence")
+    import higher
+
+
+class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
+    """The same arithmetic as `LearnedOptimizer.step`, ``p' = p + delta``, with its graph kept.
+
+    Attributes:
+        rule: the rule of the optimizer that was handed in, the same object: its weights receive
+            the meta-gradient.
+        first_order: treat what the rule is fed (gradient, parameter) as constant, as Andrychowicz
+            et al. 2016 do; set it before the first step. `higher`'s own track_higher_grads=False
+            is no substitute: it cuts the meta-gradient off altogether.
+    """
+
+    def __init__(self, other: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(other, *args, **kwargs)
+        self.rule = other.rule
+        self.first_order = False
+
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        for group, states, grads in zip(self.param_groups, self.state, grouped_grads):
+            for i, (param, grad) in enumerate(zip(group["params"], grads)):
+                if grad is None:
+                    continue
+                seen, slope = (param.detach(), grad.detach()) if self.first_order else (param, grad)
+                state = states[i] or self.rule.init_state(seen)
+                delta, states[i] = advance(
+                    self.rule, seen, slope, state, group["lr"], group["weight_decay"]
+                )
+                group["params"][i] = (param + delta).to(param.dtype)
+
+
+higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

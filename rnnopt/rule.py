@@ -1,0 +1,92 @@
+"""What an update rule is, and the one place where a rule meets a parameter.
+
+Shapes: N is the number of coordinates (scalars) of one parameter tensor. Rules see a parameter
+and its gradient as flat vectors (N,), and every state leaf that belongs to coordinates *ends*
+with N: ``(N,)`` or ``(H, N)``. Feature-major memory keeps the coordinates of one feature side by
+side, which is what makes the matrix products and the elementwise passes fast. A 0-d leaf belongs
+to the tensor as a whole (its step count, say).
+
+Sign: an update is *added* to the parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@runtime_checkable
+class UpdateRule(Protocol):
+    """The pure function ``(gradient, state, parameter) -> (update, state)``.
+
+    A rule writes to none of its inputs. What it computes for one tensor depends on that tensor
+    alone, so the way tensors are grouped changes nothing.
+
+    Attributes:
+        step_size: what a classical optimizer calls its learning rate; the unit in which decoupled
+            weight decay is counted, so that a rule that is Adam makes the optimizer AdamW.
+    """
+
+    step_size: float
+
+    def init_state(self, param: Tensor) -> State:
+        """The state before the first step: flat, leaves ``(..., N)`` or 0-d, on param's device."""
+        ...
+
+    def __call__(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        """One step for one tensor.
+
+        Args:
+            grad: finite gradient, (N,).
+            state: what `init_state` or the previous step returned.
+            param: the parameter's value, (N,).
+
+        Returns:
+            The update, (N,), to be added to the parameter, and the next state.
+        """
+        ...
+
+
+def advance(
+    rule: UpdateRule, param: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float
+) -> tuple[Tensor, State]:
+    """Apply a rule to one parameter tensor, whatever its shape and layout.
+
+    ``delta = lr * (rule(grad) - step_size * weight_decay * param)``; the decay is decoupled as in
+    Loshchilov & Hutter 2019, arXiv:1711.05101. A coordinate whose gradient is NaN or infinite
+    stays as it is, and so does its memory; the test is a mask on the device, so nothing waits
+    for the GPU.
+
+    Args:
+        rule: the update rule.
+        param: the parameter, any shape.
+        grad: its gradient, same shape.
+        state: the rule's memory for this tensor.
+        lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
+        weight_decay: decay per step in units of ``lr * rule.step_size``.
+
+    Returns:
+        The change to add, in param's shape, and the next state. Differentiable in everything.
+    """
+    if param.numel() == 0:
+        return torch.zeros_like(param), state
+    flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
+    finite = torch.isfinite(flat_grad)
+    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param)
+    if weight_decay:
+        update = update - (rule.step_size * weight_decay) * flat_param
+    delta = lr * torch.where(finite, update, 0)
+    new_state = {
+        name: torch.where(finite, leaf, state[name]) if leaf.dim() else leaf
+        for name, leaf in new_state.items()
+    }
+    return delta.reshape(param.shape), new_state
+
+
+def arithmetic_dtype(param: Tensor) -> torch.dtype:
+    """At least float32: half-precision parameters keep their memory in full precision."""
+    return torch.promote_types(param.dtype, torch.float32)
