@@ -9,11 +9,12 @@ rule's weights, so tasks sum up as they do in ordinary training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from rnnopt.errors import InputError
 from rnnopt.optimizer import LearnedOptimizer, trainable
 from rnnopt.rule import State, advance
 
@@ -44,17 +45,22 @@ class UnrollSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: at least 1")
+            raise InputError(f"steps={self.steps}: at least 1")
         if self.order not in (1, 2):
-            raise ValueError(f"order={self.order}: 1 or 2")
+            raise InputError(f"order={self.order}: 1 or 2")
         if self.truncation is not None and self.truncation < 1:
-            raise ValueError(f"truncation={self.truncation}: at least 1, or None")
+            raise InputError(f"truncation={self.truncation}: at least 1, or None")
         if self.step_weights is not None and len(self.step_weights) != self.steps:
-            raise ValueError(
+            raise InputError(
                 f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
             )
         if not (self.query_weight or self.support_weight):
-            raise ValueError("query_weight and support_weight are both 0: nothing to learn from")
+            raise InputError("query_weight and support_weight are both 0: nothing to learn from")
+
+    def shortened(self, steps: int) -> UnrollSettings:
+        """The same with the first `steps` steps only."""
+        weights = None if self.step_weights is None else self.step_weights[:steps]
+        return replace(self, steps=steps, step_weights=weights)
 
     def weight(self, step: int) -> float:
         """Weight of the losses after step number `step` (from 0)."""

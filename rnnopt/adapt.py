@@ -1,0 +1,136 @@
+"""Transfer to the user's own task: a labelled file in, a classifier folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rnnopt.corpus import Corpus
+from rnnopt.errors import InputError
+from rnnopt.task import LabelledTexts
+from rnnopt.text import Classifier
+
+
+def label_numbers(train: Corpus, test: Corpus) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The label names, sorted, and each text's label as its place among them.
+
+    Raises:
+        InputError: fewer than two labels, or a test label that training does not have.
+    """
+    names = sorted(set(train.labels))
+    if len(names) < 2:
+        raise InputError(
+            f"the training texts have {len(names)} label ({', '.join(names)}); a classifier needs "
+            "at least 2: check --label-column"
+        )
+    foreign = sorted(set(test.labels) - set(names))
+    if foreign:
+        raise InputError(
+            f"label {foreign[0]!r} is in the test texts and not in the training texts; drop it "
+            "there, or add training texts for it"
+        )
+    number = {name: i for i, name in enumerate(names)}
+    return (
+        names,
+        np.array([number[label] for label in train.labels]),
+        np.array([number[label] for label in test.labels]),
+    )
+
+
+def fit(
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer,
+    texts: Sequence[str],
+    labels: np.ndarray,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    tick: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """Steps on minibatches, or on everything where it fits one batch.
+
+    Args:
+        classifier: adapted in place.
+        optimizer: over its trainable parameters.
+        texts: training texts.
+        labels: (B,), their classes.
+        steps: optimizer steps.
+        batch_size: texts a step; batches run through a new shuffle in each epoch.
+        seed: of the shuffles.
+        tick: called with each step's loss.
+
+    Returns:
+        The loss before each step, mean nats per text.
+    """
+    batches = _shuffled_batches(len(texts), batch_size, seed)
+    losses = []
+    for _ in range(steps):
+        chosen = next(batches)
+        batch = LabelledTexts.read(classifier, [texts[i] for i in chosen], labels[chosen])
+        optimizer.zero_grad()
+        loss = batch.loss(classifier, classifier.model)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        tick(losses[-1])
+    return losses
+
+
+def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(count) if count > batch_size else np.arange(count)
+        # the last, shorter batch of an epoch is left out: its gradient is noisier than the rest
+        for start in range(0, max(count - batch_size, 0) + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, texts: Sequence[str], batch_size: int = 64
+) -> np.ndarray:
+    """The most likely class of each text, (B,)."""
+    parts = [
+        classifier.logits(classifier.batch(texts[start : start + batch_size])).argmax(dim=1)
+        for start in range(0, len(texts), batch_size)
+    ]
+    return torch.cat(parts).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracy, and precision, recall and F1 averaged over classes, each class alike (macro)."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+def classification_metrics(predicted: np.ndarray, actual: np.ndarray, classes: int) -> Metrics:
+    """Metrics as scikit-learn defines them with ``average="macro", zero_division=0``.
+
+    Args:
+        predicted: (B,), class numbers.
+        actual: (B,), class numbers.
+        classes: how many classes there are; those in neither array are left out of the averages.
+    """
+    confusion = np.zeros((classes, classes), dtype=np.int64)  # [actual, predicted]
+    np.add.at(confusion, (actual, predicted), 1)
+    hits = np.diag(confusion).astype(float)
+    claimed, present = confusion.sum(axis=0), confusion.sum(axis=1)
+    seen = (claimed + present) > 0
+    precision = hits[seen] / np.maximum(claimed[seen], 1)
+    recall = hits[seen] / np.maximum(present[seen], 1)
+    f1 = 2 * hits[seen] / (claimed + present)[seen]
+    return Metrics(
+        accuracy=float(hits.sum() / len(actual)),
+        precision=float(precision.mean()),
+        recall=float(recall.mean()),
+        f1=float(f1.mean()),
+    )

@@ -1,0 +1,194 @@
+"""The `rnnopt` command: meta-train, adapt, compare, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rnnopt import __version__
+from rnnopt.errors import InputError
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 for what the user can mend (one line on stderr, no traceback); 130 for Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"rnnopt {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rnnopt {options.command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _meta_train(options: argparse.Namespace) -> None:
+    from rnnopt.commands import meta_train
+
+    meta_train(options)
+
+
+def _adapt(options: argparse.Namespace) -> None:
+    from rnnopt.commands import adapt
+
+    adapt(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from rnnopt.commands import compare
+
+    compare(options)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rnnopt.demo import demo
+
+    demo(Path(options.output), options.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rnnopt", description="A learned optimizer for few-shot text classification."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_meta_train(commands)
+    _add_adapt(commands)
+    _add_compare(commands)
+    demo = commands.add_parser(
+        "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 5 minutes"
+    )
+    demo.add_argument("--output", default="demo", help="folder for report and picture [demo]")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_meta_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "meta-train",
+        help="learn an update rule over many tasks",
+        description="Learn an update rule over many tasks. The output folder gets "
+        "rule.safetensors (the best by validation classes), log.jsonl, learning.png, run.json and "
+        "a checkpoint from which --resume continues.",
+    )
+    _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
+    _add_encoder(parser)
+    _add_episodes(parser, several=True)
+    parser.add_argument("--shortest", type=int, metavar="T",
+                        help="draw each task's steps from this .. --steps [--steps]")
+    parser.add_argument("--order", type=int, choices=(1, 2), default=1,
+                        help="meta-gradient: 1 first order, 2 exact through higher [1]")
+    parser.add_argument("--meta-steps", type=int, default=500, help="steps of the meta-optimizer")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks per meta-step [1]")
+    parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
+    parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
+    parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
+    parser.add_argument("--query-weight", type=float, default=1.0,
+                        help="of the query loss in the meta-loss [1]")
+    parser.add_argument("--support-weight", type=float, default=0.0,
+                        help="of the support loss in the meta-loss [0]")
+    parser.add_argument("--step-weights", type=float, nargs="+", metavar="W",
+                        help="one per step; all 1 by default")
+    parser.add_argument("--validate-every", type=int, default=50, metavar="M")
+    parser.add_argument("--validation-tasks", type=int, default=8, metavar="E")
+    parser.add_argument("--checkpoint-every", type=int, default=10, metavar="M")
+    parser.add_argument("--output", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    parser.set_defaults(run=_meta_train)
+
+
+def _add_adapt(commands: Any) -> None:
+    parser = commands.add_parser(
+        "adapt",
+        help="fine-tune a classifier on your labelled file",
+        description="Fine-tune a classifier on a labelled file and save a folder that "
+        'transformers.pipeline("text-classification", DIR) loads.',
+    )
+    parser.add_argument("--data", required=True, help="labelled file: CSV, TSV, JSONL, also .gz")
+    parser.add_argument("--test", help="labelled file to judge by; else a stratified fifth of "
+                        "--data is held out")
+    _add_columns(parser)
+    _add_encoder(parser)
+    parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
+    parser.add_argument("--steps", type=int, default=20, help="steps of adaptation [20]")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts a step [64]")
+    parser.add_argument("--lr", type=float, default=1.0, help="multiplies the learned step [1]")
+    parser.add_argument("--output", required=True, help="folder for the classifier")
+    parser.set_defaults(run=_adapt)
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="a rule against tuned baselines on unseen classes",
+        description="A rule against tuned baselines: same episodes, same initial weights. "
+        "Baselines' learning rates are chosen on validation classes for every budget of steps; "
+        "figures are on test classes. A comparison that was stopped goes on where it was.",
+    )
+    _add_data(parser, "validation classes tune the baselines, test classes make the figures")
+    _add_encoder(parser)
+    _add_episodes(parser, several=False)
+    parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
+    parser.add_argument("--episodes", type=int, default=100, help="test episodes [100]")
+    parser.add_argument("--tuning-episodes", type=int, default=10, metavar="E",
+                        help="validation episodes for each learning rate [10]")
+    parser.add_argument("--baselines", default="adamw,sgd", help="[adamw,sgd]")
+    parser.add_argument("--json", required=True, help="file for the figures")
+    parser.add_argument("--plot", help="PNG file for the curves")
+    parser.set_defaults(run=_compare)
+
+
+def _add_data(parser: argparse.ArgumentParser, use: str) -> None:
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PATH",
+        help="labelled files (CSV, TSV, JSONL, also .gz; their classes are divided 60/20/20 into "
+        "train, validation and test), folders with train, val and test files of disjoint classes, "
+        f"or the word stdlib for the embedded corpus; {use}",
+    )
+    _add_columns(parser)
+    parser.add_argument("--domain-column", help="column that divides a file into domains; an "
+                        "episode's classes come from one domain [the whole source is one]")
+    parser.add_argument("--allow-overlap", action="store_true",
+                        help="accept classes that were seen in meta-training; the result says so")
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text-column", default="text", help="[text]")
+    parser.add_argument("--label-column", default="label", help="[label]")
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoder", required=True, metavar="NAME_OR_PATH",
+                        help="Hugging Face text model: hub name or folder (safetensors)")
+    parser.add_argument("--tune", choices=("full", "lora", "head"), default="lora",
+                        help="which parameters train [lora: LoRA and the head]")
+    parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
+    parser.add_argument("--pooling", choices=("model", "mean"), default="model",
+                        help="what the head reads: the model's own pooler or the mean [model]")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
+
+
+def _add_episodes(parser: argparse.ArgumentParser, several: bool) -> None:
+    kind: dict[str, Any] = {"type": int, "nargs": "+"} if several else {"type": int}
+    more = "; several: each episode draws one" if several else ""
+    parser.add_argument("--ways", default=[5] if several else 5, metavar="N", **kind,
+                        help=f"classes of an episode [5]{more}")
+    parser.add_argument("--shots", default=[5] if several else 5, metavar="K", **kind,
+                        help=f"support texts a class [5]{more}")
+    parser.add_argument("--queries", type=int, default=5, metavar="Q",
+                        help="query texts a class [5]")
+    parser.add_argument("--steps", type=int, default=10, metavar="T",
+                        help="steps of adaptation [10]")

@@ -1,0 +1,317 @@
+"""What the commands of `rnnopt.cli` do: options in, files and a few printed lines out."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
+from rnnopt.checkpoint import SHIPPED_RULE, load_rule, read_training, write_atomically
+from rnnopt.corpus import (
+    Corpus,
+    Splits,
+    class_sketches,
+    overlapping_classes,
+    read_corpus,
+    read_splits,
+    stdlib_splits,
+    stratified_holdout,
+    summary,
+)
+from rnnopt.episodes import EpisodeSampler
+from rnnopt.errors import InputError
+from rnnopt.evaluate import METRICS, Comparison, Journal, default_budgets
+from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings
+from rnnopt.optimizer import LearnedOptimizer
+from rnnopt.plot import plot_comparison, plot_learning, plot_losses
+from rnnopt.task import TaskSource
+from rnnopt.text import Classifier, encoder_name
+from rnnopt.unroll import UnrollSettings
+
+EMBEDDED = "stdlib"
+
+
+def meta_train(options: Namespace) -> None:
+    """`rnnopt meta-train`."""
+    settings = MetaTrainSettings(
+        meta_steps=options.meta_steps,
+        unroll=UnrollSettings(
+            steps=options.steps,
+            order=options.order,
+            truncation=options.truncation,
+            query_weight=options.query_weight,
+            support_weight=options.support_weight,
+            step_weights=options.step_weights,
+        ),
+        shortest=options.shortest,
+        tasks_per_meta_step=options.tasks,
+        meta_lr=options.meta_lr,
+        hidden_size=options.hidden_size,
+        seed=options.seed,
+        validate_every=options.validate_every,
+        validation_tasks=options.validation_tasks,
+        checkpoint_every=options.checkpoint_every,
+    )
+    splits = read_data(options)
+    samplers = [
+        EpisodeSampler(
+            corpus,
+            ways=options.ways,
+            shots=options.shots,
+            queries=options.queries,
+            seed=options.seed,
+        )
+        for corpus in (splits.train, splits.validation)
+    ]
+    classifier = load_classifier(options, max(options.ways), double_backward=options.order == 2)
+    task_facts = {
+        "encoder": encoder_name(options.encoder),
+        **{
+            name: getattr(options, name)
+            for name in ("ways", "shots", "queries", "tune", "lora_rank", "pooling", "max_length")
+        },
+    }
+    folder = Path(options.output)
+    run = MetaTraining(
+        classifier,
+        *(TaskSource(sampler, classifier) for sampler in samplers),
+        settings,
+        folder,
+        facts={
+            **task_facts,
+            "train": splits.train.fingerprint(),
+            "validation": splits.validation.fingerprint(),
+        },
+        training={
+            **task_facts,
+            "settings": asdict(settings),
+            "classes": class_sketches(splits.train),
+            "validation_classes": class_sketches(splits.validation),
+        },
+        resume=options.resume,
+    )
+    print(f"train: {summary(splits.train)}\nvalidation: {summary(splits.validation)}")
+    with tqdm(total=settings.meta_steps, initial=run.progress.meta_step, unit="meta-step") as bar:
+
+        def report(record: dict[str, Any]) -> None:
+            bar.update(record["meta_step"] - bar.n)
+            if record.get("meta_loss") is not None:
+                bar.set_postfix_str(f"meta-loss {record['meta_loss']:.3f}")
+            if "validation" in record:
+                bar.write(_validation_line(record))
+
+        run.run(report)
+    records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    plot_learning(records, folder / "learning.png")
+    print(f"best rule, of meta-step {run.progress.best_step}: {folder / 'rule.safetensors'}")
+
+
+def _validation_line(record: dict[str, Any]) -> str:
+    check = record["validation"]
+    return (
+        f"meta-step {record['meta_step']}: validation loss {check['score']:.3f} over all steps, "
+        f"{check['loss'][-1]:.3f} after the last; accuracy {check['accuracy'][0]:.3f} after one "
+        f"step, {check['accuracy'][-1]:.3f} after the last"
+    )
+
+
+def adapt(options: Namespace) -> None:
+    """`rnnopt adapt`."""
+    for name in ("steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    folder = Path(options.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; choose another --output")
+    train, test = _user_texts(options)
+    names, train_labels, test_labels = label_numbers(train, test)
+    rule = load_rule(options.rule or SHIPPED_RULE)
+    classifier = load_classifier(options, len(names))
+    params = [param for _, param in classifier.trainable()]
+    optimizer = LearnedOptimizer(params, rule, lr=options.lr)
+    print(f"training: {summary(train)}\nheld out: {summary(test)}")
+    started = time.perf_counter()
+    with tqdm(total=options.steps, unit="step") as bar:
+
+        def tick(loss: float) -> None:
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}")
+
+        losses = fit(
+            classifier,
+            optimizer,
+            train.texts,
+            train_labels,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            tick=tick,
+        )
+    seconds = time.perf_counter() - started
+    metrics = classification_metrics(predict(classifier, test.texts), test_labels, len(names))
+    classifier.save(folder, names)
+    report = {
+        **asdict(metrics),
+        "texts": len(test),
+        "steps": options.steps,
+        "seconds": round(seconds, 2),
+        "losses": [round(loss, 5) for loss in losses],
+    }
+    write_atomically(folder / "adapt.json", _json(report))
+    plot_losses(losses, folder / "loss.png")
+    print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
+    print(
+        f"on {len(test)} texts held out: accuracy {metrics.accuracy:.3f}, macro precision "
+        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
+    )
+    print(f'load it with transformers.pipeline("text-classification", "{folder}")')
+
+
+def _user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
+    columns = {"text_column": options.text_column, "label_column": options.label_column}
+    train = read_corpus(options.data, **columns)
+    if options.test:
+        return train, read_corpus(options.test, **columns)
+    return stratified_holdout(train, fraction=0.2, seed=options.seed)
+
+
+def compare(options: Namespace) -> None:
+    """`rnnopt compare`."""
+    for name in ("episodes", "tuning_episodes"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    budgets = default_budgets(options.steps)
+    rule_file = options.rule or SHIPPED_RULE
+    rule = load_rule(rule_file)
+    splits = read_data(options)
+    overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
+    samplers = [
+        EpisodeSampler(
+            corpus,
+            ways=options.ways,
+            shots=options.shots,
+            queries=options.queries,
+            seed=options.seed,
+        )
+        for corpus in (splits.validation, splits.test)
+    ]
+    classifier = load_classifier(options, options.ways)
+    out = Path(options.json)
+    facts = {
+        "rule": rule.config | {"weights": float(sum(w.double().sum() for w in rule.parameters()))},
+        "encoder": encoder_name(options.encoder),
+        "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
+        **{
+            name: getattr(options, name)
+            for name in (
+                "ways", "shots", "queries", "steps", "tune", "lora_rank", "pooling", "max_length",
+                "seed",
+            )
+        },
+    }  # fmt: skip
+    journal = Journal(out.with_name(out.name + ".runs"), facts)
+    baselines = [name.strip() for name in options.baselines.split(",") if name.strip()]
+    with tqdm(unit="run") as bar:
+        comparison = Comparison(
+            classifier,
+            rule,
+            *(TaskSource(sampler, classifier) for sampler in samplers),
+            budgets,
+            baselines,
+            journal,
+            tick=lambda name: bar.update(),
+        )
+        bar.total = comparison.runs_at_most(options.episodes, options.tuning_episodes)
+        result = comparison.run(options.episodes, options.tuning_episodes)
+    result = {"setting": {**facts, "seen_classes": overlap}, **result}
+    write_atomically(out, _json(result))
+    if options.plot:
+        title = (
+            f"{options.ways}-way {options.shots}-shot, unseen classes, {facts['encoder']}, "
+            f"{options.tune}, {options.episodes} episodes"
+        )
+        plot_comparison(result, title, Path(options.plot))
+    if overlap:
+        print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
+    print(comparison_table(result, budgets))
+    journal.path.unlink()
+
+
+def _seen_classes(
+    training: dict[str, Any], test: Corpus, allow_overlap: bool
+) -> list[tuple[str, str]]:
+    """Test classes that the rule was meta-trained on, by name or by their texts."""
+    seen = {**training.get("classes", {}), **training.get("validation_classes", {})}
+    pairs = overlapping_classes(seen, test)
+    if pairs and not allow_overlap:
+        raise InputError(
+            f"the rule was meta-trained on classes that it would be judged by: {pairs[0][1]!r} is "
+            f"its {pairs[0][0]!r}, and {len(pairs) - 1} more; judge it by other classes, or accept "
+            "that with --allow-overlap"
+        )
+    return pairs
+
+
+def comparison_table(result: dict[str, Any], budgets: Sequence[int]) -> str:
+    """Accuracy and loss of every method at every budget, as Markdown."""
+    lines = []
+    for metric in METRICS:
+        lines += [
+            f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
+            "|---|" + "---|" * len(budgets),
+        ]
+        for name, method in result["methods"].items():
+            cells = [method[metric][str(b)] for b in budgets]
+            figures = " | ".join(f"{cell['mean']:.3f} ± {cell['ci95']:.3f}" for cell in cells)
+            lines.append(f"| {name} | {figures} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def read_data(options: Namespace) -> Splits:
+    """The splits that --data names."""
+    if options.data == [EMBEDDED]:
+        return stdlib_splits(options.seed)
+    return read_splits(
+        options.data,
+        seed=options.seed,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        domain_column=options.domain_column,
+        allow_overlap=options.allow_overlap,
+    )
+
+
+def load_classifier(options: Namespace, ways: int, double_backward: bool = False) -> Classifier:
+    """The classifier that --encoder, --tune and the like describe."""
+    return Classifier.load(
+        options.encoder,
+        tune=options.tune,
+        lora_rank=options.lora_rank,
+        pooling=options.pooling,
+        ways=ways,
+        double_backward=double_backward,
+        max_length=options.max_length,
+        device=choose_device(options.device),
+        seed=options.seed,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """--device: auto takes a GPU where there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device cuda, but torch finds no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,102 @@
+"""Pictures of runs, as PNG files. The only importer of matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from rnnopt.checkpoint import write_atomically
+
+matplotlib.use("Agg")  # no window system is needed, or looked for
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+_LABELS = {"accuracy": "accuracy on query texts", "loss": "query loss (nats per text)"}
+
+
+def plot_learning(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The meta-loss, smoothed, and the validation score against meta-steps.
+
+    Args:
+        records: the lines of a run's log.
+        path: the PNG file to write.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    losses = [(r["meta_step"], r["meta_loss"]) for r in records if r.get("meta_loss") is not None]
+    checks = [(r["meta_step"], r["validation"]["score"]) for r in records if "validation" in r]
+    if losses:
+        steps, values = zip(*losses)
+        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color="tab:blue", label="meta-training tasks (smoothed)")
+    if checks:
+        axes.plot(*zip(*checks), color="tab:orange", marker="o", label="validation classes")
+    axes.set(xlabel="meta-steps", ylabel="query loss, mean over the steps (nats per text)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write(figure, path)
+
+
+def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
+    """Accuracy and query loss of every method against steps, with 95 % bands.
+
+    Args:
+        result: what `rnnopt.evaluate.Comparison.run` returned.
+        title: above the picture.
+        path: the PNG file to write.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, metric in zip(panels, ("accuracy", "loss")):
+        for name, method in result["methods"].items():
+            budgets = [int(b) for b in method[metric]]
+            mean = [cell["mean"] for cell in method[metric].values()]
+            half = [cell["ci95"] for cell in method[metric].values()]
+            label = name if name == "learned" else f"{name}, learning rate tuned per budget"
+            (line,) = axes.plot(budgets, mean, marker="o", markersize=3, label=label)
+            low = [m - h for m, h in zip(mean, half)]
+            high = [m + h for m, h in zip(mean, half)]
+            axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2)
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [str(b) for b in budgets])
+        axes.minorticks_off()
+        axes.set(xlabel="steps", ylabel=_LABELS[metric])
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(title)
+    _write(figure, path)
+
+
+def plot_losses(losses: Sequence[float], path: Path) -> None:
+    """The training loss of one adaptation against steps.
+
+    Args:
+        losses: before each step, nats per text.
+        path: the PNG file to write.
+    """
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    axes.plot(range(len(losses)), losses, marker="o", markersize=3)
+    axes.set(xlabel="steps", ylabel="training loss (nats per text)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    _write(figure, path)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential average, debiased."""
+    average, out = 0.0, []
+    for i, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**i))
+    return out
+
+
+def _write(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,169 @@
+"""An episode made ready for a classifier, and a run of adaptation on it.
+
+Shapes: B texts, S tokens, C ways.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from rnnopt.episodes import EpisodeSampler
+from rnnopt.text import Batch, Classifier
+from rnnopt.unroll import LossFunction
+
+# A run that ended in NaN or beyond counts as this much; JSON has no infinity, means need one.
+DIVERGED_LOSS = 1e3
+# Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
+PIECE = 16
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts ready for a classifier, as pieces of texts of like length, with their labels (B,).
+
+    On a CPU time goes with the number of tokens, and texts differ: padding all of them to the
+    longest would double it.
+    """
+
+    pieces: tuple[tuple[Batch, Tensor], ...]
+    count: int
+
+    @classmethod
+    def read(
+        cls, classifier: Classifier, texts: Sequence[str], labels: Sequence[int]
+    ) -> LabelledTexts:
+        """Tokenise texts for a classifier, onto its device."""
+        size = len(texts) if classifier.device.type == "cuda" else PIECE
+        lengths = classifier.tokens.lengths(texts)
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])
+        rows = [order[start : start + size] for start in range(0, len(order), size)]
+        pieces = tuple(
+            (
+                classifier.batch([texts[i] for i in row]),
+                torch.tensor([int(labels[i]) for i in row], device=classifier.device),
+            )
+            for row in rows
+        )
+        return cls(pieces, len(texts))
+
+    def loss(self, classifier: Classifier, module: nn.Module) -> Tensor:
+        """Cross-entropy of `module`, mean nats per text; 0-d."""
+        total = [
+            cross_entropy(classifier.forward(module, batch).float(), labels, reduction="sum")
+            for batch, labels in self.pieces
+        ]
+        return torch.stack(total).sum() / self.count
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode, ready for a classifier."""
+
+    support: LabelledTexts
+    query: LabelledTexts
+    ways: int
+
+    def support_loss(self, classifier: Classifier) -> LossFunction:
+        """The loss that adaptation descends."""
+        return lambda module, step: self.support.loss(classifier, module)
+
+    def query_loss(self, classifier: Classifier) -> LossFunction:
+        """The loss that judges it."""
+        return lambda module, step: self.query.loss(classifier, module)
+
+
+class TaskSource:
+    """Tasks by number: the same sampler, classifier and number is always the same task.
+
+    Args:
+        sampler: draws the episodes.
+        classifier: makes their batches.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, classifier: Classifier) -> None:
+        self.sampler = sampler
+        self.classifier = classifier
+
+    def load(self, index: int) -> Task:
+        """Task number `index`."""
+        episode = self.sampler.sample(index)
+        texts = self.sampler.corpus.texts
+        support, query = (
+            LabelledTexts.read(self.classifier, [texts[i] for i in rows], labels.tolist())
+            for rows, labels in (
+                (episode.support, episode.support_labels),
+                (episode.query, episode.query_labels),
+            )
+        )
+        return Task(support, query, len(episode.classes))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Query loss (mean nats per text, at most `DIVERGED_LOSS`) and accuracy."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def judge(classifier: Classifier, texts: LabelledTexts) -> Score:
+    """The classifier as it stands, on these texts."""
+    loss, hits = 0.0, 0
+    for batch, labels in texts.pieces:
+        logits = classifier.logits(batch).float()  # (B, C)
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+        hits += int((logits.argmax(dim=1) == labels).sum())
+    loss /= texts.count
+    return Score(min(loss, DIVERGED_LOSS) if loss == loss else DIVERGED_LOSS, hits / texts.count)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a run of adaptation reached.
+
+    Attributes:
+        scores: the score at each budget of steps.
+        seconds_per_step: forward, backward and step, without judging.
+    """
+
+    scores: dict[int, Score]
+    seconds_per_step: float
+
+
+def adapt_and_judge(
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    budgets: Collection[int],
+) -> Adaptation:
+    """Full-batch steps on the support set, judged on the query set at each budget of steps.
+
+    Args:
+        classifier: at its starting values for this task; adapted when this returns.
+        optimizer: over the classifier's trainable parameters.
+        task: the task.
+        budgets: numbers of steps, 1 or more.
+
+    Returns:
+        The scores and the time.
+    """
+    loss_of = task.support_loss(classifier)
+    scores, seconds = {}, 0.0
+    for step in range(1, max(budgets) + 1):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        loss_of(classifier.model, step - 1).backward()
+        optimizer.step()
+        if classifier.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        if step in budgets:
+            scores[step] = judge(classifier, task.query)
+    return Adaptation(scores, seconds / max(budgets))

@@ -1,0 +1,384 @@
+"""Text classifiers as what an episode adapts.
+
+A `Classifier` is a pretrained encoder and a head. Every episode starts from the same values:
+`Classifier.reset` restores what trains and draws a fresh head. `TokenCache` turns texts into
+batches. What knows Hugging Face's libraries is in `rnnopt.encoder`.
+
+Shapes: B batch, S sequence (tokens), C ways (classes).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rnnopt.encoder import (
+    MeanPooled,
+    Pooling,
+    add_lora,
+    encoder_name,
+    first_line,
+    position_limit,
+    read_encoder,
+    seeded,
+    silence,
+    small_bert,
+    word_piece,
+)
+from rnnopt.errors import InputError
+
+__all__ = [
+    "Batch",
+    "Classifier",
+    "MeanPooled",
+    "Pooling",
+    "TokenCache",
+    "Tune",
+    "encoder_name",
+    "small_bert",
+    "word_piece",
+]
+
+Tune = Literal["full", "lora", "head"]
+Batch = dict[str, Tensor]
+
+
+class TokenCache:
+    """Tokenises each distinct text once and pads batches from what it kept.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; without a pad token its end-of-text token pads.
+        max_length: longest text in tokens, special tokens included; the rest is cut off.
+        names: the inputs to give; all that the tokenizer makes by default.
+
+    Raises:
+        InputError: max_length leaves no room for text, or there is nothing to pad with.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_length: int = 128, names: Sequence[str] | None = None
+    ) -> None:
+        least = tokenizer.num_special_tokens_to_add() + 1
+        if max_length < least:
+            raise InputError(
+                f"max_length is {max_length}: this tokenizer needs at least {least}; raise it"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise InputError("the tokenizer has no pad token and no end-of-text token; set one")
+        self.tokenizer = tokenizer
+        self.max_length = min(max_length, tokenizer.model_max_length)
+        self._pad = {
+            "input_ids": tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+        wanted = tokenizer.model_input_names if names is None else names
+        self._names = [name for name in self._pad if name in wanted]
+        self._rows: dict[str, dict[str, list[int]]] = {}
+
+    def batch(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Batch:
+        """The encoder's input for these texts, padded to the longest of them.
+
+        Args:
+            texts: B texts.
+            device: where the tensors go.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, where the encoder takes them,
+            ``token_type_ids``: int64, (B, S).
+
+        Raises:
+            InputError: there are no texts.
+        """
+        if not texts:
+            raise InputError("a batch of 0 texts; give at least one")
+        self._read([text for text in dict.fromkeys(texts) if text not in self._rows])
+        rows = [self._rows[text] for text in texts]
+        length = max(len(row["input_ids"]) for row in rows)
+        padded = {
+            name: [self._stretch(row[name], self._pad[name], length) for row in rows]
+            for name in rows[0]
+        }
+        return {name: torch.tensor(ids, device=device) for name, ids in padded.items()}
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has."""
+        self._read([text for text in dict.fromkeys(texts) if text not in self._rows])
+        return [len(self._rows[text]["input_ids"]) for text in texts]
+
+    def _stretch(self, ids: list[int], pad: int, length: int) -> list[int]:
+        padding = [pad] * (length - len(ids))
+        return padding + ids if self.tokenizer.padding_side == "left" else ids + padding
+
+    def _read(self, texts: list[str]) -> None:
+        if not texts:
+            return
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        for i, text in enumerate(texts):
+            row = {name: encoded[name][i] for name in self._names if name in encoded}
+            if not row["input_ids"]:
+                # GPT-2 makes nothing of an empty text, and an encoder needs something to read
+                row = {name: [self._pad[name]] for name in row} | {"attention_mask": [1]}
+            self._rows[text] = row
+
+
+class Classifier:
+    """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
+
+    Attributes:
+        model: the module; its parameters keep their identity, but for an output layer whose
+            number of ways changes.
+        tokens: the `TokenCache` of its tokenizer.
+        ways: C, the classes of the current head.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, absent: set[str], *, tune: Tune, lora_rank: int,
+        ways: int, max_length: int, device: torch.device, seed: int, dropout: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.ways, self.device = model.eval(), ways, device
+        names = inspect.signature(model.base_model.forward).parameters
+        limit = min(max_length, position_limit(model))
+        self.tokens = TokenCache(tokenizer, limit, list(names))
+        if model.config.pad_token_id is None:
+            # GPT-2 and its kind find a text's last token by looking for padding
+            model.config.pad_token_id = tokenizer.pad_token_id
+        head = _head_layers(model)
+        self._output = _output_layer(head, ways)
+        self._fresh = [
+            name
+            for name, layer in head.items()
+            if name == self._output
+            or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
+        ]
+        if tune != "full":
+            model.base_model.requires_grad_(False)
+        self._adapter = add_lora(model.base_model, lora_rank) if tune == "lora" else None
+        model.to(device)
+        self._freeze_unused()
+        self._start = {
+            name: param.detach().clone()
+            for name, param in self.trainable()
+            if name.rpartition(".")[0] != self._output
+        }
+        self.reset(ways, seed)
+        model.train(dropout)
+
+    @classmethod
+    def load(
+        cls,
+        encoder: str | Path,
+        *,
+        tune: Tune = "lora",
+        lora_rank: int = 8,
+        pooling: Pooling = "model",
+        ways: int,
+        double_backward: bool = False,
+        max_length: int = 128,
+        device: torch.device,
+        seed: int = 0,
+        dropout: bool = False,
+    ) -> Classifier:
+        """Load an encoder in float32 and give it a head. Reads safetensors only, runs no code.
+
+        Args:
+            encoder: a folder, or a name on the Hugging Face hub (the local cache comes first).
+            tune: what trains: ``"full"`` all, ``"head"`` what is outside the encoder, ``"lora"``
+                that and low-rank factors (Hu et al. 2021, arXiv:2106.09685) of the attention's
+                query and value.
+            lora_rank: rank of the factors; their product is added unscaled.
+            pooling: what the head reads: ``"model"``, what the architecture's own classifier
+                reads (BERT: the [CLS] pooler), or ``"mean"``, see `MeanPooled`.
+            ways: C, the classes of the first head.
+            double_backward: use the attention that can be differentiated twice; slower.
+            max_length: longest text in tokens; cut to what the encoder takes.
+            device: where the model goes.
+            seed: decides all that is drawn: head, LoRA factors, layers the files lack. The
+                global random state is left alone.
+            dropout: keep the encoder's dropout on; off, a step is a function of its batch.
+
+        Raises:
+            InputError: an argument out of range, or an encoder that can't be found or used.
+        """
+        _check_arguments(tune, pooling, lora_rank, ways)
+        attention = "eager" if double_backward else None
+        with seeded(seed):
+            model, tokenizer, absent = read_encoder(encoder, pooling, ways, attention)
+            return cls(
+                model, tokenizer, absent, tune=tune, lora_rank=lora_rank, ways=ways,
+                max_length=max_length, device=device, seed=seed, dropout=dropout,
+            )  # fmt: skip
+
+    @staticmethod
+    def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B, C) by `module`: `model` itself or what `higher` made of it."""
+        return module(**batch).logits
+
+    def batch(self, texts: Sequence[str]) -> Batch:
+        """`TokenCache.batch` on the classifier's device."""
+        return self.tokens.batch(texts, self.device)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B, C) of a batch."""
+        return self.forward(self.model, batch)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that train, in the model's order."""
+        return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
+
+    def reset(self, ways: int, seed: int) -> None:
+        """Start an episode: starting values for all that trains, and a fresh head.
+
+        The output layer, and other head layers that the encoder's files lack, are drawn on the
+        CPU by the model's own initialisation: the result is a function of the loaded model, ways
+        and seed, to the bit. Gradients are dropped. Build the optimizer afterwards: an output
+        layer of another shape is made of new parameters.
+
+        Args:
+            ways: C, the classes of the new head.
+            seed: decides the new head; the global random state is left alone.
+
+        Raises:
+            InputError: fewer than 2 ways.
+        """
+        _check_ways(ways)
+        with torch.no_grad(), seeded(seed):
+            for name, param in self.model.named_parameters():
+                param.grad = None
+                if name in self._start:
+                    param.copy_(self._start[name])
+            for name in self._fresh:
+                layer = self.model.get_submodule(name)
+                drawn = copy.deepcopy(layer).cpu()
+                if name == self._output:
+                    drawn = nn.Linear(layer.in_features, ways, bias=layer.bias is not None)
+                    layer.out_features = ways
+                self.model._init_weights(drawn)
+                _adopt(layer, drawn)
+        self.ways = self.model.num_labels = self.model.config.num_labels = ways
+
+    def save(self, folder: str | Path, label_names: Sequence[str]) -> None:
+        """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
+
+        LoRA is merged into the weights. The folder appears whole or not at all; the classifier
+        stays as it is.
+
+        Args:
+            folder: absent or empty.
+            label_names: one per class, in the order of the logits.
+
+        Raises:
+            InputError: mean pooling, wrong label names, or a folder with something in it.
+        """
+        target = Path(folder)
+        self._check_save(target, label_names)
+        model, adapter = copy.deepcopy((self.model, self._adapter))
+        if adapter is not None:
+            adapter.merge_and_unload()
+        model.config.id2label = dict(enumerate(label_names))
+        model.config.label2id = {name: i for i, name in enumerate(label_names)}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.{os.getpid()}"
+        try:
+            with silence():
+                model.eval().save_pretrained(partial)
+                self.tokens.tokenizer.save_pretrained(partial)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _check_save(self, target: Path, label_names: Sequence[str]) -> None:
+        if isinstance(self.model, MeanPooled):
+            raise InputError(
+                "a classifier with pooling 'mean' can't be saved: transformers' text classifiers "
+                "have no mean pooling; use --pooling model"
+            )
+        if len(label_names) != self.ways or len(set(label_names)) != self.ways:
+            raise InputError(
+                f"label names are {list(label_names)}: the classifier has {self.ways} classes; "
+                "give one distinct name for each"
+            )
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise InputError(f"{target} exists and is not an empty folder; name another")
+
+    def _freeze_unused(self) -> None:
+        """Stop what doesn't reach the logits from training: BERT's pooler under mean pooling.
+
+        Its gradient would be None at every step. It also proves the model usable, now.
+        """
+        params = [param for _, param in self.trainable()]
+        try:
+            logits = self.logits(self.batch(["probe"]))
+            grads = torch.autograd.grad(logits.sum(), params, allow_unused=True)
+        except Exception as error:  # whatever an architecture unlike the others may raise
+            kind = self.model.config.model_type
+            raise InputError(
+                f"a {kind} model can't classify a text: {first_line(error)}; "
+                "choose another encoder, or the other --pooling"
+            ) from error
+        for param, grad in zip(params, grads):
+            param.requires_grad_(grad is not None)
+
+
+def _check_arguments(tune: str, pooling: str, lora_rank: int, ways: int) -> None:
+    for name, value, allowed in (
+        ("tune", tune, get_args(Tune)),
+        ("pooling", pooling, get_args(Pooling)),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
+    if lora_rank < 1:
+        raise InputError(f"lora_rank is {lora_rank}; it must be at least 1, and 8 is usual")
+    _check_ways(ways)
+
+
+def _check_ways(ways: int) -> None:
+    if ways < 2:
+        raise InputError(f"ways is {ways}; a classifier needs at least 2 classes")
+
+
+def _head_layers(model: Any) -> dict[str, Any]:
+    """The layers outside the encoder that hold parameters, by name, in the model's order."""
+    body = {id(param) for param in model.base_model.parameters()}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if any(id(param) not in body for param in layer.parameters(recurse=False))
+    }
+
+
+def _output_layer(head: dict[str, Any], ways: int) -> str:
+    """The name of the layer that makes the logits."""
+    linear = [
+        name
+        for name, layer in head.items()
+        if isinstance(layer, nn.Linear) and layer.out_features == ways
+    ]
+    if not linear:
+        raise InputError(
+            f"the classifier's head ({', '.join(head) or 'none'}) has no linear layer with "
+            f"{ways} outputs; use --pooling mean"
+        )
+    return linear[-1]
+
+
+def _adopt(layer: nn.Module, drawn: nn.Module) -> None:
+    """Give layer the values of drawn; its parameters stay the same objects where shapes agree."""
+    for name, value in drawn.named_parameters(recurse=False):
+        param = layer.get_parameter(name)
+        if param.shape == value.shape:
+            param.copy_(value)
+        else:
+            fresh = nn.Parameter(value.to(param.device), requires_grad=param.requires_grad)
+            setattr(layer, name, fresh)

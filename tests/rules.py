@@ -1,0 +1,27 @@
+"""Rules, one of each kind, for tests that hold for all of them."""
+
+from collections.abc import Callable
+
+import torch
+
+from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, UpdateRule
+
+
+def random_lstm(dtype: torch.dtype = torch.float32, seed: int = 0, **options: int) -> CoordinateLSTM:
+    """A rule with every weight away from zero, output included, so that each of them matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rule = CoordinateLSTM(**options)
+        with torch.no_grad():
+            for weight in rule.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+    return rule.to(dtype)
+
+
+RULES: dict[str, Callable[[], UpdateRule]] = {
+    "sgd": lambda: SGD(0.1),
+    "momentum": lambda: SGD(0.1, momentum=0.9),
+    "adam": lambda: Adam(0.01),
+    "adamw": lambda: AdamW(0.01, weight_decay=0.1),
+    "lstm": random_lstm,
+}

@@ -1,0 +1,120 @@
+"""Rule files: data, whole or not at all."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from rules import random_lstm
+from safetensors.torch import save_file
+
+from rnnopt import InputError, load_rule, save_rule
+from rnnopt.checkpoint import read_training, write_atomically
+
+
+def test_a_saved_rule_comes_back_the_same(tmp_path):
+    rule = random_lstm(hidden_size=5)
+    save_rule(rule, tmp_path / "rule.safetensors", {"sources": ["a", "b"]})
+    loaded = load_rule(tmp_path)
+    assert loaded.config == rule.config
+    assert all(map(torch.equal, rule.parameters(), loaded.parameters()))
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    assert read_training(tmp_path) == {"sources": ["a", "b"]}
+
+
+def test_float64_rules_stay_float64(tmp_path):
+    save_rule(random_lstm(torch.float64), tmp_path / "r")
+    assert load_rule(tmp_path / "r").gate_weight.dtype == torch.float64
+
+
+def damaged(tmp_path, name):
+    path = tmp_path / "rule.safetensors"
+    save_rule(random_lstm(), path)
+    data = path.read_bytes()
+    if name == "truncated":
+        path.write_bytes(data[:-100])
+    elif name == "cut in the header":
+        path.write_bytes(data[:40])
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "pickle":
+        path.write_bytes(pickle.dumps({"gate_weight": 1}))
+    elif name == "foreign":
+        save_file({"x": torch.zeros(2)}, path)
+    elif name == "other config":
+        path.write_bytes(data.replace(b'hidden_size\\": 8', b'hidden_size\\": 9'))
+    elif name == "unknown option":
+        path.write_bytes(data.replace(b'hidden_size\\"', b'hiddun_size\\"'))
+    elif name == "not finite":
+        rule = random_lstm()
+        rule.gate_bias.data[0] = float("nan")
+        save_rule(rule, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("truncated", "no complete safetensors file .* make it again"),
+        ("cut in the header", "no complete safetensors file"),
+        ("empty", "no complete safetensors file"),
+        ("pickle", "no complete safetensors file"),
+        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.1'"),
+        ("other config", "weights and config do not fit together"),
+        ("unknown option", "weights and config do not fit together"),
+        ("not finite", "weights that are not finite"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(tmp_path, name, message):
+    path = damaged(tmp_path, name)
+    with pytest.raises(InputError, match=message) as caught:
+        load_rule(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="can't read .*nowhere: No such file"):
+        load_rule(tmp_path / "nowhere")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)  # a full disk can't be had in a test
+    with pytest.raises(InputError, match="can't write .*No space left on device; choose a folder"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can't write"):
+        write_atomically(tmp_path / "file" / "below", b"")
+
+
+IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
+
+
+def modules_after_importing(name):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED.format(name)], capture_output=True, text=True, check=True
+    )
+    return {module.split(".")[0] for module in json.loads(done.stdout)}
+
+
+def test_importing_rnnopt_loads_neither_higher_nor_transformers():
+    heavy = {"higher", "transformers", "peft", "matplotlib", "tokenizers"}
+    assert not heavy & modules_after_importing("rnnopt")
+
+
+def test_the_test_above_can_fail():
+    assert "higher" in modules_after_importing("rnnopt.differentiable")
+    assert "transformers" in modules_after_importing("rnnopt.text")

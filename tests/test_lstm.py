@@ -1,0 +1,125 @@
+"""What defines `CoordinateLSTM`."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rules import random_lstm
+
+from rnnopt import CoordinateLSTM, LearnedOptimizer
+from rnnopt import lstm as lstm_module
+from rnnopt.rule import advance
+
+
+@settings(max_examples=20, deadline=None)
+@given(hidden_size=st.integers(1, 12), seed=st.integers(0, 99))
+def test_zero_output_is_torch_adam_over_20_steps(hidden_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rule = random_lstm(hidden_size=hidden_size)
+    rule.zero_output()
+    ours = torch.randn(3, 4, generator=generator).requires_grad_()
+    twin = ours.detach().clone().requires_grad_()
+    optimizer, reference = LearnedOptimizer([ours], rule), torch.optim.Adam([twin], lr=1e-3)
+    for _ in range(20):
+        ours.grad = torch.randn(3, 4, generator=generator)
+        twin.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, twin, rtol=0, atol=1e-6)
+
+
+def test_a_new_rule_is_adam():
+    rule = CoordinateLSTM()
+    assert all(not weight.any() for weight in (rule.output_weight, rule.output_context))
+
+
+def test_state_is_18_numbers_a_coordinate_at_the_default_size():
+    state = CoordinateLSTM().init_state(torch.zeros(10, 10))
+    assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 18 * 100
+
+
+def test_a_coordinate_that_never_had_a_gradient_stays_and_keeps_no_memory():
+    rule, param = random_lstm(), torch.randn(4, 5)
+    state = rule.init_state(param)
+    for _ in range(3):
+        grad = torch.randn(4, 5)
+        grad[1] = 0
+        delta, state = advance(rule, param, grad, state, 1.0, 0.0)
+        assert not delta[1].any()
+        assert delta[0].all()
+    for name in ("m", "v", "hidden", "cell"):
+        assert not state[name].reshape(-1, 4, 5)[:, 1].any()
+
+
+def test_untouched_rows_change_nothing_for_the_touched_ones_but_their_size():
+    """An embedding's gradient is as large in a small vocabulary as in a large one."""
+    rule = random_lstm()
+    with torch.no_grad():
+        rule.context_weight.zero_()  # the context knows the tensor's size and RMS
+    grad = torch.randn(3, 5)
+    small, _ = advance(rule, torch.ones(3, 5), grad, rule.init_state(grad), 1.0, 0.0)
+    padded = torch.cat([grad, torch.zeros(100, 5)])
+    large, _ = advance(rule, torch.ones(103, 5), padded, rule.init_state(padded), 1.0, 0.0)
+    torch.testing.assert_close(large[:3], small)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    rule, param = random_lstm(), torch.randn(100)
+    grads = [torch.randn(100) for _ in range(3)]
+
+    def run():
+        state, deltas = rule.init_state(param), []
+        for grad in grads:
+            delta, state = advance(rule, param, grad, state, 1.0, 0.0)
+            deltas.append(delta)
+        return deltas[-1], state["hidden"]
+
+    whole = run()
+    monkeypatch.setattr(lstm_module, "CHUNK", 16)
+    torch.testing.assert_close(run(), whole, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.sampled_from([0.1, 10.0, 1e3]), seed=st.integers(0, 9))
+def test_without_context_the_scale_of_the_loss_does_not_matter(scale, seed):
+    rule = random_lstm()
+    with torch.no_grad():
+        rule.context_weight.zero_()  # the context does know the gradient's RMS
+    generator = torch.Generator().manual_seed(seed)
+    param, grad = (torch.randn(20, generator=generator) for _ in range(2))
+    plain, _ = advance(rule, param, grad, rule.init_state(param), 1.0, 0.0)
+    scaled, _ = advance(rule, param, grad * scale, rule.init_state(param), 1.0, 0.0)
+    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 3e38])
+def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
+    rule, param = random_lstm(), torch.randn(6)
+    state = rule.init_state(param)
+    for _ in range(3):
+        delta, state = advance(rule, param, torch.rand(6) * scale, state, 1.0, 0.0)
+        assert torch.isfinite(delta).all()
+    assert all(torch.isfinite(leaf).all() for leaf in state.values())
+
+
+def test_every_weight_of_the_rule_has_a_say():
+    rule, param = random_lstm(), torch.randn(20)
+    state = rule.init_state(param)
+    for _ in range(2):  # the recurrent weights act from the second step on
+        delta, state = advance(rule, param, torch.randn(20), state, 1.0, 0.0)
+    delta.square().sum().backward()
+    for name, weight in rule.named_parameters():
+        assert weight.grad.count_nonzero() == weight.numel(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0, context_size=16: both must be at least 1"),
+        ({"step_size": 0.0}, "step_size=0.0: must be positive"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): both must lie strictly between 0 and 1"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CoordinateLSTM(**options)

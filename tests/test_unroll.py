@@ -1,0 +1,268 @@
+"""Meta-gradients: exact, and the same whichever way they are made."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from rules import RULES, random_lstm
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
+from rnnopt.unroll import UnrollSettings, unroll
+
+higher = pytest.importorskip("higher")
+import rnnopt.differentiable  # noqa: E402, F401
+
+
+def problem(seed=0, dtype=torch.float64):
+    """An MLP with its support and query losses."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+        inputs = [torch.randn(12, 4, dtype=dtype) for _ in range(2)]
+        labels = [torch.randint(3, (12,)) for _ in range(2)]
+    support, query = (
+        lambda module, step, x=x, y=y: cross_entropy(module(x), y) for x, y in zip(inputs, labels)
+    )
+    return net, support, query
+
+
+def meta_gradient(net, rule, support, query, settings, **options):
+    rule.zero_grad()
+    result = unroll(net, LearnedOptimizer(net.parameters(), rule, **options), support, query, settings)
+    return result, {name: weight.grad.clone() for name, weight in rule.named_parameters()}
+
+
+def central_difference(weight, direction, meta_loss, width=1e-4):
+    """Fourth-order central difference of the meta-loss along a direction of one weight tensor."""
+
+    start = weight.detach().clone()
+
+    def at(offset):
+        weight.data.copy_(start + offset * direction)
+        value = meta_loss()
+        weight.data.copy_(start)
+        return value
+
+    return (8 * (at(width) - at(-width)) - (at(2 * width) - at(-2 * width))) / (12 * width)
+
+
+def assert_exact(net, rule, support, query, settings):
+    """Every tensor's second-order meta-gradient equals central differences to 1e-6."""
+    _, exact = meta_gradient(net, rule, support, query, settings)
+
+    def meta_loss():
+        optimizer = LearnedOptimizer(net.parameters(), rule)
+        return unroll(net, optimizer, support, query, settings).meta_loss
+
+    for name, weight in rule.named_parameters():
+        # along the gradient itself: a random direction may cancel, and drown in rounding
+        direction = exact[name] / exact[name].norm()
+        numeric = central_difference(weight, direction, meta_loss)
+        assert abs(numeric - float(exact[name].norm())) < 1e-6 * float(exact[name].norm()), name
+
+
+def test_second_order_equals_central_differences_on_an_mlp():
+    net, support, query = problem()
+    settings = UnrollSettings(steps=5, order=2, support_weight=0.5)
+    assert_exact(net, random_lstm(torch.float64), support, query, settings)
+
+
+def test_first_order_equals_the_graph_of_detached_gradients():
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    settings = UnrollSettings(steps=5, support_weight=0.5, step_weights=(1, 2, 0.5, 1, 3))
+    result, ours = meta_gradient(net, rule, support, query, settings, weight_decay=0.3)
+    optimizer = LearnedOptimizer(net.parameters(), rule, weight_decay=0.3)
+    with higher.innerloop_ctx(net, optimizer) as (fmodel, stepper):
+        stepper.first_order = True
+        total = 0.0
+        for t in range(5):
+            stepper.step(support(fmodel, t))
+            total = total + settings.weight(t) * (query(fmodel, t) + 0.5 * support(fmodel, t))
+        reference = torch.autograd.grad(total, list(rule.parameters()))
+    assert result.meta_loss == pytest.approx(float(total.detach()), rel=1e-12)
+    for (name, gradient), expected in zip(ours.items(), reference):
+        assert (gradient - expected).norm() <= 1e-10 * expected.norm(), name
+
+
+def test_first_and_second_order_differ():
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    first, second = (
+        meta_gradient(net, rule, support, query, UnrollSettings(steps=3, order=order))[1]
+        for order in (1, 2)
+    )
+    assert all((first[name] - second[name]).norm() > 1e-6 * first[name].norm() for name in first)
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_path_equals_differentiable_path_bitwise_over_8_steps(make, dtype):
+    net, support, _ = problem(dtype=dtype)
+    rule = make()
+    with higher.innerloop_ctx(net, LearnedOptimizer(net.parameters(), rule)) as (fmodel, stepper):
+        for t in range(8):
+            stepper.step(support(fmodel, t))
+        theirs = [param.detach().clone() for param in fmodel.parameters()]
+    optimizer = LearnedOptimizer(net.parameters(), rule)
+    for t in range(8):
+        optimizer.zero_grad()
+        support(net, t).backward()
+        optimizer.step()
+    assert all(map(torch.equal, net.parameters(), theirs))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_both_orders_walk_the_way_of_the_torch_optimizer(order):
+    net, support, query = problem(dtype=torch.float32)
+    rule = random_lstm()
+    optimizer = LearnedOptimizer(net.parameters(), rule)
+    result = unroll(net, optimizer, support, query, UnrollSettings(steps=4, order=order))
+    losses = []
+    for t in range(4):
+        optimizer.zero_grad()
+        support(net, t).backward()
+        optimizer.step()
+        losses.append(query(net, t).detach())
+    assert torch.equal(result.query_losses, torch.stack(losses))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_model_and_optimizer_are_as_before_afterwards(order):
+    net, support, query = problem()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64))
+    support(net, 0).backward()
+    optimizer.step()
+    before = [param.detach().clone() for param in net.parameters()]
+    memory = [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
+    unroll(net, optimizer, support, query, UnrollSettings(steps=3, order=order))
+    assert all(map(torch.equal, before, net.parameters()))
+    for saved, state in zip(memory, optimizer.state.values()):
+        assert all(torch.equal(leaf, state[name]) for name, leaf in saved.items())
+
+
+def test_the_model_is_put_back_when_a_loss_raises():
+    net, support, _ = problem()
+    before = [param.detach().clone() for param in net.parameters()]
+
+    def broken(module, step):
+        raise RuntimeError("no query")
+
+    with pytest.raises(RuntimeError, match="no query"):
+        optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64))
+        unroll(net, optimizer, support, broken, UnrollSettings(steps=3))
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_meta_gradients_of_tasks_add_up(order):
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    settings = UnrollSettings(steps=2, order=order)
+    _, once = meta_gradient(net, rule, support, query, settings)
+    unroll(net, LearnedOptimizer(net.parameters(), rule), support, query, settings)
+    for name, weight in rule.named_parameters():
+        torch.testing.assert_close(weight.grad, 2 * once[name])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_truncation_is_the_sum_of_its_segments(order):
+    """Cut after 2 of 4 steps: the first half, plus the second half from where the first ended."""
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    settings = UnrollSettings(steps=4, order=order, truncation=2)
+    _, cut = meta_gradient(net, rule, support, query, settings)
+    half = UnrollSettings(steps=2, order=order)
+    _, first = meta_gradient(net, rule, support, query, half)
+    optimizer = LearnedOptimizer(net.parameters(), rule)
+    for t in range(2):
+        optimizer.zero_grad()
+        support(net, t).backward()
+        optimizer.step()
+    rule.zero_grad()
+    unroll(net, optimizer, support, query, half)
+    for name, weight in rule.named_parameters():
+        torch.testing.assert_close(cut[name], first[name] + weight.grad, rtol=1e-9, atol=1e-12)
+
+
+class Watch:
+    """A loss function that knows for how many of its calls the graph is still held."""
+
+    def __init__(self, loss):
+        self.loss, self.calls, self.most = loss, [], 0
+
+    def __call__(self, module, step):
+        gc.collect()
+        self.most = max(self.most, sum(ref() is not None for ref in self.calls))
+
+        class Saved:
+            """Stands for the tensors that this call's graph saves."""
+
+        saved = Saved()
+        self.calls.append(weakref.ref(saved))
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (saved, tensor), lambda pair: pair[1]
+        )
+        with hooks:
+            return self.loss(module, step)
+
+
+def most_graphs_held(settings):
+    net, support, query = problem()
+    watch = Watch(query)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64))
+    unroll(net, optimizer, support, watch, settings)
+    return watch.most
+
+
+def test_first_order_holds_no_graph_of_the_model():
+    assert most_graphs_held(UnrollSettings(steps=6)) == 0
+
+
+def test_second_order_holds_the_graphs_up_to_the_cut():
+    assert most_graphs_held(UnrollSettings(steps=6, order=2)) == 5
+    assert most_graphs_held(UnrollSettings(steps=6, order=2, truncation=3)) == 2
+    assert most_graphs_held(UnrollSettings(steps=6, order=2, truncation=1)) == 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_frozen_and_unused_parameters_are_left_alone(order):
+    net, support, query = problem()
+    net[0].bias.requires_grad_(False)
+    net.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    trained = [param for param in net.parameters() if param.requires_grad]
+    rule = random_lstm(torch.float64)
+    optimizer = LearnedOptimizer(trained, rule)
+    unroll(net, optimizer, support, query, UnrollSettings(steps=3, order=order))
+    assert all(weight.grad.any() for weight in rule.parameters() if weight.numel() > 3)
+
+
+def test_meta_training_by_these_gradients_lowers_the_meta_loss():
+    net, support, query = problem(dtype=torch.float32)
+    rule = CoordinateLSTM()
+    meta = torch.optim.Adam(rule.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        meta.zero_grad()
+        optimizer = LearnedOptimizer(net.parameters(), rule)
+        losses.append(unroll(net, optimizer, support, support, UnrollSettings(steps=5)).meta_loss)
+        meta.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0: at least 1"),
+        ({"steps": 1, "order": 3}, "order=3: 1 or 2"),
+        ({"steps": 1, "truncation": 0}, "truncation=0: at least 1, or None"),
+        ({"steps": 2, "step_weights": (1,)}, "1 step_weights for 2 steps: one for each"),
+        ({"steps": 1, "query_weight": 0}, "both 0: nothing to learn from"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        UnrollSettings(**options)
