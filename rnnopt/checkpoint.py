@@ -22,6 +22,7 @@ from rnnopt.lstm import CoordinateLSTM
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 _FORMAT = "rnnopt.CoordinateLSTM.1"
+_ABOUT = "rnnopt"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -49,18 +50,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically; the same content is the same bytes.
+
+    Args:
+        path: the file.
+        tensors: its tensors.
+        about: JSON-compatible facts on them. They are one entry of the file's metadata, since
+            safetensors writes several in no particular order.
 
     Raises:
         InputError: see `write_atomically`.
     """
     contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, serialise_tensors(contiguous, dict(metadata)))
+    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors, on CPU, and its metadata.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors, on CPU, and the facts; {} if there are none.
 
     Raises:
         InputError: the file is missing, unreadable, truncated, or no safetensors file.
@@ -73,12 +80,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = parse_tensors(data)
         (length,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        about = dict(json.loads(metadata.get(_ABOUT, "{}")))
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise InputError(
             f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
             "format: make it again with `rnnopt meta-train`"
         ) from error
-    return tensors, metadata
+    return tensors, about
 
 
 def save_rule(
@@ -94,12 +102,8 @@ def save_rule(
     Raises:
         InputError: see `write_atomically`.
     """
-    metadata = {
-        "format": _FORMAT,
-        "config": json.dumps(rule.config),
-        "training": json.dumps(dict(training or {})),
-    }
-    save_tensors(path, rule.state_dict(), metadata)
+    about = {"format": _FORMAT, "config": rule.config, "training": dict(training or {})}
+    save_tensors(path, rule.state_dict(), about)
 
 
 def load_rule(path: str | os.PathLike[str]) -> CoordinateLSTM:
@@ -115,14 +119,14 @@ def load_rule(path: str | os.PathLike[str]) -> CoordinateLSTM:
         InputError: missing, corrupt, truncated, or not a rule of this version's kind.
     """
     file = rule_path(path)
-    tensors, metadata = read_tensors(file)
-    if metadata.get("format") != _FORMAT:
+    tensors, about = read_tensors(file)
+    if about.get("format") != _FORMAT:
         raise InputError(
-            f"{file} holds {metadata.get('format', 'no rnnopt rule')!r}, expected {_FORMAT!r}; "
+            f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected {_FORMAT!r}; "
             "name a file that `rnnopt meta-train` wrote with this version"
         )
     try:
-        rule = CoordinateLSTM(**json.loads(metadata["config"]))
+        rule = CoordinateLSTM(**about["config"])
         rule.to(tensors["gate_weight"].dtype).load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
@@ -140,13 +144,7 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: see `read_tensors`.
     """
-    file = rule_path(path)
-    try:
-        return dict(json.loads(read_tensors(file)[1].get("training", "{}")))
-    except ValueError as error:
-        raise InputError(
-            f"{file}: its note on meta-training is no JSON object; meta-train again"
-        ) from error
+    return dict(read_tensors(rule_path(path))[1].get("training", {}))
 
 
 def rule_path(path: str | os.PathLike[str]) -> Path:

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, ABCMeta
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.rule import advance
@@ -50,4 +51,18 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
                 group["params"][i] = (param + delta).to(param.dtype)
 
 
+def _accept_peft() -> None:
+    """Let `higher` patch peft's layers.
+
+    It makes a class of the layer's and of its own base, `(ABC, Module)`; peft's layers are
+    `(Module, ..., ABC)`, so Python finds no order for both ("Cannot create a consistent method
+    resolution order"). The same base class the other way round fits every module.
+    """
+    base = higher.patch._MonkeyPatchBase
+    own = {"__dict__", "__weakref__", "_abc_impl"}  # every class makes these for itself
+    body = {name: value for name, value in vars(base).items() if name not in own}
+    higher.patch._MonkeyPatchBase = ABCMeta(base.__name__, (nn.Module, ABC), body)
+
+
+_accept_peft()
 higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -290,12 +290,11 @@ class MetaTraining:
         tensors |= {f"best.{name}": leaf for name, leaf in self.best.items()}
         for index, state in self.meta_optimizer.state_dict()["state"].items():
             tensors |= {f"meta.{index}.{name}": leaf for name, leaf in state.items()}
-        metadata = {"progress": json.dumps(asdict(self.progress))}
-        save_tensors(self.folder / CHECKPOINT_FILE, tensors, metadata)
+        save_tensors(self.folder / CHECKPOINT_FILE, tensors, asdict(self.progress))
 
     def _restore(self) -> None:
-        tensors, metadata = read_tensors(self.folder / CHECKPOINT_FILE)
-        self.progress = _Progress(**json.loads(metadata["progress"]))
+        tensors, progress = read_tensors(self.folder / CHECKPOINT_FILE)
+        self.progress = _Progress(**progress)
         self.rule.load_state_dict(_under("rule.", tensors))
         self.best = {
             name: leaf.to(self.classifier.device) for name, leaf in _under("best.", tensors).items()

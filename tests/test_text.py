@@ -322,21 +322,7 @@ def test_without_double_backward_attention_has_no_second_derivative(
 
 @every_encoder
 @every_pooling
-@pytest.mark.parametrize(
-    "tune",
-    [
-        "full",
-        "head",
-        pytest.param(
-            "lora",
-            marks=pytest.mark.xfail(
-                raises=TypeError,
-                strict=True,
-                reason="higher's base class and peft's layers agree on no order of base classes",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("tune", TUNES)
 def test_a_step_under_higher_is_the_step_itself(
     folders: dict[str, Path], kind: str, pooling: str, tune: str
 ) -> None:

@@ -1,0 +1,155 @@
+"""The comparison: tuned where it should be, paired, resumable, and fair."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rnnopt import SGD, InputError
+from rnnopt.corpus import divide_classes, read_corpus
+from rnnopt.episodes import EpisodeSampler
+from rnnopt.evaluate import (
+    BASELINES,
+    Comparison,
+    Journal,
+    default_budgets,
+    interval,
+    student_quantile,
+)
+from rnnopt.task import TaskSource
+from rnnopt.text import Classifier
+
+
+@pytest.fixture(scope="module")
+def sources(encoder, csv_file):
+    splits = divide_classes(read_corpus(csv_file))
+    classifier = Classifier.load(encoder, tune="head", ways=2, device=torch.device("cpu"))
+    return classifier, *(
+        TaskSource(EpisodeSampler(corpus, ways=2, shots=2, queries=4, seed=0), classifier)
+        for corpus in (splits.validation, splits.test)
+    )
+
+
+def comparison(sources, journal, rule=None, baselines=("adamw", "sgd"), tick=lambda name: None):
+    classifier, tuning, report = sources
+    return Comparison(
+        classifier, rule or SGD(0.5), tuning, report, (1, 3), baselines, journal, tick
+    )
+
+
+def test_the_result_has_the_promised_shape(sources, tmp_path):
+    result = comparison(sources, Journal(tmp_path / "j", {})).run(3, 2)
+    json.dumps(result, allow_nan=False)
+    assert result["episodes"] == 3
+    assert set(result["methods"]) == {"learned", "adamw", "sgd"}
+    for name, method in result["methods"].items():
+        for metric in ("accuracy", "loss"):
+            assert set(method[metric]) == {"1", "3"}
+            assert set(method[metric]["1"]) == {"mean", "ci95"}
+        assert method["seconds_per_step"] > 0
+        assert ("tuned" in method) == (name != "learned")
+    for name in ("adamw", "sgd"):
+        assert set(result["methods"][name]["tuned"]["lr"].values()) <= set(BASELINES[name].grid)
+        assert set(result["paired"][name]["accuracy"]) == {"1", "3"}
+
+
+def test_every_grid_has_at_least_five_rates():
+    assert all(len(baseline.grid) >= 5 for baseline in BASELINES.values())
+
+
+def test_every_method_sees_the_same_tasks_from_the_same_weights(sources, tmp_path):
+    """SGD as the rule and SGD as the baseline, at the same rate, score the same on each task."""
+    classifier, tuning, report = sources
+    run = comparison(sources, Journal(tmp_path / "j", {}), SGD(0.1, momentum=0.9), ["sgd"])
+    for number in range(3):
+        ours, theirs = run._learned(number), run._baseline("sgd", 0.1, number, report)
+        for budget in (1, 3):
+            assert ours.scores[budget].loss == pytest.approx(theirs.scores[budget].loss, rel=1e-5)
+
+
+def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sources, tmp_path):
+    journal = Journal(tmp_path / "j", {})
+    run = comparison(sources, journal, baselines=["sgd"])
+    result = run.run(2, 3)
+    runs = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()[1:]]
+    for budget in ("1", "3"):
+        mean = {
+            lr: np.mean([
+                r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {lr:g} tuning")
+            ])
+            for lr in BASELINES["sgd"].grid
+        }
+        assert result["methods"]["sgd"]["tuned"]["lr_for_loss"][budget] == min(mean, key=mean.get)
+
+
+def test_paired_differences_are_learned_minus_baseline(sources, tmp_path):
+    result = comparison(sources, Journal(tmp_path / "j", {})).run(3, 2)
+    for name in ("adamw", "sgd"):
+        for metric in ("accuracy", "loss"):
+            means = [result["methods"][m][metric]["3"]["mean"] for m in ("learned", name)]
+            assert result["paired"][name][metric]["3"]["mean"] == pytest.approx(means[0] - means[1])
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(sources, tmp_path):
+    whole = comparison(sources, Journal(tmp_path / "whole", {"a": 1})).run(2, 2)
+    seen = []
+
+    def stop(name):
+        seen.append(name)
+        if len(seen) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison(sources, Journal(tmp_path / "cut", {"a": 1}), tick=stop).run(2, 2)
+    with (tmp_path / "cut").open("a") as file:
+        file.write('{"run": "cut off by a cra')
+    kept = Journal(tmp_path / "cut", {"a": 1})
+    assert len(kept._runs) == 10
+    resumed = comparison(sources, kept).run(2, 2)
+    strip = lambda result: json.dumps(result["paired"])  # noqa: E731  times differ
+    assert strip(resumed) == strip(whole)
+
+
+def test_a_journal_of_other_facts_is_begun_anew(tmp_path):
+    Journal(tmp_path / "j", {"a": 1})
+    with (tmp_path / "j").open("a") as file:
+        file.write('{"run": "x", "scores": {}, "seconds": 1}\n')
+    assert not Journal(tmp_path / "j", {"a": 2})._runs
+
+
+def test_an_unknown_baseline_is_refused(sources, tmp_path):
+    with pytest.raises(InputError, match="baseline 'lion': choose from adamw, sgd"):
+        comparison(sources, Journal(tmp_path / "j", {}), baselines=["lion"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "budgets"),
+    [(1, (1,)), (4, (1, 2, 3, 4)), (10, (1, 2, 3, 5, 10)), (40, (1, 2, 3, 5, 10, 20, 40))],
+)
+def test_budgets(steps, budgets):
+    assert default_budgets(steps) == budgets
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(InputError, match="steps=0: must be at least 1"):
+        default_budgets(0)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    # any table of Student's t, two-sided 95 %
+    [(1, 12.7062), (3, 3.1824), (4, 2.7764), (5, 2.5706), (9, 2.2622), (39, 2.0227), (99, 1.9842)],
+)
+def test_student_quantile(freedom, quantile):
+    assert student_quantile(freedom) == pytest.approx(quantile, rel=2e-3)
+
+
+def test_an_interval_covers_the_mean_95_times_in_100():
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        cell = interval(generator.normal(3.0, 2.0, size=8))
+        inside += abs(cell["mean"] - 3.0) <= cell["ci95"]
+    assert abs(inside / 2000 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)

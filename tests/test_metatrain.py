@@ -1,0 +1,250 @@
+"""Meta-training: it learns, it can be killed at any moment, and it goes on to the same weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rnnopt import InputError, load_rule
+from rnnopt.checkpoint import read_training
+from rnnopt.corpus import divide_classes, read_corpus
+from rnnopt.episodes import EpisodeSampler
+from rnnopt.metatrain import MetaTraining, MetaTrainSettings
+from rnnopt.task import Task, TaskSource
+from rnnopt.text import Classifier
+from rnnopt.unroll import UnrollSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sources(encoder, csv_file):
+    """Classifier, training tasks, validation tasks."""
+    splits = divide_classes(read_corpus(csv_file))
+    classifier = Classifier.load(encoder, tune="head", pooling="mean", ways=2, device=CPU)
+    return classifier, *(
+        TaskSource(EpisodeSampler(corpus, ways=2, shots=12, queries=8, seed=0), classifier)
+        for corpus in (splits.train, splits.validation)
+    )
+
+
+def settings(meta_steps=6, **options):
+    steps = options.pop("steps", 3)
+    chosen = {"validate_every": 3, "validation_tasks": 2, "checkpoint_every": 2, **options}
+    return MetaTrainSettings(meta_steps, UnrollSettings(steps), **chosen)
+
+
+def training(sources, folder, chosen, resume=False):
+    return MetaTraining(*sources, chosen, folder, {"data": "things"}, {"note": 1}, resume)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_files(one, other):
+    a, b = (load_file(folder / "checkpoint.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_meta_training_lowers_the_validation_loss_and_keeps_the_best_rule(sources, tmp_path):
+    run = training(
+        sources, tmp_path, settings(40, meta_lr=0.02, steps=5, validate_every=10)
+    )
+    rule = run.run()
+    scores = {
+        record["meta_step"]: record["validation"]["score"]
+        for record in records(tmp_path)
+        if "validation" in record
+    }
+    assert scores[40] < scores[0]  # a random encoder allows little; a wrong sign allows nothing
+    assert run.progress.best_step == min(scores, key=scores.get)
+    saved = load_rule(tmp_path)
+    assert all(map(torch.equal, rule.parameters(), saved.parameters()))
+    assert read_training(tmp_path) == {"note": 1, "meta_step": run.progress.best_step}
+
+
+def test_the_log_has_a_line_for_every_meta_step(sources, tmp_path):
+    training(sources, tmp_path, settings(4)).run()
+    lines = records(tmp_path)
+    assert [line["meta_step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all(len(line["query_losses"]) == 3 for line in lines[1:])
+    assert [line["meta_step"] for line in lines if "validation" in line] == [0, 3, 4]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(sources, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        training(sources, tmp_path / name, settings(2, seed=seed)).run()
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert not same_files(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(sources, tmp_path):
+    training(sources, tmp_path / "whole", settings(7)).run()
+
+    def stop(record):
+        if record["meta_step"] == 5:  # one meta-step after the checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(sources, tmp_path / "cut", settings(7)).run(stop)
+    resumed = training(sources, tmp_path / "cut", settings(7), resume=True)
+    assert resumed.progress.meta_step == 4
+    resumed.run()
+    assert same_files(tmp_path / "whole", tmp_path / "cut")
+    for line, expected in zip(records(tmp_path / "cut"), records(tmp_path / "whole"), strict=True):
+        assert {**line, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_a_stop_before_the_first_checkpoint_begins_again(sources, tmp_path):
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(sources, tmp_path, settings(2)).run(stop)
+    training(sources, tmp_path, settings(2), resume=True).run()
+    assert [line["meta_step"] for line in records(tmp_path)] == [0, 1, 2]
+
+
+def test_a_log_line_cut_by_a_crash_is_dropped(sources, tmp_path):
+    training(sources, tmp_path, settings(2)).run()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"meta_step": 3, "meta_')
+    training(sources, tmp_path, settings(4), resume=True).run()
+    assert [line["meta_step"] for line in records(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_more_meta_steps_continue_a_finished_run(sources, tmp_path):
+    training(sources, tmp_path, settings(2)).run()
+    longer = training(sources, tmp_path, settings(4), resume=True)
+    assert longer.progress.meta_step == 2
+    longer.run()
+    assert longer.progress.meta_step == 4
+
+
+class InfiniteTask(Task):
+    """A task whose query loss is infinite."""
+
+    def query_loss(self, classifier):
+        plain = super().query_loss(classifier)
+        return lambda module, step: plain(module, step) * float("inf")
+
+
+class SecondIsInfinite(TaskSource):
+    def load(self, index):
+        task = super().load(index)
+        return InfiniteTask(task.support, task.query, task.ways) if index == 1 else task
+
+
+def test_a_non_finite_meta_loss_skips_the_meta_step_and_is_counted(sources, tmp_path):
+    classifier, train, validation = sources
+    broken = SecondIsInfinite(train.sampler, classifier)
+    run = training((classifier, broken, validation), tmp_path, settings(3))
+    weights = []
+    run.run(lambda record: weights.append([weight.clone() for weight in run.rule.parameters()]))
+    lines = records(tmp_path)
+    assert [line["skipped"] for line in lines[1:]] == [0, 1, 1]
+    assert lines[2]["meta_loss"] is None
+    assert all(map(torch.equal, weights[1], weights[2]))
+    assert not all(map(torch.equal, weights[2], weights[3]))
+
+
+def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
+    training(sources, tmp_path, settings(12, shortest=1)).run()
+    lengths = {len(line["query_losses"]) for line in records(tmp_path)[1:]}
+    assert lengths == {1, 2, 3}
+
+
+def test_tasks_of_a_meta_step_are_averaged(sources, tmp_path):
+    """Two tasks in one meta-step give the mean of their meta-gradients (clipping off)."""
+    gradients = []
+    for tasks, first in ((1, 0), (1, 1), (2, 0)):
+        run = training(sources, tmp_path / f"{tasks}{first}", settings(1, tasks_per_meta_step=tasks, clip=1e9))
+        run.rule.load_state_dict(gradients_rule(run.rule))
+        run.progress.meta_step = first
+        run._meta_step()
+        gradients.append([weight.grad.clone() for weight in run.rule.parameters()])
+    for one, other, both in zip(*gradients):
+        torch.testing.assert_close(both, (one + other) / 2)
+
+
+def gradients_rule(rule):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in rule.state_dict().items()
+    }
+
+
+def test_a_folder_with_a_run_is_not_overwritten(sources, tmp_path):
+    training(sources, tmp_path, settings(1)).run()
+    before = (tmp_path / "rule.safetensors").read_bytes()
+    with pytest.raises(InputError, match="already holds a run; add --resume to continue it"):
+        training(sources, tmp_path, settings(1))
+    assert (tmp_path / "rule.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_something_else_is_left_alone(sources, tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        training(sources, tmp_path, settings(1))
+
+
+def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_path):
+    training(sources, tmp_path, settings(2, meta_lr=0.01)).run()
+    with pytest.raises(InputError, match=r"other settings \(meta_lr: 0.01 there, 0.02 here\)"):
+        training(sources, tmp_path, settings(2, meta_lr=0.02), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"meta_steps": 0}, "meta_steps=0: must be at least 1"),
+        ({"meta_lr": 0.0}, "meta_lr=0.0: must be positive and finite"),
+        ({"clip": float("nan")}, "clip=nan: must be positive and finite"),
+        ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        settings(**options)
+
+
+def command(folder, csv_file, encoder, *more):
+    return [
+        sys.executable, "-m", "rnnopt", "meta-train", "--data", str(csv_file),
+        "--encoder", str(encoder), "--ways", "2", "--shots", "2", "--queries", "3",
+        "--steps", "3", "--tune", "lora", "--lora-rank", "2", "--meta-steps", "12",
+        "--validate-every", "5", "--validation-tasks", "2", "--checkpoint-every", "3",
+        "--device", "cpu", "--output", str(folder), *more,
+    ]  # fmt: skip
+
+
+def test_a_killed_process_resumes_to_the_same_weights_bit_for_bit(tmp_path, csv_file, encoder):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole, csv_file, encoder), check=True, capture_output=True)
+    victim = subprocess.Popen(
+        command(cut, csv_file, encoder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoint.safetensors").exists():
+        assert victim.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    subprocess.run(command(cut, csv_file, encoder, "--resume"), check=True, capture_output=True)
+    assert same_files(whole, cut)
+    assert (whole / "rule.safetensors").read_bytes() == (cut / "rule.safetensors").read_bytes()
+
+
+def test_numpy_streams_behind_the_unroll_lengths_are_pinned():
+    """A changed stream would silently change what a seed means."""
+    assert np.random.default_rng([0, 5]).integers(1, 11) == 7
