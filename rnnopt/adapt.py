@@ -74,7 +74,7 @@ def fit(
         batch = LabelledTexts.read(classifier, [texts[i] for i in chosen], labels[chosen])
         optimizer.zero_grad()
         loss = batch.loss(classifier, classifier.model)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(float(loss.detach()))
         tick(losses[-1])
@@ -91,9 +91,7 @@ def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
 
 
 @torch.no_grad()
-def predict(
-    classifier: Classifier, texts: Sequence[str], batch_size: int = 64
-) -> np.ndarray:
+def predict(classifier: Classifier, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """The most likely class of each text, (B,)."""
     parts = [
         classifier.logits(classifier.batch(texts[start : start + batch_size])).argmax(dim=1)

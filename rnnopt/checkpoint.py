@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -89,9 +90,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-def save_rule(
-    rule: CoordinateLSTM, path: Path, training: Mapping[str, Any] | None = None
-) -> None:
+def save_rule(rule: CoordinateLSTM, path: Path, training: Mapping[str, Any] | None = None) -> None:
     """Write a rule with its config, and what it was meta-trained on, to one file.
 
     Args:
@@ -145,6 +144,14 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: see `read_tensors`.
     """
     return dict(read_tensors(rule_path(path))[1].get("training", {}))
+
+
+def rule_fingerprint(rule: CoordinateLSTM) -> str:
+    """12 hexadecimal digits that tell one rule from another by its weights and config."""
+    digest = hashlib.sha256(json.dumps(rule.config).encode())
+    for weight in rule.parameters():
+        digest.update(weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def rule_path(path: str | os.PathLike[str]) -> Path:

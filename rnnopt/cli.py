@@ -85,21 +85,33 @@ def _add_meta_train(commands: Any) -> None:
     _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
     _add_encoder(parser)
     _add_episodes(parser, several=True)
-    parser.add_argument("--shortest", type=int, metavar="T",
-                        help="draw each task's steps from this .. --steps [--steps]")
-    parser.add_argument("--order", type=int, choices=(1, 2), default=1,
-                        help="meta-gradient: 1 first order, 2 exact through higher [1]")
+    parser.add_argument(
+        "--shortest",
+        type=int,
+        metavar="T",
+        help="draw each task's steps from this .. --steps [--steps]",
+    )
+    parser.add_argument(
+        "--order",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="meta-gradient: 1 first order, 2 exact through higher [1]",
+    )
     parser.add_argument("--meta-steps", type=int, default=500, help="steps of the meta-optimizer")
     parser.add_argument("--tasks", type=int, default=1, help="tasks per meta-step [1]")
     parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
-    parser.add_argument("--query-weight", type=float, default=1.0,
-                        help="of the query loss in the meta-loss [1]")
-    parser.add_argument("--support-weight", type=float, default=0.0,
-                        help="of the support loss in the meta-loss [0]")
-    parser.add_argument("--step-weights", type=float, nargs="+", metavar="W",
-                        help="one per step; all 1 by default")
+    parser.add_argument(
+        "--query-weight", type=float, default=1.0, help="of the query loss in the meta-loss [1]"
+    )
+    parser.add_argument(
+        "--support-weight", type=float, default=0.0, help="of the support loss in the meta-loss [0]"
+    )
+    parser.add_argument(
+        "--step-weights", type=float, nargs="+", metavar="W", help="one per step; all 1 by default"
+    )
     parser.add_argument("--validate-every", type=int, default=50, metavar="M")
     parser.add_argument("--validation-tasks", type=int, default=8, metavar="E")
     parser.add_argument("--checkpoint-every", type=int, default=10, metavar="M")
@@ -116,8 +128,9 @@ def _add_adapt(commands: Any) -> None:
         'transformers.pipeline("text-classification", DIR) loads.',
     )
     parser.add_argument("--data", required=True, help="labelled file: CSV, TSV, JSONL, also .gz")
-    parser.add_argument("--test", help="labelled file to judge by; else a stratified fifth of "
-                        "--data is held out")
+    parser.add_argument(
+        "--test", help="labelled file to judge by; else a stratified fifth of --data is held out"
+    )
     _add_columns(parser)
     _add_encoder(parser)
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
@@ -141,8 +154,13 @@ def _add_compare(commands: Any) -> None:
     _add_episodes(parser, several=False)
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
     parser.add_argument("--episodes", type=int, default=100, help="test episodes [100]")
-    parser.add_argument("--tuning-episodes", type=int, default=10, metavar="E",
-                        help="validation episodes for each learning rate [10]")
+    parser.add_argument(
+        "--tuning-episodes",
+        type=int,
+        default=10,
+        metavar="E",
+        help="validation episodes for each learning rate [10]",
+    )
     parser.add_argument("--baselines", default="adamw,sgd", help="[adamw,sgd]")
     parser.add_argument("--json", required=True, help="file for the figures")
     parser.add_argument("--plot", help="PNG file for the curves")
@@ -151,16 +169,25 @@ def _add_compare(commands: Any) -> None:
 
 def _add_data(parser: argparse.ArgumentParser, use: str) -> None:
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH",
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
         help="labelled files (CSV, TSV, JSONL, also .gz; their classes are divided 60/20/20 into "
         "train, validation and test), folders with train, val and test files of disjoint classes, "
         f"or the word stdlib for the embedded corpus; {use}",
     )
     _add_columns(parser)
-    parser.add_argument("--domain-column", help="column that divides a file into domains; an "
-                        "episode's classes come from one domain [the whole source is one]")
-    parser.add_argument("--allow-overlap", action="store_true",
-                        help="accept classes that were seen in meta-training; the result says so")
+    parser.add_argument(
+        "--domain-column",
+        help="column that divides a file into domains; an "
+        "episode's classes come from one domain [the whole source is one]",
+    )
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="accept classes that were seen in meta-training; the result says so",
+    )
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
@@ -169,13 +196,25 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", required=True, metavar="NAME_OR_PATH",
-                        help="Hugging Face text model: hub name or folder (safetensors)")
-    parser.add_argument("--tune", choices=("full", "lora", "head"), default="lora",
-                        help="which parameters train [lora: LoRA and the head]")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="Hugging Face text model: hub name or folder (safetensors)",
+    )
+    parser.add_argument(
+        "--tune",
+        choices=("full", "lora", "head"),
+        default="lora",
+        help="which parameters train [lora: LoRA and the head]",
+    )
     parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
-    parser.add_argument("--pooling", choices=("model", "mean"), default="model",
-                        help="what the head reads: the model's own pooler or the mean [model]")
+    parser.add_argument(
+        "--pooling",
+        choices=("model", "mean"),
+        default="model",
+        help="what the head reads: the model's own pooler or the mean [model]",
+    )
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
@@ -184,11 +223,23 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
 def _add_episodes(parser: argparse.ArgumentParser, several: bool) -> None:
     kind: dict[str, Any] = {"type": int, "nargs": "+"} if several else {"type": int}
     more = "; several: each episode draws one" if several else ""
-    parser.add_argument("--ways", default=[5] if several else 5, metavar="N", **kind,
-                        help=f"classes of an episode [5]{more}")
-    parser.add_argument("--shots", default=[5] if several else 5, metavar="K", **kind,
-                        help=f"support texts a class [5]{more}")
-    parser.add_argument("--queries", type=int, default=5, metavar="Q",
-                        help="query texts a class [5]")
-    parser.add_argument("--steps", type=int, default=10, metavar="T",
-                        help="steps of adaptation [10]")
+    parser.add_argument(
+        "--ways",
+        default=[5] if several else 5,
+        metavar="N",
+        **kind,
+        help=f"classes of an episode [5]{more}",
+    )
+    parser.add_argument(
+        "--shots",
+        default=[5] if several else 5,
+        metavar="K",
+        **kind,
+        help=f"support texts a class [5]{more}",
+    )
+    parser.add_argument(
+        "--queries", type=int, default=5, metavar="Q", help="query texts a class [5]"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="T", help="steps of adaptation [10]"
+    )

@@ -14,24 +14,29 @@ import torch
 from tqdm import tqdm
 
 from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
-from rnnopt.checkpoint import SHIPPED_RULE, load_rule, read_training, write_atomically
-from rnnopt.corpus import (
-    Corpus,
-    Splits,
-    class_sketches,
-    overlapping_classes,
-    read_corpus,
-    read_splits,
-    stdlib_splits,
-    stratified_holdout,
-    summary,
+from rnnopt.checkpoint import (
+    SHIPPED_RULE,
+    load_rule,
+    read_training,
+    rule_fingerprint,
+    write_atomically,
 )
+from rnnopt.corpus import Corpus, summary
+from rnnopt.embedded import stdlib_splits
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, Journal, default_budgets
+from rnnopt.files import read_corpus
 from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
+from rnnopt.splits import (
+    Splits,
+    class_sketches,
+    overlapping_classes,
+    read_splits,
+    stratified_holdout,
+)
 from rnnopt.task import TaskSource
 from rnnopt.text import Classifier, encoder_name
 from rnnopt.unroll import UnrollSettings
@@ -61,17 +66,9 @@ def meta_train(options: Namespace) -> None:
         checkpoint_every=options.checkpoint_every,
     )
     splits = read_data(options)
-    samplers = [
-        EpisodeSampler(
-            corpus,
-            ways=options.ways,
-            shots=options.shots,
-            queries=options.queries,
-            seed=options.seed,
-        )
-        for corpus in (splits.train, splits.validation)
-    ]
+    samplers = [episode_sampler(options, part) for part in (splits.train, splits.validation)]
     classifier = load_classifier(options, max(options.ways), double_backward=options.order == 2)
+    train, validation = (TaskSource(sampler, classifier) for sampler in samplers)
     task_facts = {
         "encoder": encoder_name(options.encoder),
         **{
@@ -82,7 +79,8 @@ def meta_train(options: Namespace) -> None:
     folder = Path(options.output)
     run = MetaTraining(
         classifier,
-        *(TaskSource(sampler, classifier) for sampler in samplers),
+        train,
+        validation,
         settings,
         folder,
         facts={
@@ -193,20 +191,11 @@ def compare(options: Namespace) -> None:
     rule = load_rule(rule_file)
     splits = read_data(options)
     overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
-    samplers = [
-        EpisodeSampler(
-            corpus,
-            ways=options.ways,
-            shots=options.shots,
-            queries=options.queries,
-            seed=options.seed,
-        )
-        for corpus in (splits.validation, splits.test)
-    ]
+    samplers = [episode_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways)
+    tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
     facts = {
-        "rule": rule.config | {"weights": float(sum(w.double().sum() for w in rule.parameters()))},
         "encoder": encoder_name(options.encoder),
         "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
         **{
@@ -223,7 +212,9 @@ def compare(options: Namespace) -> None:
         comparison = Comparison(
             classifier,
             rule,
-            *(TaskSource(sampler, classifier) for sampler in samplers),
+            rule_fingerprint(rule),
+            tuning,
+            report,
             budgets,
             baselines,
             journal,
@@ -231,7 +222,8 @@ def compare(options: Namespace) -> None:
         )
         bar.total = comparison.runs_at_most(options.episodes, options.tuning_episodes)
         result = comparison.run(options.episodes, options.tuning_episodes)
-    result = {"setting": {**facts, "seen_classes": overlap}, **result}
+    setting = {**facts, "rule": rule_fingerprint(rule), "seen_classes": overlap}
+    result = {"setting": setting, **result}
     write_atomically(out, _json(result))
     if options.plot:
         title = (
@@ -242,7 +234,6 @@ def compare(options: Namespace) -> None:
     if overlap:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
     print(comparison_table(result, budgets))
-    journal.path.unlink()
 
 
 def _seen_classes(
@@ -287,6 +278,13 @@ def read_data(options: Namespace) -> Splits:
         label_column=options.label_column,
         domain_column=options.domain_column,
         allow_overlap=options.allow_overlap,
+    )
+
+
+def episode_sampler(options: Namespace, corpus: Corpus) -> EpisodeSampler:
+    """The episodes that --ways, --shots, --queries and --seed describe."""
+    return EpisodeSampler(
+        corpus, ways=options.ways, shots=options.shots, queries=options.queries, seed=options.seed
     )
 
 

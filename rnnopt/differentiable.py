@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     import higher
 
 
-class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):
+class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
     """The same arithmetic as `LearnedOptimizer.step`, ``p' = p + delta``, with its graph kept.
 
     Attributes:

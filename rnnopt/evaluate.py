@@ -70,7 +70,8 @@ def default_budgets(steps: int) -> tuple[int, ...]:
 
 
 class Journal:
-    """Finished runs in a file, so that a comparison that was stopped goes on where it was.
+    """Finished runs in a file: a comparison that was stopped goes on where it was, and one of
+    another rule in the same setting finds the baselines' runs done.
 
     Args:
         path: JSON lines; the first holds `facts`.
@@ -101,9 +102,10 @@ class Journal:
             return
         self._runs[entry["run"]] = entry
 
-    def run(self, name: str, adapt: Callable[[], Adaptation]) -> Adaptation:
-        """The run of that name from the file, else `adapt()`, which is then kept."""
-        if name not in self._runs:
+    def run(self, name: str, budgets: Sequence[int], adapt: Callable[[], Adaptation]) -> Adaptation:
+        """The run of that name from the file if it has these budgets, else `adapt()`, now kept."""
+        known = self._runs.get(name, {"scores": {}})["scores"]
+        if not {str(b) for b in budgets} <= known.keys():
             done = adapt()
             entry = {
                 "run": name,
@@ -124,6 +126,7 @@ class Comparison:
     Args:
         classifier: what every method adapts.
         rule: the learned rule.
+        rule_name: tells it from other rules in the journal.
         tuning: tasks of validation classes, for the baselines' learning rates.
         report: tasks of test classes.
         budgets: numbers of steps to report at.
@@ -139,6 +142,7 @@ class Comparison:
         self,
         classifier: Classifier,
         rule: UpdateRule,
+        rule_name: str,
         tuning: TaskSource,
         report: TaskSource,
         budgets: Sequence[int],
@@ -149,7 +153,7 @@ class Comparison:
         unknown = [name for name in baselines if name not in BASELINES]
         if unknown:
             raise InputError(f"baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
-        self.classifier, self.rule = classifier, rule
+        self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
         self.tuning, self.report = tuning, report
         self.budgets, self.baselines = budgets, baselines
         self.journal, self.tick = journal, tick
@@ -206,7 +210,10 @@ class Comparison:
         grid = BASELINES[name].grid
         scores = {
             lr: _values(
-                [self._baseline(name, lr, number, self.tuning) for number in range(episodes)],
+                [
+                    self._baseline(name, lr, number, self.tuning, self.budgets)
+                    for number in range(episodes)
+                ],
                 self.budgets,
             )
             for lr in grid
@@ -220,7 +227,7 @@ class Comparison:
             "loss": lambda lr, b: (scores[lr]["loss"][b].mean(),),
         }
         return {
-            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in self.budgets}  # noqa: B023
+            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in self.budgets}
             for metric, key in keys.items()
         }
 
@@ -228,32 +235,42 @@ class Comparison:
         self, name: str, chosen: dict[str, dict[int, float]], episodes: int
     ) -> tuple[dict[str, dict[int, np.ndarray]], float]:
         """A baseline's test figures, each at the rate chosen for it, and its time per step."""
-        used = sorted({lr for rates in chosen.values() for lr in rates.values()})
+        wanted: dict[float, set[int]] = {}  # no rate runs longer than it has to
+        for by_budget in chosen.values():
+            for budget, lr in by_budget.items():
+                wanted.setdefault(lr, set()).add(budget)
         runs = {
-            lr: [self._baseline(name, lr, number, self.report) for number in range(episodes)]
-            for lr in used
+            lr: [
+                self._baseline(name, lr, number, self.report, sorted(budgets))
+                for number in range(episodes)
+            ]
+            for lr, budgets in wanted.items()
         }
-        at = {lr: _values(runs[lr], self.budgets) for lr in used}
+        at = {lr: _values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
         values = {
             metric: {b: at[chosen[metric][b]][metric][b] for b in self.budgets}
             for metric in METRICS
         }
-        return values, _mean_seconds([run for lr in used for run in runs[lr]])
+        return values, _mean_seconds([run for column in runs.values() for run in column])
 
     def _learned(self, number: int) -> Adaptation:
         return self._adapt(
-            f"{LEARNED} report {number}",
+            f"{LEARNED} {self.rule_name} report {number}",
             number,
             self.report,
+            self.budgets,
             lambda params: LearnedOptimizer(params, self.rule),
         )
 
-    def _baseline(self, name: str, lr: float, number: int, source: TaskSource) -> Adaptation:
+    def _baseline(
+        self, name: str, lr: float, number: int, source: TaskSource, budgets: Sequence[int]
+    ) -> Adaptation:
         part = "tuning" if source is self.tuning else "report"
         return self._adapt(
             f"{name} {lr:g} {part} {number}",
             number,
             source,
+            budgets,
             lambda params: BASELINES[name].build(params, lr),
         )
 
@@ -262,6 +279,7 @@ class Comparison:
         run: str,
         number: int,
         source: TaskSource,
+        budgets: Sequence[int],
         build: Callable[[list[Tensor]], torch.optim.Optimizer],
     ) -> Adaptation:
         """One method on one task, from the head that belongs to the task."""
@@ -271,9 +289,9 @@ class Comparison:
             heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
             self.classifier.reset(task.ways, seed=heads + number)
             params: list[Tensor] = [param for _, param in self.classifier.trainable()]
-            return adapt_and_judge(self.classifier, build(params), task, self.budgets)
+            return adapt_and_judge(self.classifier, build(params), task, budgets)
 
-        done = self.journal.run(run, adapt)
+        done = self.journal.run(run, budgets, adapt)
         self.tick(run)
         return done
 

@@ -125,9 +125,7 @@ class CoordinateLSTM(nn.Module):
         steps taken; ``peak`` 0-d: largest RMS of the gradient so far.
         """
         dtype = self.gate_weight.dtype
-        memory = torch.zeros(
-            self.hidden_size, param.numel(), dtype=dtype, device=param.device
-        )
+        memory = torch.zeros(self.hidden_size, param.numel(), dtype=dtype, device=param.device)
         return {
             **init_moments(param, dtype),
             "hidden": memory,
@@ -143,9 +141,7 @@ class CoordinateLSTM(nn.Module):
         moments = next_moments(grad, state, self.betas)
         m_hat, root = debias(moments, self.betas)
         relative, grad_rms = relative_gradient(grad)
-        context = tensor_context(
-            grad, grad_rms, state["m"], state["peak"], moments["step"], param
-        )
+        context = tensor_context(grad, grad_rms, state["m"], state["peak"], moments["step"], param)
         scale = root + self.eps
         adam = m_hat / scale
         features = coordinate_features(adam, grad / scale, relative, param)

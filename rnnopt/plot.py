@@ -13,8 +13,8 @@ from rnnopt.checkpoint import write_atomically
 
 matplotlib.use("Agg")  # no window system is needed, or looked for
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 _LABELS = {"accuracy": "accuracy on query texts", "loss": "query loss (nats per text)"}
 

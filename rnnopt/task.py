@@ -159,7 +159,7 @@ def adapt_and_judge(
     for step in range(1, max(budgets) + 1):
         started = time.perf_counter()
         optimizer.zero_grad()
-        loss_of(classifier.model, step - 1).backward()
+        torch.autograd.backward(loss_of(classifier.model, step - 1))
         optimizer.step()
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()

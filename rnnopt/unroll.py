@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,8 @@ def _second_order(
 
     import rnnopt.differentiable  # noqa: F401  registers LearnedOptimizer
 
+    rule = cast(nn.Module, optimizer.rule)  # a rule without weights has no meta-gradient
+    weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         segment: list[Tensor] = []
@@ -261,14 +264,13 @@ def _second_order(
             meta_loss += float(term.detach())
             segment.append(term)
             if settings.cut_after(t):
-                weights = [w for w in optimizer.rule.parameters() if w.requires_grad]
                 torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)
                 segment = []
                 _cut(fmodel, stepper)
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)
 
 
-def _cut(fmodel: nn.Module, stepper: object) -> None:
+def _cut(fmodel: Any, stepper: Any) -> None:
     """End the graph here, and let go of what lies before.
 
     `higher` keeps every step's parameters in a list of its own; detaching the newest alone frees

@@ -7,7 +7,9 @@ import torch
 from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, UpdateRule
 
 
-def random_lstm(dtype: torch.dtype = torch.float32, seed: int = 0, **options: int) -> CoordinateLSTM:
+def random_lstm(
+    dtype: torch.dtype = torch.float32, seed: int = 0, **options: int
+) -> CoordinateLSTM:
     """A rule with every weight away from zero, output included, so that each of them matters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

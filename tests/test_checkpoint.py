@@ -76,7 +76,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, name, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="can't read .*nowhere: No such file"):
+    with pytest.raises(InputError, match=r"can't read .*nowhere: No such file"):
         load_rule(tmp_path / "nowhere")
 
 
@@ -88,7 +88,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)  # a full disk can't be had in a test
-    with pytest.raises(InputError, match="can't write .*No space left on device; choose a folder"):
+    with pytest.raises(InputError, match=r"can't write .*No space left on device; choose a folder"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]

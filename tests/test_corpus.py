@@ -16,22 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnnopt import corpus as corpus_module
-from rnnopt.corpus import (
-    Corpus,
+from rnnopt import files as files_module
+from rnnopt.corpus import Corpus, merge, summary
+from rnnopt.embedded import stdlib_corpus, stdlib_splits
+from rnnopt.errors import InputError
+from rnnopt.files import read_corpus
+from rnnopt.splits import (
     check_disjoint,
     class_sketches,
     divide_classes,
-    merge,
     overlapping_classes,
-    read_corpus,
     read_splits,
-    stdlib_corpus,
-    stdlib_splits,
     stratified_holdout,
-    summary,
 )
-from rnnopt.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
@@ -165,7 +162,7 @@ def test_every_format_reads_the_same(name: str, zipped: bool, tmp_path: Path) ->
 def test_json_lines_give_back_any_text_but_for_white_space(texts: list[str]) -> None:
     texts = [f"{i} {text}" for i, text in enumerate(texts)]
     lines = "\n".join(json.dumps({"text": t, "label": "a"}, ensure_ascii=False) for t in texts)
-    rows = corpus_module._json_rows(Path("x.jsonl"), lines)
+    rows = files_module._json_rows(Path("x.jsonl"), lines)
     assert [row["text"] for _, row in rows] == texts
 
 
@@ -710,10 +707,10 @@ def test_the_embedded_corpus_is_the_same_in_another_process(
         (tmp_path / f"{name}.py").write_text(module(name, 25))
     fake_stdlib(tmp_path, monkeypatch)
     code = (
-        "import sys, sysconfig; from rnnopt.corpus import stdlib_corpus;"
+        "import sys, sysconfig; from rnnopt.embedded import stdlib_corpus;"
         "sysconfig.get_path = lambda name: sys.argv[1]; print(stdlib_corpus().fingerprint())"
     )
-    root = str(Path(corpus_module.__file__).parents[1])
+    root = str(Path(files_module.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": root},

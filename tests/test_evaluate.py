@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rnnopt import SGD, InputError
-from rnnopt.corpus import divide_classes, read_corpus
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import (
     BASELINES,
@@ -18,7 +17,9 @@ from rnnopt.evaluate import (
     interval,
     student_quantile,
 )
-from rnnopt.task import TaskSource
+from rnnopt.files import read_corpus
+from rnnopt.splits import divide_classes
+from rnnopt.task import Adaptation, Score, TaskSource
 from rnnopt.text import Classifier
 
 
@@ -35,7 +36,7 @@ def sources(encoder, csv_file):
 def comparison(sources, journal, rule=None, baselines=("adamw", "sgd"), tick=lambda name: None):
     classifier, tuning, report = sources
     return Comparison(
-        classifier, rule or SGD(0.5), tuning, report, (1, 3), baselines, journal, tick
+        classifier, rule or SGD(0.5), "rule", tuning, report, (1, 3), baselines, journal, tick
     )
 
 
@@ -61,10 +62,10 @@ def test_every_grid_has_at_least_five_rates():
 
 def test_every_method_sees_the_same_tasks_from_the_same_weights(sources, tmp_path):
     """SGD as the rule and SGD as the baseline, at the same rate, score the same on each task."""
-    classifier, tuning, report = sources
+    _, _, report = sources
     run = comparison(sources, Journal(tmp_path / "j", {}), SGD(0.1, momentum=0.9), ["sgd"])
     for number in range(3):
-        ours, theirs = run._learned(number), run._baseline("sgd", 0.1, number, report)
+        ours, theirs = run._learned(number), run._baseline("sgd", 0.1, number, report, (1, 3))
         for budget in (1, 3):
             assert ours.scores[budget].loss == pytest.approx(theirs.scores[budget].loss, rel=1e-5)
 
@@ -76,9 +77,9 @@ def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sourc
     runs = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()[1:]]
     for budget in ("1", "3"):
         mean = {
-            lr: np.mean([
-                r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {lr:g} tuning")
-            ])
+            lr: np.mean(
+                [r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {lr:g} tuning")]
+            )
             for lr in BASELINES["sgd"].grid
         }
         assert result["methods"]["sgd"]["tuned"]["lr_for_loss"][budget] == min(mean, key=mean.get)
@@ -110,6 +111,18 @@ def test_a_stopped_comparison_goes_on_where_it_was(sources, tmp_path):
     resumed = comparison(sources, kept).run(2, 2)
     strip = lambda result: json.dumps(result["paired"])  # noqa: E731  times differ
     assert strip(resumed) == strip(whole)
+
+
+def test_a_run_is_done_again_for_budgets_that_it_lacks(tmp_path):
+    journal, calls = Journal(tmp_path / "j", {}), []
+
+    def adapt(budgets):
+        calls.append(budgets)
+        return Adaptation({b: Score(1.0, 0.5) for b in budgets}, 0.1)
+
+    for budgets in ([1], [1], [1, 3], [3]):
+        journal.run("x", budgets, lambda budgets=budgets: adapt(budgets))
+    assert calls == [[1], [1, 3]]
 
 
 def test_a_journal_of_other_facts_is_begun_anew(tmp_path):

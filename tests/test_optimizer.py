@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_grouping_changes_nothing(cuts, make):
     twin = copy.deepcopy(net)
     params = list(twin.parameters())
     edges = [0, *sorted(cuts), len(params)]
-    groups = [{"params": params[a:b]} for a, b in zip(edges, edges[1:])]
+    groups = [{"params": params[a:b]} for a, b in itertools.pairwise(edges)]
     train(net, LearnedOptimizer(net.parameters(), make()), range(3))
     train(twin, LearnedOptimizer(groups, make()), range(3))
     assert all(map(torch.equal, values(net), values(twin)))

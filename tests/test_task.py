@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rnnopt import Adam, LearnedOptimizer
-from rnnopt.corpus import read_corpus
 from rnnopt.episodes import EpisodeSampler
+from rnnopt.files import read_corpus
 from rnnopt.task import DIVERGED_LOSS, LabelledTexts, TaskSource, adapt_and_judge, judge
 from rnnopt.text import Classifier
 

@@ -31,7 +31,8 @@ def problem(seed=0, dtype=torch.float64):
 
 def meta_gradient(net, rule, support, query, settings, **options):
     rule.zero_grad()
-    result = unroll(net, LearnedOptimizer(net.parameters(), rule, **options), support, query, settings)
+    optimizer = LearnedOptimizer(net.parameters(), rule, **options)
+    result = unroll(net, optimizer, support, query, settings)
     return result, {name: weight.grad.clone() for name, weight in rule.named_parameters()}
 
 
@@ -241,7 +242,7 @@ def test_frozen_and_unused_parameters_are_left_alone(order):
 
 
 def test_meta_training_by_these_gradients_lowers_the_meta_loss():
-    net, support, query = problem(dtype=torch.float32)
+    net, support, _ = problem(dtype=torch.float32)
     rule = CoordinateLSTM()
     meta = torch.optim.Adam(rule.parameters(), lr=0.02)
     losses = []
