@@ -1,0 +1,246 @@
+"""The command, as a user types it: real files in, real files out, and clear words for mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rules import random_lstm
+
+from rnnopt import load_rule, save_rule
+from rnnopt.cli import main
+from rnnopt.splits import class_sketches, read_splits
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def rule_file(tmp_path_factory):
+    """An untrained rule: Adam."""
+    rule = random_lstm()
+    rule.zero_output()
+    path = tmp_path_factory.mktemp("rule") / "rule.safetensors"
+    save_rule(rule, path)
+    return path
+
+
+def meta_train(csv_file, encoder, folder, *more):
+    return [
+        "meta-train", "--data", csv_file, "--encoder", encoder, "--ways", "2", "--shots", "1", "2",
+        "--queries", "3", "--steps", "2", "--tune", "head", "--meta-steps", "4",
+        "--validate-every", "2", "--validation-tasks", "2", "--output", folder, *more,
+    ]  # fmt: skip
+
+
+def adapt(data, encoder, folder, *more):
+    return [
+        "adapt",
+        "--data",
+        data,
+        "--encoder",
+        encoder,
+        "--steps",
+        "3",
+        "--output",
+        folder,
+        *more,
+    ]
+
+
+def compare(csv_file, encoder, rule_file, out, *more):
+    return [
+        "compare", "--data", csv_file, "--encoder", encoder, "--rule", rule_file, "--ways", "2",
+        "--shots", "2", "--queries", "3", "--episodes", "2", "--tuning-episodes", "2",
+        "--steps", "2", "--tune", "head", "--json", out, *more,
+    ]  # fmt: skip
+
+
+def run(arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def fails(arguments, capsys):
+    """Run a command that must fail as a user's mistake does; its one line."""
+    assert run(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"rnnopt {arguments[0]}: error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_meta_train_leaves_rule_log_and_picture(csv_file, encoder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(meta_train(csv_file, encoder, folder)) == 0
+    load_rule(folder)
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 5
+    assert (folder / "learning.png").read_bytes().startswith(PNG)
+    assert "validation loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--tune", "lora", "--lora-rank", "2"], ["--pooling", "mean"]])
+def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
+    assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
+
+
+def test_meta_train_on_the_embedded_corpus(encoder, tmp_path):
+    assert run(meta_train("stdlib", encoder, tmp_path / "run")) == 0
+
+
+def test_adapt_saves_a_folder_that_the_pipeline_loads(
+    csv_file, encoder, rule_file, tmp_path, capsys
+):
+    import transformers
+
+    folder = tmp_path / "classifier"
+    assert run(adapt(csv_file, encoder, folder, "--rule", rule_file)) == 0
+    out = capsys.readouterr().out
+    assert "macro precision" in out
+    report = json.loads((folder / "adapt.json").read_text())
+    assert set(report) >= {"accuracy", "precision", "recall", "f1", "losses"}
+    assert len(report["losses"]) == 3
+    assert report["texts"] == 50  # a fifth of each class's 24, rounded
+    assert (folder / "loss.png").read_bytes().startswith(PNG)
+    answer = transformers.pipeline("text-classification", str(folder))("play a song")
+    assert answer[0]["label"] in {
+        line.split(",")[1] for line in csv_file.read_text().split("\n")[1:-1]
+    }
+
+
+def test_adapt_judges_by_the_test_file_that_is_given(csv_file, encoder, rule_file, tmp_path):
+    test = tmp_path / "test.tsv"
+    test.write_text("label\tutterance\nmusic\tplay a song\nsport\twho won the match\n")
+    wide = tmp_path / "train.tsv"
+    rows = [line.rsplit(",", 1) for line in csv_file.read_text().splitlines()[1:]]
+    wide.write_text("label\tutterance\n" + "".join(f"{label}\t{text}\n" for text, label in rows))
+    more = ["--test", test, "--text-column", "utterance", "--rule", rule_file]
+    assert run(adapt(wide, encoder, tmp_path / "out", *more)) == 0
+    assert json.loads((tmp_path / "out" / "adapt.json").read_text())["texts"] == 2
+
+
+def test_adapt_lowers_the_training_loss(csv_file, encoder, rule_file, tmp_path):
+    more = ["--steps", "10", "--tune", "full", "--rule", rule_file]
+    assert run(adapt(csv_file, encoder, tmp_path / "out", *more)) == 0
+    losses = json.loads((tmp_path / "out" / "adapt.json").read_text())["losses"]
+    assert losses[-1] < losses[0]
+
+
+def test_adapt_without_a_rule_takes_the_shipped_one(csv_file, encoder, tmp_path):
+    assert run(adapt(csv_file, encoder, tmp_path / "out")) == 0
+
+
+def test_compare_writes_the_figures_and_the_picture(csv_file, encoder, rule_file, tmp_path, capsys):
+    out, plot = tmp_path / "result.json", tmp_path / "result.png"
+    assert run(compare(csv_file, encoder, rule_file, out, "--plot", plot)) == 0
+    result = json.loads(out.read_text())
+    assert set(result["methods"]) == {"learned", "adamw", "sgd"}
+    assert set(result["methods"]["learned"]["accuracy"]) == {"1", "2"}
+    assert plot.read_bytes().startswith(PNG)
+    assert "| learned |" in capsys.readouterr().out
+
+
+def test_compare_again_needs_no_new_runs(csv_file, encoder, rule_file, tmp_path):
+    out = tmp_path / "result.json"
+    run(compare(csv_file, encoder, rule_file, out))
+    journal = out.with_name("result.json.runs")
+    first, lines = out.read_text(), journal.read_text()
+    run(compare(csv_file, encoder, rule_file, out))
+    assert (out.read_text(), journal.read_text()) == (first, lines)
+
+
+def test_compare_refuses_classes_that_the_rule_has_seen(csv_file, encoder, tmp_path, capsys):
+    splits = read_splits([csv_file])
+    save_rule(random_lstm(), tmp_path / "rule", {"classes": class_sketches(splits.test)})
+    command = compare(csv_file, encoder, tmp_path / "rule", tmp_path / "o.json")
+    assert "was meta-trained on classes that it would be judged by" in fails(command, capsys)
+    assert run([*command, "--allow-overlap"]) == 0
+    assert "CAUTION: 2 test classes were seen" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "o.json").read_text())["setting"]["seen_classes"]) == 2
+
+
+def test_a_full_disk_or_no_permission_loses_nothing(csv_file, encoder, rule_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "result.json"  # below a file nothing can be written, even by root
+    assert "can't" in fails(compare(csv_file, encoder, rule_file, out), capsys)
+    assert "can't write" in fails(meta_train(csv_file, encoder, tmp_path / "file" / "run"), capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+BAD_DATA = {
+    "missing": (None, "nowhere.csv"),
+    "empty": ("", "no rows, needs at least one"),
+    "no column": ("sentence,label\na,b\n", "no column 'text'"),
+    "bad encoding": (b"text,label\nok,a\n\xff\xfe,b\n", "line 3"),
+    "one class": ("text,label\n" + "".join(f"t {i},a\n" for i in range(9)), "1 "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+@pytest.mark.parametrize("command", [meta_train, adapt])
+def test_bad_data_is_refused_before_anything_is_written(command, name, encoder, tmp_path, capsys):
+    content, message = BAD_DATA[name]
+    data = tmp_path / "nowhere.csv"
+    if content is not None:
+        data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in fails(command(data, encoder, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ways", "30"], "lower --ways"),
+        (["--shots", "22"], "lower --ways, --shots or --queries"),
+        (["--steps", "0"], "steps=0: at least 1"),
+        (["--meta-steps", "0"], "meta_steps=0: must be at least 1"),
+        (["--shortest", "9"], "shortest unroll of 9 steps"),
+        (["--encoder", "no/such-encoder-anywhere"], "no/such-encoder-anywhere"),
+        (["--max-length", "1"], "max_length"),
+        (["--seed", "-1"], "seed"),
+    ],
+)
+def test_bad_options_of_meta_train(csv_file, encoder, tmp_path, capsys, more, message):
+    command = meta_train(csv_file, encoder, tmp_path / "out", *more)
+    assert message in fails(command, capsys)
+
+
+def test_a_folder_that_is_no_model(csv_file, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    message = fails(adapt(csv_file, tmp_path / "model", tmp_path / "out"), capsys)
+    assert "has no config.json" in message
+
+
+def test_a_rule_file_that_is_none(csv_file, encoder, tmp_path, capsys):
+    (tmp_path / "rule").write_text("not a rule")
+    command = adapt(csv_file, encoder, tmp_path / "out", "--rule", tmp_path / "rule")
+    assert "no complete safetensors file" in fails(command, capsys)
+
+
+@pytest.mark.parametrize("command", [meta_train, adapt])
+def test_a_folder_with_other_work_is_left_alone(csv_file, encoder, tmp_path, capsys, command):
+    (tmp_path / "thesis.txt").write_text("kept")
+    assert "choose another --output" in fails(command(csv_file, encoder, tmp_path), capsys)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(csv_file, encoder, tmp_path, capsys):
+    command = adapt(csv_file, encoder, tmp_path / "out", "--device", "cuda")
+    assert "use --device cpu or auto" in fails(command, capsys)
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rnnopt.cli._demo", interrupted)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_python_m_rnnopt_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnopt", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0.1.0"
