@@ -17,8 +17,9 @@ from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.rule import advance
 
 with warnings.catch_warnings():
-    # higher 0.2.1 has "\ " in plain docstrings; Python says so when it compiles them, once
+    # higher 0.2.1 has "\ " in plain docstrings and an `is 1`; Python says so when it compiles them
     warnings.filterwarnings("ignore", message=".*invalid escape sequence")
+    warnings.filterwarnings("ignore", message='"is" with')
     import higher
 
 

@@ -52,7 +52,7 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "sgd": Baseline(
         lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
+        (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0),
     ),
 }
 

@@ -55,7 +55,7 @@ class LabelledTexts:
     def loss(self, classifier: Classifier, module: nn.Module) -> Tensor:
         """Cross-entropy of `module`, mean nats per text; 0-d."""
         total = [
-            cross_entropy(classifier.forward(module, batch).float(), labels, reduction="sum")
+            cross_entropy(classifier.forward(module, batch), labels, reduction="sum")
             for batch, labels in self.pieces
         ]
         return torch.stack(total).sum() / self.count

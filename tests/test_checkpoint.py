@@ -1,10 +1,7 @@
 """Rule files: data, whole or not at all."""
 
-import json
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -98,23 +95,3 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write"):
         write_atomically(tmp_path / "file" / "below", b"")
-
-
-IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
-
-
-def modules_after_importing(name):
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTED.format(name)], capture_output=True, text=True, check=True
-    )
-    return {module.split(".")[0] for module in json.loads(done.stdout)}
-
-
-def test_importing_rnnopt_loads_neither_higher_nor_transformers():
-    heavy = {"higher", "transformers", "peft", "matplotlib", "tokenizers"}
-    assert not heavy & modules_after_importing("rnnopt")
-
-
-def test_the_test_above_can_fail():
-    assert "higher" in modules_after_importing("rnnopt.differentiable")
-    assert "transformers" in modules_after_importing("rnnopt.text")

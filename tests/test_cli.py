@@ -120,7 +120,8 @@ def test_adapt_judges_by_the_test_file_that_is_given(csv_file, encoder, rule_fil
 
 
 def test_adapt_lowers_the_training_loss(csv_file, encoder, rule_file, tmp_path):
-    more = ["--steps", "10", "--tune", "full", "--rule", rule_file]
+    more = ["--steps", "10", "--tune", "full", "--lr", "5", "--batch-size", "200"]
+    more += ["--rule", rule_file]
     assert run(adapt(csv_file, encoder, tmp_path / "out", *more)) == 0
     losses = json.loads((tmp_path / "out" / "adapt.json").read_text())["losses"]
     assert losses[-1] < losses[0]
