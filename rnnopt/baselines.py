@@ -101,7 +101,8 @@ def next_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> Stat
     """Exponential averages of the gradient and of its square, not yet debiased."""
     return {
         "m": torch.lerp(state["m"], grad, 1 - betas[0]),
-        "v": torch.lerp(state["v"], grad * grad, 1 - betas[1]),
+        # not lerp: where a gradient's square overflows it makes NaN of an infinite v
+        "v": betas[1] * state["v"] + (1 - betas[1]) * (grad * grad),
         "step": state["step"] + 1,
     }
 

@@ -42,13 +42,32 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # a temporary file is private by default, results are not
         os.replace(temporary, path)
+        temporary = None
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise InputError(
             f"can't write {path}: {error.strerror}; choose a folder with space that you may "
             "write to"
         ) from error
+    finally:
+        if temporary is not None:  # also after Ctrl-C
+            temporary.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make an output folder, or take one that is empty.
+
+    Raises:
+        InputError: it holds something, or can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"can't write to {folder}: {error.strerror}; choose another --output"
+        ) from error
+    if taken:
+        raise InputError(f"{folder} is not an empty folder; choose another --output")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rnnopt import __version__
 from rnnopt.errors import InputError
 
+_EXTRAS = ("higher", "matplotlib", "peft", "tqdm", "transformers")  # the extra `meta`
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -25,6 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except InputError as error:
         print(f"rnnopt {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(
+            f'rnnopt {options.command}: error: {error.name} is missing: pip install "rnnopt[meta]"',
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"rnnopt {options.command}: interrupted", file=sys.stderr)
@@ -69,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 5 minutes"
     )
     demo.add_argument("--output", default="demo", help="folder for report and picture [demo]")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_seed, default=0)
     demo.set_defaults(run=_demo)
     return parser
 
@@ -84,6 +93,7 @@ def _add_meta_train(commands: Any) -> None:
     )
     _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
     _add_encoder(parser)
+    _add_pooling(parser)
     _add_episodes(parser, several=True)
     parser.add_argument(
         "--shortest",
@@ -133,6 +143,8 @@ def _add_adapt(commands: Any) -> None:
     )
     _add_columns(parser)
     _add_encoder(parser)
+    # transformers' pipeline could not load a classifier with mean pooling
+    parser.set_defaults(pooling="model")
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
     parser.add_argument("--steps", type=int, default=20, help="steps of adaptation [20]")
     parser.add_argument("--batch-size", type=int, default=64, help="texts a step [64]")
@@ -151,6 +163,7 @@ def _add_compare(commands: Any) -> None:
     )
     _add_data(parser, "validation classes tune the baselines, test classes make the figures")
     _add_encoder(parser)
+    _add_pooling(parser)
     _add_episodes(parser, several=False)
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
     parser.add_argument("--episodes", type=int, default=100, help="test episodes [100]")
@@ -209,15 +222,25 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
         help="which parameters train [lora: LoRA and the head]",
     )
     parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random [0]")
+
+
+def _add_pooling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pooling",
         choices=("model", "mean"),
         default="model",
         help="what the head reads: the model's own pooler or the mean [model]",
     )
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"seed {seed}: must lie between 0 and 2**32 - 1")
+    return seed
 
 
 def _add_episodes(parser: argparse.ArgumentParser, several: bool) -> None:

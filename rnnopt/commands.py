@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from tqdm import tqdm
 
 from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
 from rnnopt.checkpoint import (
+    RULE_FILE,
     SHIPPED_RULE,
+    claim_folder,
     load_rule,
     read_training,
     rule_fingerprint,
     write_atomically,
 )
-from rnnopt.corpus import Corpus, summary
+from rnnopt.corpus import Corpus, summary, text_key
 from rnnopt.embedded import stdlib_splits
+from rnnopt.encoder import encoder_name
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, Journal, default_budgets
 from rnnopt.files import read_corpus
-from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings
+from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
 from rnnopt.splits import (
@@ -38,7 +42,7 @@ from rnnopt.splits import (
     stratified_holdout,
 )
 from rnnopt.task import TaskSource
-from rnnopt.text import Classifier, encoder_name
+from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings
 
 EMBEDDED = "stdlib"
@@ -71,6 +75,7 @@ def meta_train(options: Namespace) -> None:
     train, validation = (TaskSource(sampler, classifier) for sampler in samplers)
     task_facts = {
         "encoder": encoder_name(options.encoder),
+        "encoder_weights": classifier.fingerprint,
         **{
             name: getattr(options, name)
             for name in ("ways", "shots", "queries", "tune", "lora_rank", "pooling", "max_length")
@@ -109,7 +114,9 @@ def meta_train(options: Namespace) -> None:
         run.run(report)
     records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
     plot_learning(records, folder / "learning.png")
-    print(f"best rule, of meta-step {run.progress.best_step}: {folder / 'rule.safetensors'}")
+    if run.progress.skipped:
+        print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
+    print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
 
 
 def _validation_line(record: dict[str, Any]) -> str:
@@ -123,16 +130,16 @@ def _validation_line(record: dict[str, Any]) -> str:
 
 def adapt(options: Namespace) -> None:
     """`rnnopt adapt`."""
-    for name in ("steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
-    folder = Path(options.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; choose another --output")
+    require_at_least(1, options, "steps", "batch_size")
+    if not 0 < options.lr < math.inf:
+        raise InputError(f"--lr {options.lr}: must be positive and finite; 1 is as meta-trained")
     train, test = _user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
     rule = load_rule(options.rule or SHIPPED_RULE)
     classifier = load_classifier(options, len(names))
+    rule.to(classifier.device)
+    folder = Path(options.output)
+    claim_folder(folder)
     params = [param for _, param in classifier.trainable()]
     optimizer = LearnedOptimizer(params, rule, lr=options.lr)
     print(f"training: {summary(train)}\nheld out: {summary(test)}")
@@ -155,37 +162,41 @@ def adapt(options: Namespace) -> None:
         )
     seconds = time.perf_counter() - started
     metrics = classification_metrics(predict(classifier, test.texts), test_labels, len(names))
+    print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
+    print(
+        f"on {len(test)} texts held out: accuracy {metrics.accuracy:.3f}, macro precision "
+        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
+    )
     classifier.save(folder, names)
     report = {
         **asdict(metrics),
         "texts": len(test),
         "steps": options.steps,
         "seconds": round(seconds, 2),
-        "losses": [round(loss, 5) for loss in losses],
+        "losses": finite_or_none(losses),
     }
     write_atomically(folder / "adapt.json", _json(report))
     plot_losses(losses, folder / "loss.png")
-    print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
-    print(
-        f"on {len(test)} texts held out: accuracy {metrics.accuracy:.3f}, macro precision "
-        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
-    )
     print(f'load it with transformers.pipeline("text-classification", "{folder}")')
 
 
 def _user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
     columns = {"text_column": options.text_column, "label_column": options.label_column}
     train = read_corpus(options.data, **columns)
-    if options.test:
-        return train, read_corpus(options.test, **columns)
-    return stratified_holdout(train, fraction=0.2, seed=options.seed)
+    if not options.test:
+        return stratified_holdout(train, fraction=0.2, seed=options.seed)
+    test = read_corpus(options.test, **columns)
+    judged = {text_key(text) for text in test.texts}
+    kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
+    if len(kept) < len(train):
+        print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
+    return replace(train.take(kept), dropped=train.dropped), test
 
 
 def compare(options: Namespace) -> None:
     """`rnnopt compare`."""
-    for name in ("episodes", "tuning_episodes"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    require_at_least(2, options, "episodes")  # one has no interval
+    require_at_least(1, options, "tuning_episodes")
     budgets = default_budgets(options.steps)
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
@@ -193,10 +204,13 @@ def compare(options: Namespace) -> None:
     overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
     samplers = [episode_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways)
+    rule.to(classifier.device)
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
     facts = {
         "encoder": encoder_name(options.encoder),
+        "encoder_weights": classifier.fingerprint,
+        "device": classifier.device.type,
         "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
         **{
             name: getattr(options, name)
@@ -267,6 +281,15 @@ def comparison_table(result: dict[str, Any], budgets: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def require_at_least(least: int, options: Namespace, *names: str) -> None:
+    """Refuse options below `least`."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}"
+            )
+
+
 def read_data(options: Namespace) -> Splits:
     """The splits that --data names."""
     if options.data == [EMBEDDED]:
@@ -312,4 +335,4 @@ def choose_device(name: str) -> torch.device:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rnnopt.checkpoint import write_atomically
+from rnnopt.checkpoint import claim_folder, write_atomically
 from rnnopt.commands import comparison_table
 from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
+from rnnopt.encoder import small_bert
 from rnnopt.episodes import EpisodeSampler
-from rnnopt.errors import InputError
 from rnnopt.evaluate import BASELINES, Comparison, Journal, default_budgets
 from rnnopt.lstm import CoordinateLSTM
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison
 from rnnopt.splits import class_sketches
 from rnnopt.task import TaskSource
-from rnnopt.text import Classifier, small_bert
+from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings
 
 WAYS, SHOTS, QUERIES, STEPS = 5, 5, 8, 10
@@ -46,8 +46,7 @@ def demo(folder: Path, seed: int = 0) -> None:
     Raises:
         InputError: the folder holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; choose another --output")
+    claim_folder(folder)
     started = time.perf_counter()
     splits = stdlib_splits(seed)
     print(f"docstrings of the standard library: {summary(splits.train)} to meta-train on")

@@ -5,6 +5,8 @@ Shapes: B batch, S sequence (tokens), C ways (classes), H hidden size.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import string
 import warnings
@@ -264,6 +266,17 @@ def encoder_name(encoder: str | Path) -> str:
     if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/HASH
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return f"{path.parent.name}/model" if path.name == "model" else path.name
+
+
+def encoder_fingerprint(encoder: Any, tokenizer: Any) -> str:
+    """12 hexadecimal digits of the encoder's weights and vocabulary.
+
+    A name is no identity: another model may lie in a folder of the same name.
+    """
+    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for param in encoder.parameters():
+        digest.update(param.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def small_bert(

@@ -75,7 +75,10 @@ class Journal:
 
     Args:
         path: JSON lines; the first holds `facts`.
-        facts: what the runs depend on; a file with other facts is begun anew.
+        facts: JSON-compatible, all that a run depends on beside its name.
+
+    Raises:
+        InputError: the file can't be read or written, or holds runs that depend on other facts.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -83,27 +86,29 @@ class Journal:
         self._runs: dict[str, Any] = {}
         head = json.dumps(dict(facts), sort_keys=True)
         try:
-            lines = path.read_text().splitlines() if path.exists() else []
-            if lines and lines[0] == head:
-                for line in lines[1:]:
-                    self._remember(line)
-                return
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(head + "\n")
-        except OSError as error:
+            content = path.read_text() if path.exists() else ""
+            if not content:
+                path.write_text(head + "\n")
+            elif not content.endswith("\n"):  # a crash cut the last line: the next starts anew
+                self._append("")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't use {path}: {error}; choose another --json") from error
+        lines = content.splitlines()
+        if lines and lines[0] != head:
             raise InputError(
-                f"can't write {path}: {error.strerror}; choose another --json"
-            ) from error
-
-    def _remember(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the line that a crash cut off: its run is done again
-            return
-        self._runs[entry["run"]] = entry
+                f"{path} holds the runs of another comparison{_difference(lines[0], facts)}; "
+                "choose another --json, or delete the file"
+            )
+        for line in lines[1:]:
+            self._remember(line)
 
     def run(self, name: str, budgets: Sequence[int], adapt: Callable[[], Adaptation]) -> Adaptation:
-        """The run of that name from the file if it has these budgets, else `adapt()`, now kept."""
+        """The run of that name from the file if it has these budgets, else `adapt()`, now kept.
+
+        Raises:
+            InputError: the file can't be written.
+        """
         known = self._runs.get(name, {"scores": {}})["scores"]
         if not {str(b) for b in budgets} <= known.keys():
             done = adapt()
@@ -112,12 +117,42 @@ class Journal:
                 "scores": {str(b): [s.loss, s.accuracy] for b, s in done.scores.items()},
                 "seconds": done.seconds_per_step,
             }
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self._append(json.dumps(entry))
             self._runs[name] = entry
         entry = self._runs[name]
         scores = {int(b): Score(*pair) for b, pair in entry["scores"].items()}
         return Adaptation(scores, entry["seconds"])
+
+    def _append(self, line: str) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise InputError(
+                f"can't write {self.path}: {error.strerror}; mend it and run the command again: "
+                "it goes on from here"
+            ) from error
+
+    def _remember(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off by a crash: its run is done again
+            return
+        self._runs[entry["run"]] = entry
+
+
+def _difference(head: str, facts: Mapping[str, Any]) -> str:
+    """What a journal's first line says otherwise than the facts, for a message."""
+    try:
+        saved = dict(json.loads(head))
+    except ValueError:
+        return ""
+    other = [
+        f"{name}: {saved.get(name)!r} there, {facts.get(name)!r} here"
+        for name in sorted({*saved, *facts})
+        if saved.get(name) != facts.get(name)
+    ]
+    return f" ({'; '.join(other)})"
 
 
 class Comparison:
@@ -162,7 +197,7 @@ class Comparison:
         """Tune on validation tasks, then run every method on the same test tasks.
 
         Args:
-            episodes: test tasks.
+            episodes: test tasks, 2 or more: one has no interval.
             tuning_episodes: validation tasks.
 
         Returns:
@@ -300,15 +335,12 @@ def interval(values: np.ndarray) -> dict[str, float]:
     """Mean and half the width of its 95 % interval, by Student's t.
 
     Args:
-        values: (E,), one figure an episode; at least 2 for an interval.
+        values: (E,), one figure an episode, 2 or more.
 
     Returns:
-        ``{"mean", "ci95"}``; ci95 is NaN-free: 0 for a single value.
+        ``{"mean", "ci95"}``.
     """
-    count = len(values)
-    if count < 2:
-        return {"mean": float(values.mean()), "ci95": 0.0}
-    half = student_quantile(count - 1) * values.std(ddof=1) / math.sqrt(count)
+    half = student_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return {"mean": float(values.mean()), "ci95": float(half)}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnopt.baselines import debias, init_moments, next_moments
+from rnnopt.errors import InputError
 from rnnopt.preprocess import (
     CONTEXT_FEATURES,
     COORDINATE_FEATURES,
@@ -30,6 +31,7 @@ GRADIENT_BOUND = 1e15
 # not grow with the largest tensor.
 CHUNK = 16_384
 _OUTPUTS = 3
+MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
 class CoordinateLSTM(nn.Module):
@@ -55,7 +57,7 @@ class CoordinateLSTM(nn.Module):
         eps: Adam's epsilon.
 
     Raises:
-        ValueError: a size below 1, a step size that is not positive, or betas outside (0, 1).
+        InputError: a size, step size, eps or beta out of range.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class CoordinateLSTM(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        if min(hidden_size, context_size) < 1:
-            raise ValueError(
-                f"hidden_size={hidden_size}, context_size={context_size}: both must be at least 1"
-            )
-        if not step_size > 0:
-            raise ValueError(f"step_size={step_size}: must be positive")
-        if not all(0 < beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas}: both must lie strictly between 0 and 1")
+        for name, size in (("hidden_size", hidden_size), ("context_size", context_size)):
+            if not 1 <= size <= MOST_UNITS:
+                raise InputError(f"{name}={size}: must lie between 1 and {MOST_UNITS}")
+        for name, value in (("step_size", step_size), ("eps", eps)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name}={value}: must be positive and finite")
+        if len(betas) != 2 or not all(0 < beta < 1 for beta in betas):
+            raise InputError(f"betas={betas}: two numbers strictly between 0 and 1")
         self.hidden_size = hidden_size
         self.context_size = context_size
         self.step_size = step_size

@@ -18,7 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.checkpoint import RULE_FILE, read_tensors, save_rule, save_tensors, write_atomically
+from rnnopt.checkpoint import (
+    RULE_FILE,
+    claim_folder,
+    read_tensors,
+    save_rule,
+    save_tensors,
+    write_atomically,
+)
 from rnnopt.errors import InputError
 from rnnopt.lstm import CoordinateLSTM
 from rnnopt.optimizer import LearnedOptimizer
@@ -79,6 +86,12 @@ class MetaTrainSettings:
             raise InputError(
                 f"shortest unroll of {self.shortest} steps: must lie between 1 and the longest, "
                 f"{self.unroll.steps}"
+            )
+        weights = self.unroll.step_weights
+        if weights is not None and not any(weights[: self.shortest]):
+            raise InputError(
+                f"step_weights {tuple(weights)} are all 0 within the shortest unroll of "
+                f"{self.shortest} steps: nothing to learn from"
             )
         for name in ("meta_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
@@ -188,7 +201,7 @@ class MetaTraining:
         return {
             "meta_step": progress.meta_step,
             "meta_loss": meta_loss if math.isfinite(meta_loss) else None,
-            "query_losses": _rounded(results[0].query_losses.tolist()),
+            "query_losses": finite_or_none(results[0].query_losses.tolist()),
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped": progress.skipped,
         }
@@ -235,8 +248,8 @@ class MetaTraining:
         return {
             "validation": {
                 "score": score,
-                "loss": _rounded(loss.tolist()),
-                "accuracy": _rounded(accuracy.tolist()),
+                "loss": finite_or_none(loss.tolist()),
+                "accuracy": finite_or_none(accuracy.tolist()),
                 "best_step": self.progress.best_step,
             }
         }
@@ -253,10 +266,7 @@ class MetaTraining:
     def _open(self, facts: dict[str, Any], resume: bool) -> None:
         run_file = self.folder / RUN_FILE
         if not run_file.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise InputError(
-                    f"{self.folder} is not empty and holds no run; choose another --output"
-                )
+            claim_folder(self.folder)
             write_atomically(run_file, json.dumps(facts, indent=2).encode())
             return
         if not resume:
@@ -264,12 +274,27 @@ class MetaTraining:
                 f"{self.folder} already holds a run; add --resume to continue it, or choose "
                 "another --output"
             )
-        self._check_same_run(json.loads(run_file.read_text()), facts)
-        if (self.folder / CHECKPOINT_FILE).exists():
-            self._restore()
-        else:  # stopped before the first checkpoint: begin again
-            (self.folder / LOG_FILE).unlink(missing_ok=True)
+        try:
+            self._check_same_run(dict(json.loads(run_file.read_text())), facts)
+            if (self.folder / CHECKPOINT_FILE).exists():
+                self._restore()
+            self._trim_log()
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"{self.folder} can't be resumed, its files are damaged ({error}); choose another "
+                "--output"
+            ) from error
         write_atomically(run_file, json.dumps(facts, indent=2).encode())
+
+    def _trim_log(self) -> None:
+        """Drop the log's lines from after the checkpoint: they will be written again."""
+        path = self.folder / LOG_FILE
+        begun = self.progress.meta_step > 0
+        lines = path.read_text().splitlines(keepends=True) if begun and path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.progress.meta_step]
+        write_atomically(path, "".join(kept).encode())
 
     def _check_same_run(self, saved: dict[str, Any], facts: dict[str, Any]) -> None:
         # more meta-steps continue the same run, checkpoints may come at any rate
@@ -305,9 +330,6 @@ class MetaTraining:
             state.setdefault(int(index), {})[key] = leaf
         groups = self.meta_optimizer.state_dict()["param_groups"]
         self.meta_optimizer.load_state_dict({"state": state, "param_groups": groups})
-        lines = (self.folder / LOG_FILE).read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= self.progress.meta_step]
-        write_atomically(self.folder / LOG_FILE, "".join(kept).encode())
 
     def _log(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
         path = self.folder / LOG_FILE
@@ -335,5 +357,6 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _rounded(losses: Sequence[float]) -> list[float | None]:
+def finite_or_none(losses: Sequence[float]) -> list[float | None]:
+    """Losses to 5 digits for a JSON file, which has no NaN and no infinity."""
     return [round(x, 5) if math.isfinite(x) else None for x in losses]

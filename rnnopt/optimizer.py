@@ -47,6 +47,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # meta-gradient of a copy is silently None (higher issue #62).
         self.rule = _resolve_rule(rule)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
+            self.rule.to(self.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes."""

@@ -1,8 +1,8 @@
 """What the learned rule sees: the gradient and the parameter as well-scaled features.
 
 Shapes: N coordinates of one tensor, F = `COORDINATE_FEATURES`, C = `CONTEXT_FEATURES`.
-Every feature is smooth, also at zero, so that second-order meta-gradients are exact; none needs
-a value on the host, so nothing waits for a GPU.
+Every feature has a finite derivative, also at zero, so that second-order meta-gradients are exact;
+none needs a value on the host, so nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ CONTEXT_FEATURES = 7
 _GRAD_FLOOR = 1e-10
 _PARAM_FLOOR = 1e-3  # a zero tensor (fresh LoRA factor, bias) must differ from a trained one
 _RATIO_FLOOR = 1e-3  # of one gradient coordinate to its tensor's RMS
+_CONTEXT_PARAM_FLOOR = 1e-4  # of a parameter's RMS where its logarithm is taken
+_RATIO_BOUND = 5.0  # on the logarithm of the gradient's RMS against its peak
 
 # Typical value and spread of each context feature on Hugging Face encoders, for inputs near
 # [-2, 2]; the features are log RMS of the parameter, log RMS of the gradient, log of its ratio to
@@ -94,16 +96,16 @@ def tensor_context(
     whole_rms = torch.sqrt((grad * grad).mean() + _GRAD_FLOOR**2)
     ratio = torch.where(peak > 0, torch.log(grad_rms / peak.clamp(min=_GRAD_FLOOR)), 0)
     one = torch.ones_like(grad_rms)
-    raw = torch.stack(
-        [
-            torch.log((param * param).mean() + 1e-8) / 2,
-            torch.log(grad_rms),
-            ratio.clamp(-5, 5),
-            (memory * grad).mean() / (memory_rms * whole_rms),
-            one * math.log(size),
-            one / step,
-            torch.log(step.to(one.dtype)),
-        ]
+    raw = (
+        torch.log((param * param).mean() + _CONTEXT_PARAM_FLOOR**2) / 2,
+        torch.log(grad_rms),
+        ratio.clamp(-_RATIO_BOUND, _RATIO_BOUND),
+        (memory * grad).mean() / (memory_rms * whole_rms),
+        one * math.log(size),
+        one / step,
+        torch.log(step.to(one.dtype)),
     )
-    shift, scale = raw.new_tensor(_CONTEXT_SHIFT), raw.new_tensor(_CONTEXT_SCALE)
-    return (raw - shift) / scale
+    # scalar by scalar: a tensor of the constants would be copied to the device, and waited for
+    return torch.stack(
+        [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)]
+    )

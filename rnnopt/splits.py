@@ -185,7 +185,8 @@ def stratified_holdout(
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
         held.update(generator.permutation(indices)[:count].tolist())
     left = (index for index in range(len(corpus)) if index not in held)
-    return corpus.take(left), corpus.take(sorted(held))
+    # what was dropped was dropped from the whole file; it is told once
+    return replace(corpus.take(left), dropped=corpus.dropped), corpus.take(sorted(held))
 
 
 def _generator(seed: int) -> np.random.Generator:

@@ -18,34 +18,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rnnopt.checkpoint import claim_folder
 from rnnopt.encoder import (
     MeanPooled,
     Pooling,
     add_lora,
-    encoder_name,
+    encoder_fingerprint,
     first_line,
     position_limit,
     read_encoder,
     seeded,
     silence,
-    small_bert,
-    word_piece,
 )
 from rnnopt.errors import InputError
-
-__all__ = [
-    "Batch",
-    "Classifier",
-    "MeanPooled",
-    "Pooling",
-    "TokenCache",
-    "Tune",
-    "encoder_name",
-    "small_bert",
-    "word_piece",
-]
 
 Tune = Literal["full", "lora", "head"]
 Batch = dict[str, Tensor]
@@ -136,6 +124,7 @@ class Classifier:
     """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
 
     Attributes:
+        fingerprint: 12 hexadecimal digits that tell one encoder from another.
         model: the module; its parameters keep their identity, but for an output layer whose
             number of ways changes.
         tokens: the `TokenCache` of its tokenizer.
@@ -162,6 +151,7 @@ class Classifier:
             if name == self._output
             or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
         ]
+        self.fingerprint = encoder_fingerprint(model.base_model, tokenizer)
         if tune != "full":
             model.base_model.requires_grad_(False)
         self._adapter = add_lora(model.base_model, lora_rank) if tune == "lora" else None
@@ -279,26 +269,34 @@ class Classifier:
             label_names: one per class, in the order of the logits.
 
         Raises:
-            InputError: mean pooling, wrong label names, or a folder with something in it.
+            InputError: mean pooling, wrong label names, a folder with something in it, or one
+                that can't be written.
         """
         target = Path(folder)
-        self._check_save(target, label_names)
+        self._check_save(label_names)
+        claim_folder(target)
         model, adapter = copy.deepcopy((self.model, self._adapter))
         if adapter is not None:
             adapter.merge_and_unload()
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: i for i, name in enumerate(label_names)}
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".{target.name}.{os.getpid()}"
         try:
             with silence():
                 model.eval().save_pretrained(partial)
                 self.tokens.tokenizer.save_pretrained(partial)
             os.replace(partial, target)
+        except BaseException as error:
+            target.rmdir()  # still empty
+            if isinstance(error, OSError | SafetensorError):
+                raise InputError(
+                    f"can't write {target}: {first_line(error)}; choose another --output"
+                ) from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _check_save(self, target: Path, label_names: Sequence[str]) -> None:
+    def _check_save(self, label_names: Sequence[str]) -> None:
         if isinstance(self.model, MeanPooled):
             raise InputError(
                 "a classifier with pooling 'mean' can't be saved: transformers' text classifiers "
@@ -309,8 +307,6 @@ class Classifier:
                 f"label names are {list(label_names)}: the classifier has {self.ways} classes; "
                 "give one distinct name for each"
             )
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise InputError(f"{target} exists and is not an empty folder; name another")
 
     def _freeze_unused(self) -> None:
         """Stop what doesn't reach the logits from training: BERT's pooler under mean pooling.

@@ -8,6 +8,7 @@ rule's weights, so tasks sum up as they do in ordinary training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -55,8 +56,14 @@ class UnrollSettings:
             raise InputError(
                 f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
             )
-        if not (self.query_weight or self.support_weight):
-            raise InputError("query_weight and support_weight are both 0: nothing to learn from")
+        for name, weights in (
+            ("query_weight and support_weight", (self.query_weight, self.support_weight)),
+            ("step_weights", self.step_weights or (1.0,)),
+        ):
+            if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+                raise InputError(
+                    f"{name} {tuple(weights)}: must be finite, at least 0, and not all 0"
+                )
 
     def shortened(self, steps: int) -> UnrollSettings:
         """The same with the first `steps` steps only."""
@@ -250,7 +257,7 @@ def _second_order(
 
     import rnnopt.differentiable  # noqa: F401  registers LearnedOptimizer
 
-    rule = cast(nn.Module, optimizer.rule)  # a rule without weights has no meta-gradient
+    rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
@@ -264,7 +271,8 @@ def _second_order(
             meta_loss += float(term.detach())
             segment.append(term)
             if settings.cut_after(t):
-                torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)
+                if weights:  # a classical rule has none, and can be unrolled all the same
+                    torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)
                 segment = []
                 _cut(fmodel, stepper)
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run on a machine that has only Python 3.11 or newer and git.
 #   bash scripts/run.sh demo     meta-train and compare on the embedded default, about 5 minutes
-#   bash scripts/run.sh tests    the default test suite, offline, about 3 minutes
+#   bash scripts/run.sh tests    lint, types and the default test suite, offline, about 4 minutes
 # Makes .venv beside the sources on the first call and keeps it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 job=${1:-}
 case $job in
   demo) extras=meta ;;
-  tests) extras=meta,test ;;
+  tests) extras=meta,test,dev ;;
   *) echo "usage: bash scripts/run.sh demo|tests" >&2; exit 2 ;;
 esac
 
@@ -18,11 +18,16 @@ python=${PYTHON:-python3}
   echo "Python 3.11 or newer is needed, and $python is older; name another with PYTHON=..." >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
+[ -x .venv/bin/pip ] || "$python" -m venv .venv
+PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
 
 shift
 case $job in
   demo) exec .venv/bin/rnnopt demo "$@" ;;
-  tests) exec .venv/bin/python -m pytest "$@" ;;
+  tests)
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+    exec .venv/bin/python -m pytest "$@"
+    ;;
 esac

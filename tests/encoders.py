@@ -8,8 +8,7 @@ from pathlib import Path
 
 import transformers
 
-from rnnopt.encoder import seeded, silence
-from rnnopt.text import small_bert, word_piece
+from rnnopt.encoder import seeded, silence, small_bert, word_piece
 
 TEXTS = [
     "what is the weather like in paris tomorrow",

@@ -173,7 +173,7 @@ BAD_DATA = {
     "empty": ("", "no rows, needs at least one"),
     "no column": ("sentence,label\na,b\n", "no column 'text'"),
     "bad encoding": (b"text,label\nok,a\n\xff\xfe,b\n", "line 3"),
-    "one class": ("text,label\n" + "".join(f"t {i},a\n" for i in range(9)), "1 "),
+    "one class": ("text,label\n" + "".join(f"t {i},a\n" for i in range(9)), "at least"),
 }
 
 
@@ -198,12 +198,67 @@ def test_bad_data_is_refused_before_anything_is_written(command, name, encoder, 
         (["--shortest", "9"], "shortest unroll of 9 steps"),
         (["--encoder", "no/such-encoder-anywhere"], "no/such-encoder-anywhere"),
         (["--max-length", "1"], "max_length"),
-        (["--seed", "-1"], "seed"),
     ],
 )
 def test_bad_options_of_meta_train(csv_file, encoder, tmp_path, capsys, more, message):
     command = meta_train(csv_file, encoder, tmp_path / "out", *more)
     assert message in fails(command, capsys)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**40)])
+def test_a_seed_out_of_range(csv_file, encoder, tmp_path, capsys, seed):
+    with pytest.raises(SystemExit, match="2"):
+        run(meta_train(csv_file, encoder, tmp_path / "out", "--seed", seed))
+    assert "must lie between 0 and 2**32 - 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lr", "-1"], "--lr -1.0: must be positive"),
+        (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    ],
+)
+def test_bad_options_of_adapt(csv_file, encoder, tmp_path, capsys, more, message):
+    assert message in fails(adapt(csv_file, encoder, tmp_path / "out", *more), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapt_leaves_test_texts_out_of_training(csv_file, encoder, rule_file, tmp_path, capsys):
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\n" + "\n".join(csv_file.read_text().splitlines()[1:4]) + "\n")
+    command = adapt(csv_file, encoder, tmp_path / "out", "--rule", rule_file, "--test", test)
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    assert "left out of training, since they are in --test: 3 texts" in out
+    assert "training: 237 texts" in out
+
+
+def test_one_episode_is_too_few_for_an_interval(csv_file, encoder, rule_file, tmp_path, capsys):
+    command = compare(csv_file, encoder, rule_file, tmp_path / "o.json", "--episodes", "1")
+    assert "--episodes 1: must be at least 2" in fails(command, capsys)
+
+
+def test_a_result_of_another_setting_is_not_overwritten(
+    csv_file, encoder, rule_file, tmp_path, capsys
+):
+    out = tmp_path / "o.json"
+    run(compare(csv_file, encoder, rule_file, out))
+    before = out.read_bytes(), out.with_name("o.json.runs").read_bytes()
+    message = fails(compare(csv_file, encoder, rule_file, out, "--queries", "2"), capsys)
+    assert "another comparison (queries: 3 there, 2 here); choose another --json" in message
+    assert (out.read_bytes(), out.with_name("o.json.runs").read_bytes()) == before
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    def bare(options):
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    monkeypatch.setattr("rnnopt.cli._demo", bare)
+    assert main(["demo"]) == 2
+    assert 'tqdm is missing: pip install "rnnopt[meta]"' in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model(csv_file, tmp_path, capsys):

@@ -125,11 +125,27 @@ def test_a_run_is_done_again_for_budgets_that_it_lacks(tmp_path):
     assert calls == [[1], [1, 3]]
 
 
-def test_a_journal_of_other_facts_is_begun_anew(tmp_path):
-    Journal(tmp_path / "j", {"a": 1})
+def test_a_journal_of_other_facts_is_refused_and_kept(tmp_path):
+    Journal(tmp_path / "j", {"a": 1, "b": 2})
+    before = (tmp_path / "j").read_bytes()
+    with pytest.raises(InputError, match=r"another comparison \(a: 1 there, 2 here\); choose"):
+        Journal(tmp_path / "j", {"a": 2, "b": 2})
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_a_line_cut_by_a_crash_costs_that_run_only(tmp_path):
+    one = Adaptation({1: Score(1.0, 0.5)}, 0.1)
+    Journal(tmp_path / "j", {}).run("a", [1], lambda: one)
     with (tmp_path / "j").open("a") as file:
-        file.write('{"run": "x", "scores": {}, "seconds": 1}\n')
-    assert not Journal(tmp_path / "j", {"a": 2})._runs
+        file.write('{"run": "cut off by a cra')
+    Journal(tmp_path / "j", {}).run("b", [1], lambda: one)
+    assert set(Journal(tmp_path / "j", {})._runs) == {"a", "b"}
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path):
+    (tmp_path / "j").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"can't use .*; choose another --json"):
+        Journal(tmp_path / "j", {})
 
 
 def test_an_unknown_baseline_is_refused(sources, tmp_path):

@@ -30,7 +30,9 @@ def test_zero_output_is_torch_adam_over_20_steps(hidden_size, seed):
 
 def test_a_new_rule_is_adam():
     rule = CoordinateLSTM()
-    assert all(not weight.any() for weight in (rule.output_weight, rule.output_context))
+    assert all(
+        not weight.any() for weight in (rule.output_weight, rule.output_context, rule.output_bias)
+    )
 
 
 def test_state_is_18_numbers_a_coordinate_at_the_default_size():
@@ -115,9 +117,9 @@ def test_every_weight_of_the_rule_has_a_say():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size=0, context_size=16: both must be at least 1"),
-        ({"step_size": 0.0}, "step_size=0.0: must be positive"),
-        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): both must lie strictly between 0 and 1"),
+        ({"hidden_size": 0}, "hidden_size=0: must lie between 1 and 1024"),
+        ({"step_size": 0.0}, "step_size=0.0: must be positive and finite"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

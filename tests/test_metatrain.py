@@ -38,9 +38,11 @@ def sources(encoder, csv_file):
 
 
 def settings(meta_steps=6, **options):
-    steps = options.pop("steps", 3)
+    unrolled = UnrollSettings(
+        options.pop("steps", 3), step_weights=options.pop("step_weights", None)
+    )
     chosen = {"validate_every": 3, "validation_tasks": 2, "checkpoint_every": 2, **options}
-    return MetaTrainSettings(meta_steps, UnrollSettings(steps), **chosen)
+    return MetaTrainSettings(meta_steps, unrolled, **chosen)
 
 
 def training(sources, folder, chosen, resume=False):
@@ -186,8 +188,22 @@ def test_a_folder_with_a_run_is_not_overwritten(sources, tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(sources, tmp_path):
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(InputError, match="is not empty and holds no run"):
+    with pytest.raises(InputError, match="is not an empty folder; choose another --output"):
         training(sources, tmp_path, settings(1))
+
+
+def test_a_damaged_run_is_refused(sources, tmp_path):
+    training(sources, tmp_path, settings(2)).run()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="can't be resumed, its files are damaged"):
+        training(sources, tmp_path, settings(2), resume=True)
+
+
+def test_a_lost_log_starts_anew(sources, tmp_path):
+    training(sources, tmp_path, settings(2)).run()
+    (tmp_path / "log.jsonl").unlink()
+    training(sources, tmp_path, settings(4), resume=True).run()
+    assert [line["meta_step"] for line in records(tmp_path)] == [3, 4]
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_path):
@@ -202,6 +218,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"meta_steps": 0}, "meta_steps=0: must be at least 1"),
         ({"meta_lr": 0.0}, "meta_lr=0.0: must be positive and finite"),
         ({"clip": float("nan")}, "clip=nan: must be positive and finite"),
+        ({"step_weights": (0, 0, 1), "shortest": 1}, "all 0 within the shortest unroll of 1"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

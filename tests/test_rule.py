@@ -127,3 +127,10 @@ def test_half_precision_parameters_keep_full_precision_memory(make):
     param = torch.randn(6, dtype=torch.bfloat16)
     state = make().init_state(param)
     assert all(leaf.dtype == torch.float32 for leaf in state.values())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lstm"])
+def test_one_huge_gradient_breaks_no_adaptive_rule(name):
+    """Its square overflows; torch's Adam stands still from there on, and so must we."""
+    values, _ = steps(RULES[name](), torch.zeros(3), [torch.full((3,), 1e30)] * 3)
+    assert values[-1].abs().max() < 1e3

@@ -17,9 +17,9 @@ import transformers
 from encoders import TEXTS, minilm, tiny_bert, tiny_distilbert, tiny_encoder, tiny_roberta
 from torch import Tensor
 
-from rnnopt.encoder import silence
+from rnnopt.encoder import encoder_name, silence, small_bert, word_piece
 from rnnopt.errors import InputError
-from rnnopt.text import Classifier, TokenCache, encoder_name, small_bert, word_piece
+from rnnopt.text import Classifier, TokenCache
 
 CPU = torch.device("cpu")
 TUNES = ["full", "lora", "head"]
@@ -476,7 +476,7 @@ def test_a_saved_folder_is_an_encoder_again(folders: dict[str, Path], tmp_path: 
 
 
 def test_saving_into_a_folder_with_files_is_an_error(bert: Path) -> None:
-    with pytest.raises(InputError, match=r"encoder exists and is not an empty folder; name ano"):
+    with pytest.raises(InputError, match=r"encoder is not an empty folder; choose ano"):
         load(bert).save(bert, ["a", "b", "c"])
 
 
@@ -673,7 +673,7 @@ def test_the_verbosity_of_transformers_is_restored(bert: Path) -> None:
 def test_small_bert_is_the_same_in_every_process(tmp_path: Path) -> None:
     """The trainer of `tokenizers` alone is not: it numbers letters by a hash table."""
     script = (
-        "import sys; from rnnopt.text import small_bert; "
+        "import sys; from rnnopt.encoder import small_bert; "
         f"small_bert({TEXTS!r}, hidden_size=32, folder=sys.argv[1])"
     )
     tiny_bert(tmp_path / "here")

@@ -136,6 +136,15 @@ def test_torch_path_equals_differentiable_path_bitwise_over_8_steps(make, dtype)
     assert all(map(torch.equal, net.parameters(), theirs))
 
 
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("order", [1, 2])
+def test_any_rule_can_be_unrolled(make, order):
+    net, support, query = problem(dtype=torch.float32)
+    optimizer = LearnedOptimizer(net.parameters(), make(), lr=0.1)
+    result = unroll(net, optimizer, support, query, UnrollSettings(steps=2, order=order))
+    assert result.meta_loss == pytest.approx(float(result.query_losses.sum()), rel=1e-6)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_both_orders_walk_the_way_of_the_torch_optimizer(order):
     net, support, query = problem(dtype=torch.float32)
@@ -281,7 +290,8 @@ def test_meta_training_by_these_gradients_lowers_the_meta_loss():
         ({"steps": 1, "order": 3}, "order=3: 1 or 2"),
         ({"steps": 1, "truncation": 0}, "truncation=0: at least 1, or None"),
         ({"steps": 2, "step_weights": (1,)}, "1 step_weights for 2 steps: one for each"),
-        ({"steps": 1, "query_weight": 0}, "both 0: nothing to learn from"),
+        ({"steps": 1, "step_weights": (float("nan"),)}, r"step_weights \(nan,\): must be finite"),
+        ({"steps": 1, "query_weight": 0}, "must be finite, at least 0, and not all 0"),
     ],
 )
 def test_bad_settings_are_refused(options, message):
