@@ -135,6 +135,11 @@ def _table_rows(path: Path, content: str) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [field.strip() for field in fields]
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise InputError(
+                        f"{path}: column {twice[0]!r} stands twice in the header; rename one"
+                    )
                 continue
             if len(fields) != len(header):
                 raise InputError(

@@ -113,6 +113,9 @@ def unroll(
 
     Returns:
         The losses along the way.
+
+    Raises:
+        InputError: second order with gradient checkpointing on.
     """
     if settings.order == 2:
         return _second_order(model, optimizer, support_loss, query_loss, settings)
@@ -257,6 +260,11 @@ def _second_order(
 
     import rnnopt.differentiable  # noqa: F401  registers LearnedOptimizer
 
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise InputError(
+            "gradient checkpointing is on: `higher` ignores it; call "
+            "model.gradient_checkpointing_disable(), or use order 1"
+        )
     rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0

@@ -741,3 +741,10 @@ def test_a_python_without_sources_is_an_error(
         f"{tmp_path}: no sources of Python's standard library; "
         "use a Python that has them, or a corpus of your own"
     )
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label,text\na,b,c\n")
+    with pytest.raises(InputError, match="column 'text' stands twice in the header; rename one"):
+        read_corpus(path)

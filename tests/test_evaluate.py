@@ -82,7 +82,12 @@ def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sourc
             )
             for lr in BASELINES["sgd"].grid
         }
-        assert result["methods"]["sgd"]["tuned"]["lr_for_loss"][budget] == min(mean, key=mean.get)
+        tuned = result["methods"]["sgd"]["tuned"]["lr_for_loss"][budget]
+        assert tuned == min(mean, key=mean.get)
+        reported = np.mean(
+            [r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {tuned:g} report")]
+        )
+        assert result["methods"]["sgd"]["loss"][budget]["mean"] == pytest.approx(reported)
 
 
 def test_paired_differences_are_learned_minus_baseline(sources, tmp_path):

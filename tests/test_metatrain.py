@@ -158,6 +158,18 @@ def test_a_non_finite_meta_loss_skips_the_meta_step_and_is_counted(sources, tmp_
     assert not all(map(torch.equal, weights[2], weights[3]))
 
 
+def test_the_meta_gradient_is_clipped_and_the_meta_lr_falls_to_a_tenth(sources, tmp_path):
+    run = training(sources, tmp_path, settings(5, clip=1e-6, meta_lr=0.01))
+    rates = []
+    run.run(lambda record: rates.append(run.meta_optimizer.param_groups[0]["lr"]))
+    squares = [weight.grad.square().sum() for weight in run.rule.parameters()]
+    assert float(torch.stack(squares).sum().sqrt()) <= 1.01e-6
+    assert rates[1] == 0.01
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    run.progress.meta_step = 5
+    assert run._meta_lr() == pytest.approx(0.001)
+
+
 def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
     training(sources, tmp_path, settings(12, shortest=1)).run()
     lengths = {len(line["query_losses"]) for line in records(tmp_path)[1:]}

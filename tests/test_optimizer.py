@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rules import RULES, random_lstm
 from torch import nn
 
-from rnnopt import Adam, InputError, LearnedOptimizer, save_rule
+from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
 from rnnopt.checkpoint import SHIPPED_RULE
 
 each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
@@ -210,17 +210,39 @@ def test_schedulers_scale_the_step():
     torch.testing.assert_close(moves, [0.1, 0.05, 0.025], rtol=1e-5, atol=0)
 
 
-def test_gradient_clipping_and_grad_scaler_work_with_it():
+def test_grad_scaler_changes_nothing():
+    net = model()
+    twin = copy.deepcopy(net)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(net, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    train(twin, LearnedOptimizer(twin.parameters(), random_lstm()), [0])
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_grad_scaler_skips_a_step_that_overflowed():
     net = model()
     optimizer = LearnedOptimizer(net.parameters(), random_lstm())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = values(net)
-    scaler.scale(loss_of(net, 0)).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+    scaler.scale(loss_of(net, 0) * float("inf")).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert not any(map(torch.equal, before, values(net)))
+    assert all(map(torch.equal, before, values(net)))
+    assert scaler.get_scale() == 4.0
+
+
+def test_clipped_gradients_are_what_the_rule_sees():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), SGD(1.0))
+    before = values(net)
+    loss_of(net, 0).backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+    optimizer.step()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(net))])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_add_param_group_after_the_first_step():
