@@ -29,8 +29,9 @@ from rnnopt.embedded import stdlib_splits
 from rnnopt.encoder import encoder_name
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
-from rnnopt.evaluate import METRICS, Comparison, Journal, default_budgets
+from rnnopt.evaluate import METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
+from rnnopt.journal import Journal
 from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
@@ -50,25 +51,7 @@ EMBEDDED = "stdlib"
 
 def meta_train(options: Namespace) -> None:
     """`rnnopt meta-train`."""
-    settings = MetaTrainSettings(
-        meta_steps=options.meta_steps,
-        unroll=UnrollSettings(
-            steps=options.steps,
-            order=options.order,
-            truncation=options.truncation,
-            query_weight=options.query_weight,
-            support_weight=options.support_weight,
-            step_weights=options.step_weights,
-        ),
-        shortest=options.shortest,
-        tasks_per_meta_step=options.tasks,
-        meta_lr=options.meta_lr,
-        hidden_size=options.hidden_size,
-        seed=options.seed,
-        validate_every=options.validate_every,
-        validation_tasks=options.validation_tasks,
-        checkpoint_every=options.checkpoint_every,
-    )
+    settings = _settings(options)
     splits = read_data(options)
     samplers = [episode_sampler(options, part) for part in (splits.train, splits.validation)]
     classifier = load_classifier(options, max(options.ways), double_backward=options.order == 2)
@@ -117,6 +100,29 @@ def meta_train(options: Namespace) -> None:
     if run.progress.skipped:
         print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
     print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
+
+
+def _settings(options: Namespace) -> MetaTrainSettings:
+    """What the options of `meta-train` say, but for data and classifier."""
+    return MetaTrainSettings(
+        meta_steps=options.meta_steps,
+        unroll=UnrollSettings(
+            steps=options.steps,
+            order=options.order,
+            truncation=options.truncation,
+            query_weight=options.query_weight,
+            support_weight=options.support_weight,
+            step_weights=options.step_weights,
+        ),
+        shortest=options.shortest,
+        tasks_per_meta_step=options.tasks,
+        meta_lr=options.meta_lr,
+        hidden_size=options.hidden_size,
+        seed=options.seed,
+        validate_every=options.validate_every,
+        validation_tasks=options.validation_tasks,
+        checkpoint_every=options.checkpoint_every,
+    )
 
 
 def _validation_line(record: dict[str, Any]) -> str:
@@ -207,19 +213,7 @@ def compare(options: Namespace) -> None:
     rule.to(classifier.device)
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
-    facts = {
-        "encoder": encoder_name(options.encoder),
-        "encoder_weights": classifier.fingerprint,
-        "device": classifier.device.type,
-        "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
-        **{
-            name: getattr(options, name)
-            for name in (
-                "ways", "shots", "queries", "steps", "tune", "lora_rank", "pooling", "max_length",
-                "seed",
-            )
-        },
-    }  # fmt: skip
+    facts = _facts(options, splits, classifier)
     journal = Journal(out.with_name(out.name + ".runs"), facts)
     baselines = [name.strip() for name in options.baselines.split(",") if name.strip()]
     with tqdm(unit="run") as bar:
@@ -248,6 +242,23 @@ def compare(options: Namespace) -> None:
     if overlap:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
     print(comparison_table(result, budgets))
+
+
+def _facts(options: Namespace, splits: Splits, classifier: Classifier) -> dict[str, Any]:
+    """All that a run of a comparison depends on, beside method, rate and task number."""
+    return {
+        "encoder": encoder_name(options.encoder),
+        "encoder_weights": classifier.fingerprint,
+        "device": classifier.device.type,
+        "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
+        **{
+            name: getattr(options, name)
+            for name in (
+                "ways", "shots", "queries", "steps", "tune", "lora_rank", "pooling", "max_length",
+                "seed",
+            )
+        },
+    }  # fmt: skip
 
 
 def _seen_classes(

@@ -20,7 +20,8 @@ from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
 from rnnopt.encoder import small_bert
 from rnnopt.episodes import EpisodeSampler
-from rnnopt.evaluate import BASELINES, Comparison, Journal, default_budgets
+from rnnopt.evaluate import BASELINES, Comparison, default_budgets
+from rnnopt.journal import Journal
 from rnnopt.lstm import CoordinateLSTM
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison

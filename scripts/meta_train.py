@@ -8,7 +8,7 @@ chooses the rule, test is never read into a task. MINILM is all-MiniLM-L6-v2, a 
 folder. Everything else is fixed here. Add --resume to go on after a stop: it ends with the same
 weights, bit for bit on one machine.
 
-Time: about 55 minutes on one core of a 2024 server processor. Memory: 1.5 GiB.
+Time: 45 to 70 minutes on one core of a server processor. Memory: 1 GiB.
 Last line: the path of rule.safetensors, to be copied to rnnopt/weights/.
 """
 

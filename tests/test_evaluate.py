@@ -12,12 +12,12 @@ from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import (
     BASELINES,
     Comparison,
-    Journal,
     default_budgets,
     interval,
     student_quantile,
 )
 from rnnopt.files import read_corpus
+from rnnopt.journal import Journal
 from rnnopt.splits import divide_classes
 from rnnopt.task import Adaptation, Score, TaskSource
 from rnnopt.text import Classifier
