@@ -48,6 +48,7 @@ def demo(folder: Path, seed: int = 0) -> None:
         InputError: the folder holds something.
     """
     claim_folder(folder)
+    torch.set_num_threads(1)  # in a model so small, threads would mostly wait for each other
     started = time.perf_counter()
     splits = stdlib_splits(seed)
     print(f"docstrings of the standard library: {summary(splits.train)} to meta-train on")
