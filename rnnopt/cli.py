@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_adapt(commands)
     _add_compare(commands)
     demo = commands.add_parser(
-        "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 5 minutes"
+        "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 4 minutes"
     )
     demo.add_argument("--output", default="demo", help="folder for report and picture [demo]")
     demo.add_argument("--seed", type=_seed, default=0)
