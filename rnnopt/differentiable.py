@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.rule import advance
 
+__all__ = ["DifferentiableLearnedOptimizer", "higher"]
+
 with warnings.catch_warnings():
     # higher 0.2.1 has "\ " in plain docstrings and an `is 1`; Python says so when it compiles them
     warnings.filterwarnings("ignore", message=".*invalid escape sequence")

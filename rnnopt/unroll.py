@@ -256,9 +256,7 @@ def _second_order(
     settings: UnrollSettings,
 ) -> Unrolled:
     """Exact: `higher` keeps the graph of every step between two cuts."""
-    import higher  # here, so that first-order users need not have it
-
-    import rnnopt.differentiable  # noqa: F401  registers LearnedOptimizer
+    from rnnopt.differentiable import higher  # here: first-order users need not have it
 
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError(

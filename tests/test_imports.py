@@ -49,7 +49,7 @@ def importers(library):
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("higher", {"differentiable", "unroll"}),  # unmaintained since 2021
+        ("higher", {"differentiable"}),  # unmaintained since 2021, and noisy when compiled
         ("transformers", {"encoder"}),
         ("peft", {"encoder"}),
         ("tokenizers", {"encoder"}),

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import higher
 import huggingface_hub
 import pytest
 import torch
@@ -17,6 +16,7 @@ import transformers
 from encoders import TEXTS, minilm, tiny_bert, tiny_distilbert, tiny_encoder, tiny_roberta
 from torch import Tensor
 
+from rnnopt.differentiable import higher
 from rnnopt.encoder import encoder_name, silence, small_bert, word_piece
 from rnnopt.errors import InputError
 from rnnopt.text import Classifier, TokenCache
@@ -326,7 +326,6 @@ def test_without_double_backward_attention_has_no_second_derivative(
 def test_a_step_under_higher_is_the_step_itself(
     folders: dict[str, Path], kind: str, pooling: str, tune: str
 ) -> None:
-    importlib.import_module("rnnopt.differentiable")  # lets higher patch peft's layers
     classifier = load(folders[kind], tune=tune, pooling=pooling, double_backward=True)
     params = [param for _, param in classifier.trainable()]
     batch = classifier.batch(TEXTS[:6])

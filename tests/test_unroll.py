@@ -4,7 +4,6 @@ import gc
 import weakref
 from dataclasses import replace
 
-import higher
 import pytest
 import torch
 from encoders import TEXTS, tiny_bert
@@ -12,8 +11,8 @@ from rules import RULES, random_lstm
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import rnnopt.differentiable  # noqa: F401
 from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
+from rnnopt.differentiable import higher
 from rnnopt.task import LabelledTexts
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings, unroll
