@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from rnnopt.baselines import debias, init_moments, next_moments
 from rnnopt.errors import InputError
@@ -18,8 +19,9 @@ from rnnopt.preprocess import (
     CONTEXT_FEATURES,
     COORDINATE_FEATURES,
     coordinate_features,
-    relative_gradient,
+    root_mean_squares,
     tensor_context,
+    tensor_sums,
 )
 from rnnopt.rule import State
 
@@ -30,7 +32,7 @@ GRADIENT_BOUND = 1e15
 # Coordinates worked on at once: their gates stay in a core's cache, and the memory of a step does
 # not grow with the largest tensor.
 CHUNK = 16_384
-_OUTPUTS = 3
+OUTPUTS = 3
 MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
@@ -88,9 +90,9 @@ class CoordinateLSTM(nn.Module):
         self.gate_weight = nn.Parameter(torch.empty(4 * H, COORDINATE_FEATURES + H))
         self.gate_context = nn.Parameter(torch.empty(4 * H, K))
         self.gate_bias = nn.Parameter(torch.empty(4 * H))
-        self.output_weight = nn.Parameter(torch.empty(_OUTPUTS, H))
-        self.output_context = nn.Parameter(torch.empty(_OUTPUTS, K))
-        self.output_bias = nn.Parameter(torch.empty(_OUTPUTS))
+        self.output_weight = nn.Parameter(torch.empty(OUTPUTS, H))
+        self.output_context = nn.Parameter(torch.empty(OUTPUTS, K))
+        self.output_bias = nn.Parameter(torch.empty(OUTPUTS))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -120,14 +122,17 @@ class CoordinateLSTM(nn.Module):
             "eps": self.eps,
         }
 
-    def init_state(self, param: Tensor) -> State:
-        """Zeros in the dtype of the rule's weights.
+    def init_state(self, param: Tensor, memory_dtype: torch.dtype | None = None) -> State:
+        """Zeros.
 
         ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
-        steps taken; ``peak`` 0-d: largest RMS of the gradient so far.
+        steps taken; ``peak`` 0-d: largest RMS of the gradient so far. All in the dtype of the
+        rule's weights, but for the LSTM's if `memory_dtype` says otherwise: it bears rounding,
+        which Adam's moments, slow averages, do not.
         """
         dtype = self.gate_weight.dtype
-        memory = torch.zeros(self.hidden_size, param.numel(), dtype=dtype, device=param.device)
+        shape = (self.hidden_size, param.numel())
+        memory = torch.zeros(shape, dtype=memory_dtype or dtype, device=param.device)
         return {
             **init_moments(param, dtype),
             "hidden": memory,
@@ -135,33 +140,56 @@ class CoordinateLSTM(nn.Module):
             "peak": torch.zeros((), dtype=dtype, device=param.device),
         }
 
-    def forward(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
-        """See `rnnopt.rule.UpdateRule.__call__`."""
-        dtype = self.gate_weight.dtype
-        grad = grad.to(dtype).clamp(-GRADIENT_BOUND, GRADIENT_BOUND)
-        param = param.to(dtype)
+    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """See `rnnopt.rule.TensorWideRule.sums`."""
+        return tensor_sums(self._bounded(grad), state["m"], param.to(self.gate_weight.dtype))
+
+    def forward(
+        self, grad: Tensor, state: State, param: Tensor, sums: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """See `rnnopt.rule.TensorWideRule.__call__`."""
+        if sums is None:
+            sums = self.sums(grad, state, param)
+        grad, param = self._bounded(grad), param.to(self.gate_weight.dtype)
         moments = next_moments(grad, state, self.betas)
         m_hat, root = debias(moments, self.betas)
-        relative, grad_rms = relative_gradient(grad)
-        context = tensor_context(grad, grad_rms, state["m"], state["peak"], moments["step"], param)
+        grad_rms, param_rms = root_mean_squares(sums)
+        gates, outputs = self.shifts(tensor_context(sums, grad_rms, state["peak"], moments["step"]))
         scale = root + self.eps
-        adam = m_hat / scale
-        features = coordinate_features(adam, grad / scale, relative, param)
-        directions = torch.stack([adam, relative, (moments["v"] > 0).to(dtype)])
-        arrays = (features, directions, state["hidden"], state["cell"])
-        update, hidden, cell = self._run_cell(self._shifts(context), arrays)
-        peak = torch.maximum(state["peak"], grad_rms)
-        return update, {**moments, "hidden": hidden, "cell": cell, "peak": peak}
+        adam, relative = m_hat / scale, grad / grad_rms
+        features = coordinate_features(adam, grad / scale, relative, param / param_rms)
+        directions = torch.stack([adam, relative, (moments["v"] > 0).to(grad.dtype)])
+        memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
+        shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
+        update, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
+        return update, {
+            **moments,
+            "hidden": hidden.to(state["hidden"].dtype),
+            "cell": cell.to(state["cell"].dtype),
+            "peak": torch.maximum(state["peak"], grad_rms),
+        }
 
-    def _shifts(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What the tensor's context adds to every coordinate: gates (4 H, 1), outputs (3, 1)."""
+    def _bounded(self, grad: Tensor) -> Tensor:
+        return grad.to(self.gate_weight.dtype).clamp(-GRADIENT_BOUND, GRADIENT_BOUND)
+
+    def shifts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What a tensor's context adds to each of its coordinates.
+
+        Args:
+            context: (..., C).
+
+        Returns:
+            To the gates (..., 4 H) and to the outputs (..., 3).
+        """
         device = context.device  # parameters of one model may live on several
+        weights = {name: weight.to(device) for name, weight in self.named_parameters()}
         view = torch.tanh(
-            torch.mv(self.context_weight.to(device), context) + self.context_bias.to(device)
-        )  # (K,)
-        gates = torch.mv(self.gate_context.to(device), view) + self.gate_bias.to(device)
-        outputs = torch.mv(self.output_context.to(device), view) + self.output_bias.to(device)
-        return gates.unsqueeze(1), outputs.unsqueeze(1)
+            linear(context, weights["context_weight"], weights["context_bias"])
+        )  # (..., K)
+        return (
+            linear(view, weights["gate_context"], weights["gate_bias"]),
+            linear(view, weights["output_context"], weights["output_bias"]),
+        )
 
     def _run_cell(
         self, shifts: tuple[Tensor, Tensor], arrays: tuple[Tensor, ...]
@@ -181,7 +209,7 @@ class CoordinateLSTM(nn.Module):
         """One LSTM step for n coordinates, gates as in Gers et al. 2000.
 
         Args:
-            shifts: what `_shifts` returned.
+            shifts: what `shifts` returned, as columns (4 H, 1) and (3, 1).
             arrays: features (F, n), directions (3, n), hidden and cell state (H, n).
 
         Returns:

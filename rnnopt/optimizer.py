@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -11,13 +13,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rnnopt.checkpoint import SHIPPED_RULE, load_rule
-from rnnopt.rule import State, UpdateRule, advance
+from rnnopt.fused import FusedStep, Piece, fused_step
+from rnnopt.rule import State, UpdateRule, advance, sums_of
+from rnnopt.sharding import add_up, is_sharded, local
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     """Adapt a model with an update rule, learned or not, in place of AdamW.
 
-    ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see `rnnopt.rule.advance`.
+    ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see `rnnopt.rule.advance`. On
+    a CPU with a C compiler the shipped kind of rule takes its steps by a fused kernel, see
+    `rnnopt.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the same result as
+    whole ones; their memory in `state` is that of the shard.
 
     Args:
         params: tensors or param groups, as every torch optimizer takes them.
@@ -27,14 +34,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
             torch scheduler works on it.
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``: with a rule
             that is Adam this is AdamW's.
+        state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
+            torch.bfloat16 makes 40 bytes a coordinate of 72. None: as the rule's weights.
+        fused: None takes the kernel where it can; False never; True wants it, and says what is in
+            the way.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
-        TypeError: a parameter is complex or integer, or rule is no rule.
+        TypeError: a parameter is complex or integer, rule is no rule, or one that can't have
+            `state_dtype`.
+        RuntimeError: `fused` is True and there is no kernel for this rule or machine.
         InputError: the rule file can't be used.
     """
 
     rule: UpdateRule
+    state_dtype: torch.dtype | None
+    fused: bool | None
 
     def __init__(
         self,
@@ -42,13 +57,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: UpdateRule | str | os.PathLike[str] | None = None,
         lr: float = 1.0,
         weight_decay: float = 0.0,
+        *,
+        state_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
     ) -> None:
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
         self.rule = _resolve_rule(rule)
+        self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
+        self.fused = fused
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
             self.rule.to(self.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
+        if fused:
+            self._kernel()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes."""
@@ -91,25 +113,78 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            (group, param)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        for _, param in work:
-            if param.grad.is_sparse:
+        self.apply(
+            [
+                (group, param, param.grad)
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            ]
+        )
+        return loss
+
+    @torch.no_grad()
+    def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
+        """One step with gradients that are handed in: by the kernel at once, or one by one.
+
+        Args:
+            work: (param group, parameter, its gradient).
+
+        Raises:
+            TypeError: a gradient is sparse; no parameter has been changed then.
+        """
+        for _, param, grad in work:
+            if grad.is_sparse:
                 raise TypeError(
                     f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
                     "needs dense gradients; build the embedding with sparse=False"
                 )
-        for group, param in work:
-            state = self.state[param] or self.rule.init_state(param)
-            delta, self.state[param] = advance(
-                self.rule, param, param.grad, state, group["lr"], group["weight_decay"]
+        kernel = self._kernel()
+        batches: dict[Any, tuple[list[Piece], list[Tensor]]] = {}
+        for group, param, grad in work:
+            if not self.state[param]:
+                self.state[param] = self.init_state(param)
+            piece = Piece(
+                local(param), local(grad), self.state[param], group["lr"], group["weight_decay"]
             )
-            param.add_(delta)
-        return loss
+            if kernel is None or not piece.fits():
+                self._take_plainly(param, piece)
+                continue
+            pieces, params = batches.setdefault(piece.state["hidden"].dtype, ([], []))
+            pieces.append(piece)
+            params.append(param)
+        for pieces, params in batches.values():
+            assert kernel is not None
+            kernel(pieces, partial(add_up, params=params))
+
+    def _take_plainly(self, param: Tensor, piece: Piece) -> None:
+        sums = None
+        if is_sharded(param):
+            sums = sums_of(self.rule, piece.param, piece.grad, piece.state)
+            if sums is not None:
+                sums = add_up(sums.unsqueeze(0), [param]).squeeze(0)
+        delta, self.state[param] = advance(
+            self.rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
+        )
+        piece.param.add_(delta)
+
+    def _kernel(self) -> FusedStep | None:
+        """The fast path, if there is one and it is wanted."""
+        if self.fused is False:
+            return None
+        kernel = fused_step(self.rule)
+        if self.fused and kernel is None:
+            raise RuntimeError(
+                f"fused=True, but there is no kernel for {type(self.rule).__name__} here: it takes "
+                "a CoordinateLSTM with float32 weights on the CPU, and a C compiler"
+            )
+        return kernel
+
+    def init_state(self, param: Tensor) -> State:
+        """The rule's memory for a parameter, or for this process's shard of it."""
+        if self.state_dtype is None:
+            return self.rule.init_state(local(param))
+        return self.rule.init_state(local(param), self.state_dtype)  # type: ignore[call-arg]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the rule's memory keeps its dtype and is checked against the rule.
@@ -124,7 +199,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [param for group in self.param_groups for param in group["params"]]
         memories = {
-            param: _matching_memory(self.rule, param, state_dict["state"][index])
+            param: _matching_memory(self, param, state_dict["state"][index])
             for index, param in zip(saved, own)
             if state_dict["state"].get(index)
         }
@@ -133,7 +208,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
-        return {**super().__getstate__(), "rule": self.rule}
+        kept = ("rule", "state_dtype", "fused")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
 def _resolve_rule(rule: UpdateRule | str | os.PathLike[str] | None) -> UpdateRule:
@@ -149,9 +225,22 @@ def _resolve_rule(rule: UpdateRule | str | os.PathLike[str] | None) -> UpdateRul
     return rule
 
 
-def _matching_memory(rule: UpdateRule, param: Tensor, saved: State) -> State:
+def _checked_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    if not dtype.is_floating_point:
+        raise TypeError(f"state_dtype={dtype}: a floating-point dtype, such as torch.bfloat16")
+    if "memory_dtype" not in inspect.signature(rule.init_state).parameters:
+        raise TypeError(
+            f"state_dtype={dtype}, but {type(rule).__name__} keeps its memory in one precision "
+            "only (its init_state takes no memory_dtype); leave state_dtype out"
+        )
+    return dtype
+
+
+def _matching_memory(optimizer: LearnedOptimizer, param: Tensor, saved: State) -> State:
     """The saved memory on the parameter's device, if it is this rule's for this parameter."""
-    expected = {name: tuple(leaf.shape) for name, leaf in rule.init_state(param).items()}
+    expected = {name: tuple(leaf.shape) for name, leaf in optimizer.init_state(param).items()}
     found = {name: tuple(leaf.shape) for name, leaf in saved.items()}
     if expected != found:
         raise ValueError(

@@ -51,8 +51,44 @@ class UpdateRule(Protocol):
         ...
 
 
+@runtime_checkable
+class TensorWideRule(UpdateRule, Protocol):
+    """A rule in which coordinates of one tensor feel one another, but only through sums.
+
+    Where a caller holds a piece of the tensor only (a shard, a sample of the coordinates), it
+    passes the sums of the whole. A rule without `sums` is taken to treat each coordinate by
+    itself.
+    """
+
+    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """Sums over this piece, (M,): those of all pieces add up to the tensor's.
+
+        Arguments as in `__call__`.
+        """
+        ...
+
+    def __call__(
+        self, grad: Tensor, state: State, param: Tensor, sums: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As `UpdateRule.__call__`.
+
+        Args:
+            grad: finite gradient, (N,).
+            state: what `init_state` or the previous step returned.
+            param: the parameter's value, (N,).
+            sums: of the whole tensor, (M,); None if what is given is the whole tensor.
+        """
+        ...
+
+
 def advance(
-    rule: UpdateRule, param: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float
+    rule: UpdateRule,
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    lr: float,
+    weight_decay: float,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Apply a rule to one parameter tensor, whatever its shape and layout.
 
@@ -68,6 +104,7 @@ def advance(
         state: the rule's memory for this tensor.
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
+        sums: for a `TensorWideRule` that is given a piece of a tensor, see `sums_of`.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.
@@ -76,7 +113,8 @@ def advance(
         return torch.zeros_like(param), state
     flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
     finite = torch.isfinite(flat_grad)
-    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param)
+    known = () if sums is None else (sums,)
+    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, *known)
     if weight_decay:
         update = update - (rule.step_size * weight_decay) * flat_param
     delta = lr * torch.where(finite, update, 0)
@@ -85,6 +123,15 @@ def advance(
         for name, leaf in new_state.items()
     }
     return delta.reshape(param.shape), new_state
+
+
+def sums_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
+    """The sums that `advance` wants for a piece of this parameter; None if the rule needs none."""
+    if not isinstance(rule, TensorWideRule):
+        return None
+    flat_grad = grad.reshape(-1)
+    finite = torch.where(torch.isfinite(flat_grad), flat_grad, 0)
+    return rule.sums(finite, state, param.reshape(-1))
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:

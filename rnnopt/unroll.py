@@ -15,10 +15,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rnnopt.errors import InputError
 from rnnopt.optimizer import LearnedOptimizer, trainable
-from rnnopt.rule import State, advance
+from rnnopt.rule import State, UpdateRule, advance, sums_of
+
+# The rule's graph between two cuts, where the number of coordinates is not set: it holds every
+# coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
+GRAPH_BYTES = 128 * 2**20
+# Kept a coordinate and step beside the rule's memory: parameter, gradient, change and slope.
+_OTHER_BYTES = 16
 
 # (the module to run, the step's number from 0) -> mean loss in nats per example, 0-d
 LossFunction = Callable[[nn.Module, int], Tensor]
@@ -33,6 +40,9 @@ class UnrollSettings:
         order: 1, everything fed to the rule is a constant; 2, exact, through `higher`.
         truncation: steps after which the graph is cut (truncated backpropagation through time);
             None cuts nowhere. Memory grows with the truncation, not with T.
+        coordinates: first order only: how many coordinates carry the meta-gradient, a random
+            sample stratified over tensors, while all are updated; the estimate is unbiased. None
+            takes all where the rule's graph stays within `GRAPH_BYTES`, and else as many as do.
         query_weight: weight of the query loss, what adaptation is for.
         support_weight: weight of the support loss.
         step_weights: weight of each of the T steps; None weighs all by 1.
@@ -41,6 +51,7 @@ class UnrollSettings:
     steps: int
     order: int = 1
     truncation: int | None = None
+    coordinates: int | None = None
     query_weight: float = 1.0
     support_weight: float = 0.0
     step_weights: Sequence[float] | None = None
@@ -50,8 +61,15 @@ class UnrollSettings:
             raise InputError(f"steps={self.steps}: at least 1")
         if self.order not in (1, 2):
             raise InputError(f"order={self.order}: 1 or 2")
-        if self.truncation is not None and self.truncation < 1:
-            raise InputError(f"truncation={self.truncation}: at least 1, or None")
+        for name in ("truncation", "coordinates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: at least 1, or None")
+        if self.coordinates is not None and self.order == 2:
+            raise InputError(
+                f"coordinates={self.coordinates} with order 2: second order needs all of them, "
+                "since the model connects them; leave coordinates out"
+            )
         if self.step_weights is not None and len(self.step_weights) != self.steps:
             raise InputError(
                 f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
@@ -101,6 +119,7 @@ def unroll(
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
+    seed: int = 0,
 ) -> Unrolled:
     """Adapt, add the meta-gradient to the rule's ``.grad``, and put everything back.
 
@@ -110,6 +129,7 @@ def unroll(
         support_loss: the loss that adaptation descends.
         query_loss: the loss that judges it.
         settings: see `UnrollSettings`.
+        seed: decides which coordinates are sampled.
 
     Returns:
         The losses along the way.
@@ -122,7 +142,7 @@ def unroll(
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:
-        return _first_order(model, optimizer, support_loss, query_loss, settings)
+        return _first_order(model, optimizer, support_loss, query_loss, settings, seed)
     finally:
         with torch.no_grad():
             for param, value in zip(tensors, initial):
@@ -135,6 +155,7 @@ def _first_order(
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
+    seed: int,
 ) -> Unrolled:
     """First order without the model's graph.
 
@@ -142,42 +163,148 @@ def _first_order(
     delta_0 .. delta_{t-1} that were added, so the meta-gradient is
     ``sum_s < sum_{t > s} dL/dtheta_t , d delta_s / dw >``: every dL/dtheta_t is an ordinary
     gradient whose graph is gone before the next one is made, and only the rule's graph is kept.
+    The inner products are sums over coordinates, which a sample of them estimates.
     """
     groups, tensors = zip(*trainable(optimizer))
-    states: list[State] = [
-        dict(optimizer.state.get(param) or optimizer.rule.init_state(param)) for param in tensors
-    ]
+    runner = _runner(optimizer, groups, tensors)
+    samples = _draw_samples(runner, tensors, settings, seed)
     segment = _Segment(len(tensors))
     support_losses, query_losses, meta_loss = [], [], 0.0
     for t in range(settings.steps):
         loss = support_loss(model, t)
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
         support_losses.append(loss.detach())
-        changes: list[Tensor | None] = []
-        for i, (group, param, grad) in enumerate(zip(groups, tensors, grads)):
-            if grad is None:
-                changes.append(None)
-                continue
-            delta, states[i] = advance(
-                optimizer.rule,
-                param.detach(),
-                grad,
-                states[i],
-                group["lr"],
-                group["weight_decay"],
-            )
-            changes.append(delta)
-            with torch.no_grad():
-                param.add_(delta)
+        changes = [
+            None
+            if grad is None
+            else sample.change(runner.rule, group, param, grad, runner.state[param])
+            for group, param, grad, sample in zip(groups, tensors, grads, samples)
+        ]
+        runner.apply(
+            [(g, p, grad) for g, p, grad in zip(groups, tensors, grads) if grad is not None]
+        )
         judged = _judge(model, tensors, support_loss, query_loss, settings, t)
         query_losses.append(judged.query)
         meta_loss += judged.value
-        segment.append(changes, judged.slopes)
+        slopes = [sample.scaled(slope) for sample, slope in zip(samples, judged.slopes)]
+        segment.append(changes, slopes)
         if settings.cut_after(t):
             segment.backward()
             segment = _Segment(len(tensors))
-            states = [{k: leaf.detach() for k, leaf in state.items()} for state in states]
+            for sample in samples:
+                sample.cut()
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)
+
+
+def _runner(
+    optimizer: LearnedOptimizer, groups: Sequence[dict[str, Any]], tensors: Sequence[Tensor]
+) -> LearnedOptimizer:
+    """A twin that steps the same parameters from a copy of the optimizer's state."""
+    runner = LearnedOptimizer(
+        list(tensors),
+        optimizer.rule,
+        state_dtype=optimizer.state_dtype,
+        fused=optimizer.fused,
+    )
+    for param in tensors:
+        state = optimizer.state.get(param) or runner.init_state(param)
+        runner.state[param] = {name: leaf.clone() for name, leaf in state.items()}
+    return runner
+
+
+def _draw_samples(
+    runner: LearnedOptimizer, tensors: Sequence[Tensor], settings: UnrollSettings, seed: int
+) -> list[_Sample]:
+    """The coordinates of each tensor that carry the meta-gradient.
+
+    As many of each tensor, but no more than it has: what a large tensor's coordinates do to the
+    rule is much alike, and a bias or a head must not be left out.
+    """
+    sizes = [param.numel() for param in tensors]
+    wanted = settings.coordinates
+    if wanted is None:
+        memory = sum(leaf.nbytes for leaf in runner.state[tensors[0]].values()) / max(sizes[0], 1)
+        kept = min(settings.truncation or settings.steps, settings.steps)
+        wanted = int(GRAPH_BYTES / (kept * (memory + _OTHER_BYTES)))
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        _Sample(param, runner.state[param], count, generator)
+        for param, count in zip(tensors, _fill(sizes, max(wanted, len(sizes))))
+    ]
+
+
+def _fill(sizes: Sequence[int], total: int) -> list[int]:
+    """Divide `total` as evenly as the sizes allow: min(size, level), the level as it must be."""
+    counts, left = [0] * len(sizes), total
+    for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        counts[index] = min(sizes[index], left // (len(sizes) - rank))
+        left -= counts[index]
+    return counts
+
+
+class _Sample:
+    """The coordinates of one tensor that carry the meta-gradient, with the rule's memory of them.
+
+    Args:
+        param: the tensor.
+        state: the rule's memory of it, before the first step.
+        count: how many to take.
+        generator: draws them.
+    """
+
+    def __init__(self, param: Tensor, state: State, count: int, generator: torch.Generator) -> None:
+        self._index: Tensor | None = None
+        self._weight = 1.0
+        if count < param.numel():
+            drawn = torch.randperm(param.numel(), generator=generator)[:count]
+            self._index = drawn.sort().values.to(param.device)
+            self._weight = param.numel() / count
+        self._state = {k: self._pick(leaf) if leaf.dim() else leaf for k, leaf in state.items()}
+
+    def change(
+        self,
+        rule: UpdateRule,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        memory: State,
+    ) -> Tensor:
+        """What the rule will add to these coordinates, (n,), with the rule's graph.
+
+        Only what goes into the rule is kept; its inner graph, ten times as large, is made again
+        in the backward pass.
+        """
+        param, grad = param.detach().reshape(-1), grad.reshape(-1)
+        sums = None
+        if self._index is not None:
+            sums = sums_of(rule, param, grad, memory)
+        # copies: the parameter is about to change in place
+        change: Tensor
+        change, self._state = checkpoint(
+            advance,
+            rule,
+            self._pick(param),
+            self._pick(grad),
+            self._state,
+            group["lr"],
+            group["weight_decay"],
+            sums,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return change
+
+    def scaled(self, slope: Tensor | None) -> Tensor | None:
+        """dL/dtheta of these coordinates, so that their sum estimates that of all; (n,)."""
+        return None if slope is None else self._weight * self._pick(slope.reshape(-1))
+
+    def cut(self) -> None:
+        """End the graph here."""
+        self._state = {name: leaf.detach() for name, leaf in self._state.items()}
+
+    def _pick(self, leaf: Tensor) -> Tensor:
+        """These coordinates of a (..., N) leaf, as a copy."""
+        return leaf.clone() if self._index is None else leaf[..., self._index]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
+from rnnopt import unroll as unroll_module
 from rnnopt.differentiable import higher
 from rnnopt.task import LabelledTexts
 from rnnopt.text import Classifier
@@ -120,6 +121,56 @@ def test_first_and_second_order_differ():
     assert all((first[name] - second[name]).norm() > 1e-6 * first[name].norm() for name in first)
 
 
+def test_sampled_coordinates_estimate_the_meta_gradient_without_bias():
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    settings = UnrollSettings(steps=3)
+    _, exact = meta_gradient(net, rule, support, query, settings)
+    total = sum(param.numel() for param in net.parameters())
+    settings = replace(settings, coordinates=total // 3)
+    draws = []
+    for seed in range(200):
+        rule.zero_grad()
+        optimizer = LearnedOptimizer(net.parameters(), rule)
+        sampled = unroll(net, optimizer, support, query, settings, seed)
+        draws.append({name: weight.grad.clone() for name, weight in rule.named_parameters()})
+    for name, gradient in exact.items():
+        values = torch.stack([draw[name] for draw in draws])
+        deviation = values.std(dim=0)
+        assert deviation.norm() > 0.05 * gradient.norm(), name  # they are samples, not the whole
+        z = (values.mean(dim=0) - gradient) / (deviation / len(draws) ** 0.5 + 1e-12)
+        assert z.square().mean() < 2, name  # 1 is expected
+    whole, _ = meta_gradient(net, rule, support, query, replace(settings, coordinates=None))
+    assert torch.equal(sampled.query_losses, whole.query_losses)  # all coordinates are updated
+
+
+def test_a_sample_as_large_as_the_model_is_the_model():
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    _, whole = meta_gradient(net, rule, support, query, UnrollSettings(steps=3))
+    _, same = meta_gradient(net, rule, support, query, UnrollSettings(steps=3, coordinates=999))
+    assert all(torch.equal(whole[name], same[name]) for name in whole)
+
+
+def test_every_tensor_has_a_part_in_the_sample():
+    assert unroll_module._fill([10, 2, 100], 30) == [10, 2, 18]
+    assert unroll_module._fill([10, 2, 100], 3) == [1, 1, 1]
+    assert unroll_module._fill([10, 2, 100], 500) == [10, 2, 100]
+
+
+def test_where_the_rules_graph_would_not_fit_coordinates_are_sampled(monkeypatch):
+    net, support, query = problem()
+    rule = random_lstm(torch.float64)
+    _, whole = meta_gradient(net, rule, support, query, UnrollSettings(steps=4))
+    monkeypatch.setattr(unroll_module, "GRAPH_BYTES", 10_000)
+    _, sampled = meta_gradient(net, rule, support, query, UnrollSettings(steps=4))
+    assert any(not torch.equal(whole[name], sampled[name]) for name in whole)
+    _, short = meta_gradient(net, rule, support, query, UnrollSettings(steps=4, truncation=1))
+    monkeypatch.undo()
+    _, truncated = meta_gradient(net, rule, support, query, UnrollSettings(steps=4, truncation=1))
+    assert all(torch.equal(short[name], truncated[name]) for name in short)  # a cut makes room
+
+
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"lr": 0.3, "weight_decay": 0.1}], ids=["plain", "scaled"])
@@ -131,7 +182,7 @@ def test_torch_path_equals_differentiable_path_bitwise_over_8_steps(make, dtype,
         for t in range(8):
             stepper.step(support(fmodel, t))
         theirs = [param.detach().clone() for param in fmodel.parameters()]
-    optimizer = LearnedOptimizer(net.parameters(), rule, **options)
+    optimizer = LearnedOptimizer(net.parameters(), rule, fused=False, **options)
     for t in range(8):
         optimizer.zero_grad()
         support(net, t).backward()
@@ -152,7 +203,7 @@ def test_any_rule_can_be_unrolled(make, order):
 def test_both_orders_walk_the_way_of_the_torch_optimizer(order):
     net, support, query = problem(dtype=torch.float32)
     rule = random_lstm()
-    optimizer = LearnedOptimizer(net.parameters(), rule)
+    optimizer = LearnedOptimizer(net.parameters(), rule, fused=False)
     result = unroll(net, optimizer, support, query, UnrollSettings(steps=4, order=order))
     losses = []
     for t in range(4):
