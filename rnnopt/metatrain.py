@@ -181,14 +181,10 @@ class MetaTraining:
     def _meta_step(self) -> dict[str, Any]:
         """One step of the meta-optimizer; skipped and counted if anything is not finite."""
         settings, progress = self.settings, self.progress
-        self.meta_optimizer.zero_grad()
         first = progress.meta_step * settings.tasks_per_meta_step
         shared = self.team.share(settings.tasks_per_meta_step)
-        results = [self._unroll(first + k) for k in shared]
-        meta_loss, steps = self._pool(
-            sum(result.meta_loss for result in results),
-            sum(len(result.query_losses) for result in results),
-        )
+        results, terms = zip(*(self._term(first + k) for k in shared))
+        meta_loss, steps = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
         # all that follows, a skip too, depends on pooled values only: everyone decides alike
         for weight in self.rule.parameters():
             cast(Tensor, weight.grad).mul_(1 / steps)
@@ -210,15 +206,25 @@ class MetaTraining:
             "skipped": progress.skipped,
         }
 
-    def _pool(self, *numbers: float) -> list[float]:
-        """Sum the rule's meta-gradient, in place, and these numbers over the team: one message."""
+    def _term(self, number: int) -> tuple[Unrolled, Tensor]:
+        """Unroll task `number`; what it adds to the sums of the meta-step.
+
+        These are the meta-gradient of all P weights, the meta-loss and the number of steps:
+        (P + 2,), float64, so that their order, which the number of processes decides, is all but
+        lost in rounding to float32.
+        """
+        self.meta_optimizer.zero_grad()
+        result = self._unroll(number)
+        # a task that doesn't depend on the rule leaves no gradient, which is one of zero
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.rule.parameters()]
+        plain = torch.tensor([result.meta_loss, len(result.query_losses)], dtype=torch.float64)
+        vectors = [*(grad.flatten().double() for grad in grads), plain.to(grads[0].device)]
+        return result, torch.cat(vectors)
+
+    def _take(self, total: Tensor) -> list[float]:
+        """Take the meta-gradient from the sums (see `_term`); the other two."""
         weights = list(self.rule.parameters())
-        # no gradient is one of zero, or a rank whose task has none would pool another vector
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-        plain = torch.tensor(numbers, dtype=torch.float64, device=self.classifier.device)
-        vector = torch.cat([*(grad.flatten().double() for grad in grads), plain])
-        sizes = [weight.numel() for weight in weights]
-        *parts, plain = torch.split(self.team.sum(vector), [*sizes, len(numbers)])
+        *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 2])
         for weight, part in zip(weights, parts):
             weight.grad = part.view_as(weight).to(weight.dtype)
         return plain.tolist()
