@@ -178,4 +178,5 @@ def _variable(name: str, default: int) -> int:
 
 def _reason(error: Exception) -> str:
     """What torch says, without the place in its sources and without its advice."""
-    return re.sub(r"^\[[^]]*:\d+\] ", "", str(error).strip()).splitlines()[0].split(". ")[0]
+    sentence = re.split(r"\n|\. ", str(error).strip())[0]
+    return re.sub(r"^\[[^]]*:\d+\] ", "", sentence)
