@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rnnopt import __version__
-from rnnopt.errors import InputError
+from rnnopt.errors import InputError, ToldElsewhereError
 
 _EXTRAS = ("higher", "matplotlib", "peft", "tqdm", "transformers")  # the extra `meta`
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -19,11 +19,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 2 for what the user can mend (one line on stderr, no traceback); 130 for Ctrl-C.
+        0; 2 for what the user can mend (one line on stderr, of one process where several share
+        the mistake; no traceback); 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
+        if options.run is not _meta_train:
+            _require_alone(options.command)
         options.run(options)
+    except ToldElsewhereError:
+        return 2
     except InputError as error:
         print(f"rnnopt {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -39,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rnnopt {options.command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _require_alone(command: str) -> None:
+    from rnnopt.team import require_alone
+
+    require_alone(command)
 
 
 def _meta_train(options: argparse.Namespace) -> None:
@@ -109,7 +120,12 @@ def _add_meta_train(commands: Any) -> None:
         help="meta-gradient: 1 first order, 2 exact through higher [1]",
     )
     parser.add_argument("--meta-steps", type=int, default=500, help="steps of the meta-optimizer")
-    parser.add_argument("--tasks", type=int, default=1, help="tasks per meta-step [1]")
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        default=1,
+        help="tasks per meta-step, shared out to the processes that torchrun started [1]",
+    )
     parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")

@@ -31,8 +31,9 @@ from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
+from rnnopt.folder import LOG_FILE
 from rnnopt.journal import Journal
-from rnnopt.metatrain import LOG_FILE, MetaTraining, MetaTrainSettings, finite_or_none
+from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
 from rnnopt.splits import (
@@ -43,6 +44,7 @@ from rnnopt.splits import (
     stratified_holdout,
 )
 from rnnopt.task import TaskSource
+from rnnopt.team import Team
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings
 
@@ -50,42 +52,74 @@ EMBEDDED = "stdlib"
 
 
 def meta_train(options: Namespace) -> None:
-    """`rnnopt meta-train`."""
+    """`rnnopt meta-train`; where torchrun started several processes, one of them."""
+    with Team.join() as team:
+        settings, train, validation = team.together(lambda: _parts(options, team))
+        run = _run(options, settings, train, validation, team)
+        if team.rank == 0:
+            _watch(run)
+        else:
+            run.run()
+
+
+def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSource, TaskSource]:
+    """What a process of meta-training reads on its own: training and validation tasks."""
     settings = _settings(options)
     splits = read_data(options)
     samplers = [episode_sampler(options, part) for part in (splits.train, splits.validation)]
-    classifier = load_classifier(options, max(options.ways), double_backward=options.order == 2)
+    device = choose_device(options.device)
+    if team.size > 1 and device.type == "cuda":
+        device = own_device(team.local_rank)
+    classifier = load_classifier(options, max(options.ways), options.order == 2, device)
     train, validation = (TaskSource(sampler, classifier) for sampler in samplers)
+    return settings, train, validation
+
+
+def _run(
+    options: Namespace,
+    settings: MetaTrainSettings,
+    train: TaskSource,
+    validation: TaskSource,
+    team: Team,
+) -> MetaTraining:
+    """The run that the options of `meta-train` describe."""
+    corpora = train.sampler.corpus, validation.sampler.corpus
     task_facts = {
         "encoder": encoder_name(options.encoder),
-        "encoder_weights": classifier.fingerprint,
+        "encoder_weights": train.classifier.fingerprint,
         **{
             name: getattr(options, name)
             for name in ("ways", "shots", "queries", "tune", "lora_rank", "pooling", "max_length")
         },
     }
-    folder = Path(options.output)
-    run = MetaTraining(
-        classifier,
+    return MetaTraining(
+        train.classifier,
         train,
         validation,
         settings,
-        folder,
+        Path(options.output),
         facts={
             **task_facts,
-            "train": splits.train.fingerprint(),
-            "validation": splits.validation.fingerprint(),
+            "train": corpora[0].fingerprint(),
+            "validation": corpora[1].fingerprint(),
         },
         training={
             **task_facts,
             "settings": asdict(settings),
-            "classes": class_sketches(splits.train),
-            "validation_classes": class_sketches(splits.validation),
+            "classes": class_sketches(corpora[0]),
+            "validation_classes": class_sketches(corpora[1]),
         },
         resume=options.resume,
+        team=team,
     )
-    print(f"train: {summary(splits.train)}\nvalidation: {summary(splits.validation)}")
-    with tqdm(total=settings.meta_steps, initial=run.progress.meta_step, unit="meta-step") as bar:
+
+
+def _watch(run: MetaTraining) -> None:
+    """Run, showing how it goes, and draw the picture."""
+    folder, total = run.folder.path, run.settings.meta_steps
+    for name, source in (("train", run.train), ("validation", run.validation)):
+        print(f"{name}: {summary(source.sampler.corpus)}")
+    with tqdm(total=total, initial=run.progress.meta_step, unit="meta-step") as bar:
 
         def report(record: dict[str, Any]) -> None:
             bar.update(record["meta_step"] - bar.n)
@@ -322,8 +356,13 @@ def episode_sampler(options: Namespace, corpus: Corpus) -> EpisodeSampler:
     )
 
 
-def load_classifier(options: Namespace, ways: int, double_backward: bool = False) -> Classifier:
-    """The classifier that --encoder, --tune and the like describe."""
+def load_classifier(
+    options: Namespace,
+    ways: int,
+    double_backward: bool = False,
+    device: torch.device | None = None,
+) -> Classifier:
+    """The classifier that --encoder, --tune and the like describe; on --device by default."""
     return Classifier.load(
         options.encoder,
         tune=options.tune,
@@ -332,7 +371,7 @@ def load_classifier(options: Namespace, ways: int, double_backward: bool = False
         ways=ways,
         double_backward=double_backward,
         max_length=options.max_length,
-        device=choose_device(options.device),
+        device=device or choose_device(options.device),
         seed=options.seed,
     )
 
@@ -343,6 +382,18 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise InputError("--device cuda, but torch finds no CUDA device; use --device cpu or auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def own_device(local_rank: int) -> torch.device:
+    """The GPU of one of several processes on a machine; made torch's current one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}: this machine has {count} GPUs, one for each process; start "
+            f"torchrun with --nproc-per-node {count}, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _json(value: Any) -> bytes:

@@ -1,7 +1,8 @@
 """The outer loop: episodes -> meta-loss -> meta-step, with validation, checkpoints and resume.
 
 Everything random is a pure function of (seed, number of the task), so a run that was killed and
-resumed ends with the same weights, bit for bit on CPU, as one that was not.
+resumed ends with the same weights, bit for bit on CPU, as one that was not. Several processes
+share the tasks out; their number changes only the order in which floats are summed.
 """
 
 from __future__ import annotations
@@ -10,32 +11,24 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.checkpoint import (
-    RULE_FILE,
-    claim_folder,
-    read_tensors,
-    save_rule,
-    save_tensors,
-    write_atomically,
-)
+from rnnopt.checkpoint import RULE_FILE, save_rule
 from rnnopt.errors import InputError
+from rnnopt.folder import RunFolder
 from rnnopt.lstm import CoordinateLSTM
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.task import TaskSource, adapt_and_judge
+from rnnopt.team import Team
 from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
-RUN_FILE = "run.json"
-LOG_FILE = "log.jsonl"
 # Heads of validation tasks must not repeat those of meta-training tasks.
 _VALIDATION_HEADS = 1_000_000_000
 
@@ -81,7 +74,8 @@ class MetaTrainSettings:
             "checkpoint_every",
         ):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+                option = " (--tasks)" if name == "tasks_per_meta_step" else ""
+                raise InputError(f"{name}={getattr(self, name)}{option}: must be at least 1")
         if self.shortest is not None and not 1 <= self.shortest <= self.unroll.steps:
             raise InputError(
                 f"shortest unroll of {self.shortest} steps: must lie between 1 and the longest, "
@@ -113,7 +107,8 @@ class MetaTraining:
     """One run of meta-training in its folder.
 
     The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
-    config and `training` facts), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``.
+    config and `training` facts), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
+    team's processes rank 0 alone reads and writes it.
 
     Args:
         classifier: what the tasks adapt.
@@ -124,10 +119,14 @@ class MetaTraining:
         facts: JSON-compatible facts that tell this run from others (data, encoder, ...): a
             resumed run must have the same.
         training: JSON-compatible facts kept inside the rule file.
-        resume: continue the run in the folder, if there is one.
+        resume: continue the run in the folder, if there is one; also one that another number of
+            processes began.
+        team: the processes that share the tasks; task k of a meta-step belongs to rank
+            k % team.size.
 
     Raises:
-        InputError: the folder holds a run and resume is False, or a run with other settings.
+        InputError: the folder holds a run and resume is False, or a run with other settings; fewer
+            tasks in a meta-step than processes; the processes differ in facts or kind of device.
     """
 
     def __init__(
@@ -140,10 +139,11 @@ class MetaTraining:
         facts: dict[str, Any],
         training: dict[str, Any],
         resume: bool = False,
+        team: Team = Team(),  # noqa: B008  # immutable
     ) -> None:
         self.classifier, self.train, self.validation = classifier, train, validation
-        self.settings, self.folder = settings, folder
-        self.training = training
+        self.settings, self.training, self.team = settings, training, team
+        self.folder = RunFolder(folder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.rule = CoordinateLSTM(hidden_size=settings.hidden_size)
@@ -157,7 +157,7 @@ class MetaTraining:
         """Meta-train to the end.
 
         Args:
-            report: called with every log record.
+            report: called with every log record, on rank 0.
 
         Returns:
             The best rule by validation.
@@ -181,15 +181,15 @@ class MetaTraining:
     def _meta_step(self) -> dict[str, Any]:
         """One step of the meta-optimizer; skipped and counted if anything is not finite."""
         settings, progress = self.settings, self.progress
-        self.meta_optimizer.zero_grad()
         first = progress.meta_step * settings.tasks_per_meta_step
-        results = [self._unroll(first + k) for k in range(settings.tasks_per_meta_step)]
-        scale = 1 / sum(len(result.query_losses) for result in results)
+        shared = self.team.share(settings.tasks_per_meta_step)
+        results, terms = zip(*(self._term(first + k) for k in shared))
+        meta_loss, steps = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
+        # all that follows, a skip too, depends on pooled values only: everyone decides alike
         for weight in self.rule.parameters():
-            if weight.grad is not None:
-                weight.grad.mul_(scale)
+            cast(Tensor, weight.grad).mul_(1 / steps)
         norm = float(torch.nn.utils.clip_grad_norm_(self.rule.parameters(), settings.clip))
-        meta_loss = scale * sum(result.meta_loss for result in results)
+        meta_loss *= 1 / steps
         finite = math.isfinite(norm) and math.isfinite(meta_loss)
         if finite:
             for group in self.meta_optimizer.param_groups:
@@ -205,6 +205,29 @@ class MetaTraining:
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped": progress.skipped,
         }
+
+    def _term(self, number: int) -> tuple[Unrolled, Tensor]:
+        """Unroll task `number`; what it adds to the sums of the meta-step.
+
+        These are the meta-gradient of all P weights, the meta-loss and the number of steps:
+        (P + 2,), float64, so that their order, which the number of processes decides, is all but
+        lost in rounding to float32.
+        """
+        self.meta_optimizer.zero_grad()
+        result = self._unroll(number)
+        # a task that doesn't depend on the rule leaves no gradient, which is one of zero
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.rule.parameters()]
+        plain = torch.tensor([result.meta_loss, len(result.query_losses)], dtype=torch.float64)
+        vectors = [*(grad.flatten().double() for grad in grads), plain.to(grads[0].device)]
+        return result, torch.cat(vectors)
+
+    def _take(self, total: Tensor) -> list[float]:
+        """Take the meta-gradient from the sums (see `_term`); the other two."""
+        weights = list(self.rule.parameters())
+        *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 2])
+        for weight, part in zip(weights, parts):
+            weight.grad = part.view_as(weight).to(weight.dtype)
+        return plain.tolist()
 
     def _unroll(self, number: int) -> Unrolled:
         """Unroll task `number`, adding to the rule's meta-gradient."""
@@ -230,16 +253,15 @@ class MetaTraining:
     def _validate(self) -> dict[str, Any]:
         """Score the rule on the validation tasks: mean query loss over all steps; keep the best."""
         budgets = range(1, self.settings.unroll.steps + 1)
-        losses, accuracies = [], []
-        for number in range(self.settings.validation_tasks):
+        # (tasks, budgets, loss and accuracy): everyone fills rows of its own, the sum fills all
+        table = torch.zeros(self.settings.validation_tasks, len(budgets), 2, dtype=torch.float64)
+        for number in self.team.share(self.settings.validation_tasks):
             task = self.validation.load(number)
             self.classifier.reset(task.ways, seed=_VALIDATION_HEADS + number)
             optimizer = LearnedOptimizer(self._params(), self.rule)
             scores = adapt_and_judge(self.classifier, optimizer, task, budgets).scores
-            losses.append([scores[budget].loss for budget in budgets])
-            accuracies.append([scores[budget].accuracy for budget in budgets])
-        loss = torch.tensor(losses, dtype=torch.float64).mean(dim=0)
-        accuracy = torch.tensor(accuracies, dtype=torch.float64).mean(dim=0)
+            table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
+        loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step = score, self.progress.meta_step
@@ -259,66 +281,38 @@ class MetaTraining:
 
     def _save_rule(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
-        save_rule(self.rule, self.folder / RULE_FILE, training)
+        if self.team.rank == 0:
+            save_rule(self.rule, self.folder.path / RULE_FILE, training)
 
     # -- the folder
 
     def _open(self, facts: dict[str, Any], resume: bool) -> None:
-        run_file = self.folder / RUN_FILE
-        if not run_file.exists():
-            claim_folder(self.folder)
-            write_atomically(run_file, json.dumps(facts, indent=2).encode())
-            return
-        if not resume:
-            raise InputError(
-                f"{self.folder} already holds a run; add --resume to continue it, or choose "
-                "another --output"
-            )
-        try:
-            self._check_same_run(dict(json.loads(run_file.read_text())), facts)
-            if (self.folder / CHECKPOINT_FILE).exists():
-                self._restore()
-            self._trim_log()
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(
-                f"{self.folder} can't be resumed, its files are damaged ({error}); choose another "
-                "--output"
-            ) from error
-        write_atomically(run_file, json.dumps(facts, indent=2).encode())
+        self.team.together(self._check_tasks)
+        device = {"device": self.classifier.device.type}
+        everyone = self.team.gather({**facts, **device})
+        self.team.together(lambda: _check_alike(everyone))
+        checkpoint = self.team.first(lambda: self.folder.open(facts, resume, self._restore))
+        if checkpoint and self.team.rank > 0:  # the folder may not be on this machine
+            self._restore(*checkpoint)
 
-    def _trim_log(self) -> None:
-        """Drop the log's lines from after the checkpoint: they will be written again."""
-        path = self.folder / LOG_FILE
-        begun = self.progress.meta_step > 0
-        lines = path.read_text().splitlines(keepends=True) if begun and path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.progress.meta_step]
-        write_atomically(path, "".join(kept).encode())
-
-    def _check_same_run(self, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-        # more meta-steps continue the same run, checkpoints may come at any rate
-        free = {"meta_steps", "checkpoint_every"}
-        other = [
-            f"{name}: {saved.get(name)!r} there, {facts.get(name)!r} here"
-            for name in sorted({*saved, *facts} - free)
-            if saved.get(name) != facts.get(name)
-        ]
-        if other:
+    def _check_tasks(self) -> None:
+        tasks, size = self.settings.tasks_per_meta_step, self.team.size
+        if tasks < size:
             raise InputError(
-                f"{self.folder} holds a run with other settings ({'; '.join(other)}); resume it "
-                "with its own, or choose another --output"
+                f"--tasks {tasks}: must be at least {size}, the number of processes, which share "
+                f"the tasks of a meta-step; raise it, or start {tasks} or fewer"
             )
 
     def _save(self) -> None:
+        if self.team.rank > 0:
+            return
         tensors = {f"rule.{name}": leaf for name, leaf in self.rule.state_dict().items()}
         tensors |= {f"best.{name}": leaf for name, leaf in self.best.items()}
         for index, state in self.meta_optimizer.state_dict()["state"].items():
             tensors |= {f"meta.{index}.{name}": leaf for name, leaf in state.items()}
-        save_tensors(self.folder / CHECKPOINT_FILE, tensors, asdict(self.progress))
+        self.folder.save(tensors, asdict(self.progress))
 
-    def _restore(self) -> None:
-        tensors, progress = read_tensors(self.folder / CHECKPOINT_FILE)
+    def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.progress = _Progress(**progress)
         self.rule.load_state_dict(_under("rule.", tensors))
         self.best = {
@@ -332,15 +326,9 @@ class MetaTraining:
         self.meta_optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _log(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-        path = self.folder / LOG_FILE
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"can't write {path}: {error.strerror}; mend it, then go on with --resume"
-            ) from error
-        report(record)
+        if self.team.rank == 0:
+            self.folder.log(record)
+            report(record)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -349,12 +337,19 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _step_of(line: str) -> float:
-    """The meta-step of a log line; a line cut off by a crash belongs to no step."""
-    try:
-        return float(json.loads(line)["meta_step"])
-    except (ValueError, KeyError):
-        return math.inf
+def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that would not work on the same run; given by rank."""
+    for rank, facts in enumerate(everyone):
+        other = [
+            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
+            for name in sorted({*everyone[0], *facts})
+            if everyone[0].get(name) != facts.get(name)
+        ]
+        if other:
+            raise InputError(
+                f"the processes of this run differ ({'; '.join(other)}); give all the same "
+                "command, data, encoder and kind of device"
+            )
 
 
 def finite_or_none(losses: Sequence[float]) -> list[float | None]:

@@ -1,0 +1,182 @@
+"""The processes of one run: one alone, or those that torchrun started, on one machine or on many.
+
+Every process does the same work on its share of the tasks, and what must agree is summed or
+gathered: sums of tensors go over NCCL on GPUs, all else over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rnnopt.errors import InputError, ToldElsewhereError
+
+_T = TypeVar("_T")
+# How long one process waits for the slowest. A process that died is noticed at once, since its
+# connections close; only a machine that vanished is waited for. The wait must outlast what one
+# process may do alone: a task longer than the others', a validation, a download of the encoder.
+_LONGEST_WAIT = timedelta(minutes=10)
+
+
+class _LostError(InputError):
+    """Another process of the team is gone."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process among `size`; alone by default, where every method is immediate.
+
+    A context manager: leaves the group at the end.
+
+    Attributes:
+        rank: 0 .. size - 1; 0 writes the files and speaks.
+        size: number of processes.
+        local_rank: number of this process on its machine, and of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def join(cls) -> Team:
+        """The team that torchrun's environment variables describe; waits for all its members.
+
+        Raises:
+            InputError: the variables are incomplete, or the others can't be reached.
+        """
+        size = _variable("WORLD_SIZE", 1)
+        if size == 1:
+            return cls()
+        # NCCL would otherwise end the process itself, without a message, where another is lost
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"can't join the {size} processes of this run ({_reason(error)}); start them "
+                "all with torchrun, at one rendezvous"
+            ) from error
+        return cls(dist.get_rank(), size, _variable("LOCAL_RANK", 0))
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # what a lost process left behind could be waited for; this process ends anyway
+        if self.size > 1 and not isinstance(error, _LostError):
+            dist.destroy_process_group()
+
+    def share(self, count: int) -> range:
+        """This process's part of the numbers 0 .. count - 1."""
+        return range(self.rank, count, self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of everyone's tensor, in place.
+
+        Raises:
+            InputError: a process is lost.
+        """
+        if self.size > 1:
+            with _collective():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: _T) -> list[_T]:
+        """Everyone's value, by rank; must be picklable.
+
+        Raises:
+            InputError: a process is lost.
+        """
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with _collective():
+                dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], _T]) -> _T:
+        """What `action` returns, once it has succeeded on every process.
+
+        Raises:
+            InputError: it raised one somewhere; every process raises it, rank 0 is to print it.
+        """
+        if self.size == 1:
+            return action()
+        result: list[_T] = []
+        message = None
+        try:
+            result.append(action())
+        except InputError as error:
+            message = str(error)
+        for rank, told in enumerate(self.gather(message)):
+            if told is not None:
+                raise (ToldElsewhereError if self.rank else InputError)(
+                    f"process {rank}: {told}" if rank else told
+                )
+        return result[0]
+
+    def first(self, action: Callable[[], _T]) -> _T:
+        """What `action` returns on rank 0, where alone it runs.
+
+        Raises:
+            InputError: see `together`.
+        """
+        result = self.together(lambda: None if self.rank else action())
+        return self.gather(result)[0]  # type: ignore[return-value]  # rank 0's is no None
+
+
+def require_alone(command: str) -> None:
+    """Refuse to run a command in several processes, which would all do the same.
+
+    Raises:
+        InputError: torchrun started several.
+    """
+    size = _variable("WORLD_SIZE", 1)
+    if size > 1:
+        raise (ToldElsewhereError if _variable("RANK", 0) else InputError)(
+            f"WORLD_SIZE={size}: only meta-train runs in several processes; start `rnnopt "
+            f"{command}` without torchrun"
+        )
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Say what torch's errors of communication mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _LostError(
+            f"a process of this run was lost, or is out of reach ({_reason(error)}); go on "
+            "with --resume"
+        ) from error
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(
+            f"{name}={text!r}: must be a whole number; torchrun sets it, else unset it"
+        )
+    return int(text)
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, without the place in its sources and without its advice."""
+    sentence = re.split(r"\n|\. ", str(error).strip())[0]
+    return re.sub(r"^\[[^]]*:\d+\] ", "", sentence)
