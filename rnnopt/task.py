@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt.episodes import EpisodeSampler
-from rnnopt.text import Batch, Classifier
+from rnnopt.text import Classifier
+from rnnopt.tokens import Batch
 from rnnopt.unroll import LossFunction
 
 # A run that ended in NaN or beyond counts as this much; JSON has no infinity, means need one.

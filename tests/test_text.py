@@ -19,7 +19,8 @@ from torch import Tensor
 from rnnopt.differentiable import higher
 from rnnopt.encoder import encoder_name, silence, small_bert, word_piece
 from rnnopt.errors import InputError
-from rnnopt.text import Classifier, TokenCache
+from rnnopt.text import Classifier
+from rnnopt.tokens import TokenCache
 
 CPU = torch.device("cpu")
 TUNES = ["full", "lora", "head"]
