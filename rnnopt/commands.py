@@ -59,11 +59,15 @@ def meta_train(options: Namespace) -> None:
     task_facts = {
         "encoder": encoder_name(options.encoder),
         "encoder_weights": classifier.fingerprint,
+        "precision": classifier.precision,
         **{
             name: getattr(options, name)
-            for name in ("ways", "shots", "queries", "tune", "lora_rank", "pooling", "max_length")
+            for name in (
+                "ways", "shots", "queries", "tune", "lora_rank", "top_layers", "pooling",
+                "max_length",
+            )
         },
-    }
+    }  # fmt: skip
     folder = Path(options.output)
     run = MetaTraining(
         classifier,
@@ -250,12 +254,13 @@ def _facts(options: Namespace, splits: Splits, classifier: Classifier) -> dict[s
         "encoder": encoder_name(options.encoder),
         "encoder_weights": classifier.fingerprint,
         "device": classifier.device.type,
+        "precision": classifier.precision,
         "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
         **{
             name: getattr(options, name)
             for name in (
-                "ways", "shots", "queries", "steps", "tune", "lora_rank", "pooling", "max_length",
-                "seed",
+                "ways", "shots", "queries", "steps", "tune", "lora_rank", "top_layers", "pooling",
+                "max_length", "seed",
             )
         },
     }  # fmt: skip
@@ -328,12 +333,14 @@ def load_classifier(options: Namespace, ways: int, double_backward: bool = False
         options.encoder,
         tune=options.tune,
         lora_rank=options.lora_rank,
+        top_layers=options.top_layers,
         pooling=options.pooling,
         ways=ways,
         double_backward=double_backward,
         max_length=options.max_length,
         device=choose_device(options.device),
         seed=options.seed,
+        precision=options.precision,
     )
 
 
