@@ -68,10 +68,13 @@ def fit(
         The loss before each step, mean nats per text.
     """
     batches = _shuffled_batches(len(texts), batch_size, seed)
+    again = steps * batch_size > len(texts)
     losses = []
     for _ in range(steps):
         chosen = next(batches)
-        batch = LabelledTexts.read(classifier, [texts[i] for i in chosen], labels[chosen])
+        batch = LabelledTexts.read(
+            classifier, [texts[i] for i in chosen], labels[chosen], again=again
+        )
         optimizer.zero_grad()
         loss = batch.loss(classifier, classifier.model)
         torch.autograd.backward(loss)
@@ -94,10 +97,10 @@ def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
 def predict(classifier: Classifier, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """The most likely class of each text, (B,)."""
     parts = [
-        classifier.logits(classifier.batch(texts[start : start + batch_size])).argmax(dim=1)
+        classifier.logits(classifier.batch(texts[start : start + batch_size], again=False))
         for start in range(0, len(texts), batch_size)
     ]
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(parts).argmax(dim=1).cpu().numpy()
 
 
 @dataclass(frozen=True)

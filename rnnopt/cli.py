@@ -238,8 +238,20 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
         help="which parameters train [lora: LoRA and the head]",
     )
     parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
+    parser.add_argument(
+        "--top-layers",
+        type=int,
+        metavar="K",
+        help="with lora or full: only the top K layers train, what lies below runs once [all]",
+    )
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the encoder; auto: bf16 on a GPU that has it; the rule is always fp32 [auto]",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random [0]")
 
 

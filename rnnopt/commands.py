@@ -87,11 +87,15 @@ def _run(
     task_facts = {
         "encoder": encoder_name(options.encoder),
         "encoder_weights": train.classifier.fingerprint,
+        "precision": train.classifier.precision,
         **{
             name: getattr(options, name)
-            for name in ("ways", "shots", "queries", "tune", "lora_rank", "pooling", "max_length")
+            for name in (
+                "ways", "shots", "queries", "tune", "lora_rank", "top_layers", "pooling",
+                "max_length",
+            )
         },
-    }
+    }  # fmt: skip
     return MetaTraining(
         train.classifier,
         train,
@@ -284,12 +288,13 @@ def _facts(options: Namespace, splits: Splits, classifier: Classifier) -> dict[s
         "encoder": encoder_name(options.encoder),
         "encoder_weights": classifier.fingerprint,
         "device": classifier.device.type,
+        "precision": classifier.precision,
         "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
         **{
             name: getattr(options, name)
             for name in (
-                "ways", "shots", "queries", "steps", "tune", "lora_rank", "pooling", "max_length",
-                "seed",
+                "ways", "shots", "queries", "steps", "tune", "lora_rank", "top_layers", "pooling",
+                "max_length", "seed",
             )
         },
     }  # fmt: skip
@@ -367,12 +372,14 @@ def load_classifier(
         options.encoder,
         tune=options.tune,
         lora_rank=options.lora_rank,
+        top_layers=options.top_layers,
         pooling=options.pooling,
         ways=ways,
         double_backward=double_backward,
         max_length=options.max_length,
         device=device or choose_device(options.device),
         seed=options.seed,
+        precision=options.precision,
     )
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import string
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +28,6 @@ except ImportError as error:
 
 Pooling = Literal["model", "mean"]
 
-# Query and value projections, as peft's own defaults have them, of encoders that peft leaves out.
-LORA_TARGETS = {
-    "albert": ["query", "value"],
-    "camembert": ["query", "value"],
-    "distilbert": ["q_lin", "v_lin"],
-    "modernbert": ["Wqkv"],
-    "mpnet": ["attn.q", "attn.v"],
-}
 # What is fetched from the hub: never a pickle, never code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -205,46 +196,6 @@ def _read_tokenizer(folder: Path, encoder: str | Path) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{encoder} has no tokenizer; {remedy}")
     return tokenizer
-
-
-def add_lora(encoder: Any, rank: int) -> Any:
-    """Put LoRA factors into the encoder, in place; they alone train.
-
-    The factors' matrix A is drawn from torch's global random state, see `seeded`; B is zero.
-    The encoder and not the whole classifier is given to peft: the head stays as it is (peft
-    would put a copy beside the original, and freeze those head layers it doesn't know by name).
-
-    Args:
-        encoder: a `transformers` model without a head.
-        rank: of the factors.
-
-    Returns:
-        What can merge them, peft's `LoraModel`.
-
-    Raises:
-        InputError: peft isn't installed, or which layers to give factors isn't known.
-    """
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError as error:
-        raise InputError(
-            '--tune lora needs peft: pip install "rnnopt[meta]", or use --tune head or full'
-        ) from error
-    kind = encoder.config.model_type
-    # alpha = rank: the product is added unscaled, whatever the rank
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=LORA_TARGETS.get(kind)
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft sees by itself that GPT-2's layers are stored transposed, and says so
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            return LoraModel(encoder, config, "default")
-    except ValueError as error:
-        raise InputError(
-            f"no LoRA for {kind} models ({first_line(error)}); use --tune head or --tune full"
-        ) from error
 
 
 def position_limit(model: Any) -> int:

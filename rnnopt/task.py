@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt.episodes import EpisodeSampler
-from rnnopt.text import Batch, Classifier
+from rnnopt.text import Classifier
+from rnnopt.tokens import Batch
 from rnnopt.unroll import LossFunction
 
 # A run that ended in NaN or beyond counts as this much; JSON has no infinity, means need one.
@@ -36,16 +37,28 @@ class LabelledTexts:
 
     @classmethod
     def read(
-        cls, classifier: Classifier, texts: Sequence[str], labels: Sequence[int]
+        cls,
+        classifier: Classifier,
+        texts: Sequence[str],
+        labels: Sequence[int],
+        *,
+        again: bool = True,
     ) -> LabelledTexts:
-        """Tokenise texts for a classifier, onto its device."""
+        """Tokenise texts for a classifier, onto its device.
+
+        Args:
+            classifier: what they are for.
+            texts: B texts.
+            labels: their classes.
+            again: they are read more than once: keep what frozen layers make of them.
+        """
         size = len(texts) if classifier.device.type == "cuda" else PIECE
         lengths = classifier.tokens.lengths(texts)
         order = sorted(range(len(texts)), key=lambda i: lengths[i])
         rows = [order[start : start + size] for start in range(0, len(order), size)]
         pieces = tuple(
             (
-                classifier.batch([texts[i] for i in row]),
+                classifier.batch([texts[i] for i in row], again=again),
                 torch.tensor([int(labels[i]) for i in row], device=classifier.device),
             )
             for row in rows

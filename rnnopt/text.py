@@ -1,8 +1,8 @@
 """Text classifiers as what an episode adapts.
 
 A `Classifier` is a pretrained encoder and a head. Every episode starts from the same values:
-`Classifier.reset` restores what trains and draws a fresh head. `TokenCache` turns texts into
-batches. What knows Hugging Face's libraries is in `rnnopt.encoder`.
+`Classifier.reset` restores what trains and draws a fresh head. What knows Hugging Face's libraries
+is in `rnnopt.encoder`; what frozen layers make of a text is kept by `rnnopt.prefix`.
 
 Shapes: B batch, S sequence (tokens), C ways (classes).
 """
@@ -14,6 +14,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,6 @@ from rnnopt.checkpoint import claim_folder
 from rnnopt.encoder import (
     MeanPooled,
     Pooling,
-    add_lora,
     encoder_fingerprint,
     first_line,
     position_limit,
@@ -34,94 +34,19 @@ from rnnopt.encoder import (
     silence,
 )
 from rnnopt.errors import InputError
+from rnnopt.layers import freeze_below, top_and_lower
+from rnnopt.lora import add_lora
+from rnnopt.prefix import Prefix, find_prefix
+from rnnopt.tokens import Batch, TokenCache
 
 Tune = Literal["full", "lora", "head"]
-Batch = dict[str, Tensor]
-
-
-class TokenCache:
-    """Tokenises each distinct text once and pads batches from what it kept.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; without a pad token its end-of-text token pads.
-        max_length: longest text in tokens, special tokens included; the rest is cut off.
-        names: the inputs to give; all that the tokenizer makes by default.
-
-    Raises:
-        InputError: max_length leaves no room for text, or there is nothing to pad with.
-    """
-
-    def __init__(
-        self, tokenizer: Any, max_length: int = 128, names: Sequence[str] | None = None
-    ) -> None:
-        least = tokenizer.num_special_tokens_to_add() + 1
-        if max_length < least:
-            raise InputError(
-                f"max_length is {max_length}: this tokenizer needs at least {least}; raise it"
-            )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token is None:
-            raise InputError("the tokenizer has no pad token and no end-of-text token; set one")
-        self.tokenizer = tokenizer
-        self.max_length = min(max_length, tokenizer.model_max_length)
-        self._pad = {
-            "input_ids": tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
-        wanted = tokenizer.model_input_names if names is None else names
-        self._names = [name for name in self._pad if name in wanted]
-        self._rows: dict[str, dict[str, list[int]]] = {}
-
-    def batch(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Batch:
-        """The encoder's input for these texts, padded to the longest of them.
-
-        Args:
-            texts: B texts.
-            device: where the tensors go.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and, where the encoder takes them,
-            ``token_type_ids``: int64, (B, S).
-
-        Raises:
-            InputError: there are no texts.
-        """
-        if not texts:
-            raise InputError("a batch of 0 texts; give at least one")
-        self._read([text for text in dict.fromkeys(texts) if text not in self._rows])
-        rows = [self._rows[text] for text in texts]
-        length = max(len(row["input_ids"]) for row in rows)
-        padded = {
-            name: [self._stretch(row[name], self._pad[name], length) for row in rows]
-            for name in rows[0]
-        }
-        return {name: torch.tensor(ids, device=device) for name, ids in padded.items()}
-
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has."""
-        self._read([text for text in dict.fromkeys(texts) if text not in self._rows])
-        return [len(self._rows[text]["input_ids"]) for text in texts]
-
-    def _stretch(self, ids: list[int], pad: int, length: int) -> list[int]:
-        padding = [pad] * (length - len(ids))
-        return padding + ids if self.tokenizer.padding_side == "left" else ids + padding
-
-    def _read(self, texts: list[str]) -> None:
-        if not texts:
-            return
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        for i, text in enumerate(texts):
-            row = {name: encoded[name][i] for name in self._names if name in encoded}
-            if not row["input_ids"]:
-                # GPT-2 makes nothing of an empty text, and an encoder needs something to read
-                row = {name: [self._pad[name]] for name in row} | {"attention_mask": [1]}
-            self._rows[text] = row
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Classifier:
     """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
+
+    What doesn't train must keep its values: its work on a text is done once.
 
     Attributes:
         fingerprint: 12 hexadecimal digits that tell one encoder from another.
@@ -130,13 +55,16 @@ class Classifier:
         tokens: the `TokenCache` of its tokenizer.
         ways: C, the classes of the current head.
         device: where the model is.
+        precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, absent: set[str], *, tune: Tune, lora_rank: int,
-        ways: int, max_length: int, device: torch.device, seed: int, dropout: bool,
+        top_layers: int | None, ways: int, max_length: int, device: torch.device, seed: int,
+        dropout: bool, precision: Precision,
     ) -> None:  # fmt: skip
         self.model, self.ways, self.device = model.eval(), ways, device
+        self.precision = choose_precision(precision, device)
         names = inspect.signature(model.base_model.forward).parameters
         limit = min(max_length, position_limit(model))
         self.tokens = TokenCache(tokenizer, limit, list(names))
@@ -152,17 +80,16 @@ class Classifier:
             or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
         ]
         self.fingerprint = encoder_fingerprint(model.base_model, tokenizer)
-        if tune != "full":
-            model.base_model.requires_grad_(False)
-        self._adapter = add_lora(model.base_model, lora_rank) if tune == "lora" else None
-        model.to(device)
-        self._freeze_unused()
+        self._prefix: Prefix | None = None
+        self._choose_what_trains(tune, lora_rank, top_layers)
         self._start = {
             name: param.detach().clone()
             for name, param in self.trainable()
             if name.rpartition(".")[0] != self._output
         }
         self.reset(ways, seed)
+        if not dropout:  # with it a layer's output is never the same twice
+            self._prefix = find_prefix(model, self.tokens, device)
         model.train(dropout)
 
     @classmethod
@@ -172,6 +99,7 @@ class Classifier:
         *,
         tune: Tune = "lora",
         lora_rank: int = 8,
+        top_layers: int | None = None,
         pooling: Pooling = "model",
         ways: int,
         double_backward: bool = False,
@@ -179,6 +107,7 @@ class Classifier:
         device: torch.device,
         seed: int = 0,
         dropout: bool = False,
+        precision: Precision = "auto",
     ) -> Classifier:
         """Load an encoder in float32 and give it a head. Reads safetensors only, runs no code.
 
@@ -188,6 +117,8 @@ class Classifier:
                 that and low-rank factors (Hu et al. 2021, arXiv:2106.09685) of the attention's
                 query and value.
             lora_rank: rank of the factors; their product is added unscaled.
+            top_layers: with ``"full"`` or ``"lora"``: of the encoder's layers only so many, counted
+                from the top, train, and what lies above; None trains them all.
             pooling: what the head reads: ``"model"``, what the architecture's own classifier
                 reads (BERT: the [CLS] pooler), or ``"mean"``, see `MeanPooled`.
             ways: C, the classes of the first head.
@@ -197,27 +128,52 @@ class Classifier:
             seed: decides all that is drawn: head, LoRA factors, layers the files lack. The
                 global random state is left alone.
             dropout: keep the encoder's dropout on; off, a step is a function of its batch.
+            precision: ``"bf16"`` runs the encoder under autocast, parameters and gradients stay
+                float32; ``"auto"`` does so on a CUDA device that can.
 
         Raises:
             InputError: an argument out of range, or an encoder that can't be found or used.
         """
-        _check_arguments(tune, pooling, lora_rank, ways)
+        _check_arguments(tune, pooling, precision, lora_rank, ways)
+        _check_top_layers(tune, top_layers)
         attention = "eager" if double_backward else None
         with seeded(seed):
             model, tokenizer, absent = read_encoder(encoder, pooling, ways, attention)
             return cls(
-                model, tokenizer, absent, tune=tune, lora_rank=lora_rank, ways=ways,
-                max_length=max_length, device=device, seed=seed, dropout=dropout,
+                model, tokenizer, absent, tune=tune, lora_rank=lora_rank, top_layers=top_layers,
+                ways=ways, max_length=max_length, device=device, seed=seed, dropout=dropout,
+                precision=precision,
             )  # fmt: skip
 
-    @staticmethod
-    def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B, C) by `module`: `model` itself or what `higher` made of it."""
-        return module(**batch).logits
+    def forward(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B, C), in the parameters' dtype.
 
-    def batch(self, texts: Sequence[str]) -> Batch:
-        """`TokenCache.batch` on the classifier's device."""
-        return self.tokens.batch(texts, self.device)
+        Args:
+            module: `model` itself or what `higher` made of it.
+            batch: what `batch` returned.
+        """
+        source, states = getattr(batch, "kept", None) or (None, None)
+        # what another classifier made of the texts, or another module, has no use here
+        mine = source is self._prefix and module is self.model and not module.training
+        with self._autocast():
+            if self._prefix is not None and states is not None and mine:
+                logits = self._prefix.logits(batch, states)
+            else:
+                logits = module(**batch).logits
+        return logits.float() if self.precision == "bf16" else logits
+
+    def batch(self, texts: Sequence[str], *, again: bool = True) -> Batch:
+        """`TokenCache.batch` on the classifier's device, with what frozen layers make of it.
+
+        Args:
+            texts: B texts.
+            again: they come more than once, or meet more than one step; if not, nothing is kept.
+        """
+        batch = self.tokens.batch(texts, self.device)
+        if again and self._prefix is not None:
+            with self._autocast():
+                batch.kept = self._prefix, self._prefix.read(batch, texts)
+        return batch
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, C) of a batch."""
@@ -308,6 +264,22 @@ class Classifier:
                 "give one distinct name for each"
             )
 
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()  # what a caller has set stays
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _choose_what_trains(self, tune: Tune, lora_rank: int, top_layers: int | None) -> None:
+        body = self.model.base_model
+        top, lower = top_and_lower(body, top_layers) if top_layers else ([], [])
+        if tune != "full":
+            body.requires_grad_(False)
+        self._adapter = add_lora(body, lora_rank, lower) if tune == "lora" else None
+        self.model.to(self.device)
+        if tune == "full" and top:
+            freeze_below(self.model, top[0], self.batch(["probe"]))
+        self._freeze_unused()
+
     def _freeze_unused(self) -> None:
         """Stop what doesn't reach the logits from training: BERT's pooler under mean pooling.
 
@@ -327,16 +299,45 @@ class Classifier:
             param.requires_grad_(grad is not None)
 
 
-def _check_arguments(tune: str, pooling: str, lora_rank: int, ways: int) -> None:
+def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Autocast's bfloat16 or float32 for a device.
+
+    Raises:
+        InputError: bfloat16 on a CUDA device without.
+    """
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "bf16" if fast else "fp32"
+    if precision == "bf16" and device.type == "cuda" and not fast:
+        raise InputError("precision is bf16: this CUDA device has none; use --precision fp32")
+    return precision
+
+
+def _check_arguments(tune: str, pooling: str, precision: str, lora_rank: int, ways: int) -> None:
     for name, value, allowed in (
         ("tune", tune, get_args(Tune)),
         ("pooling", pooling, get_args(Pooling)),
+        ("precision", precision, get_args(Precision)),
     ):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
     if lora_rank < 1:
         raise InputError(f"lora_rank is {lora_rank}; it must be at least 1, and 8 is usual")
     _check_ways(ways)
+
+
+def _check_top_layers(tune: Tune, top_layers: int | None) -> None:
+    if top_layers is None:
+        return
+    if tune == "head":
+        raise InputError(
+            f"top_layers is {top_layers}, and with tune 'head' no layer trains; leave --top-layers "
+            "out, or use --tune lora or full"
+        )
+    if top_layers < 1:
+        raise InputError(
+            f"top_layers is {top_layers}; it must be at least 1: for none, use --tune head"
+        )
 
 
 def _check_ways(ways: int) -> None:

@@ -84,6 +84,20 @@ def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
     assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
 
 
+def test_a_run_remembers_top_layers_and_precision(csv_file, encoder, rule_file, tmp_path, capsys):
+    more = ["--tune", "lora", "--top-layers", "1", "--precision", "bf16"]
+    command = meta_train(csv_file, encoder, tmp_path / "run", *more)
+    assert run(command) == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run(compare(csv_file, encoder, rule_file, tmp_path / "result.json", *more)) == 0
+    setting = json.loads((tmp_path / "result.json").read_text())["setting"]
+    for remembered in (facts, setting):
+        assert (remembered["top_layers"], remembered["precision"]) == (1, "bf16")
+    assert run(adapt(csv_file, encoder, tmp_path / "classifier", *more)) == 0
+    other = [*command, "--resume", "--precision", "fp32"]
+    assert "precision: 'bf16' there, 'fp32' here" in fails(other, capsys)
+
+
 def test_meta_train_on_the_embedded_corpus(encoder, tmp_path):
     assert run(meta_train("stdlib", encoder, tmp_path / "run")) == 0
 

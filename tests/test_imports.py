@@ -51,7 +51,7 @@ def importers(library):
     [
         ("higher", {"differentiable"}),  # unmaintained since 2021, and noisy when compiled
         ("transformers", {"encoder"}),
-        ("peft", {"encoder"}),
+        ("peft", {"lora"}),
         ("tokenizers", {"encoder"}),
         ("matplotlib", {"plot"}),
     ],

@@ -19,7 +19,8 @@ from torch import Tensor
 from rnnopt.differentiable import higher
 from rnnopt.encoder import encoder_name, silence, small_bert, word_piece
 from rnnopt.errors import InputError
-from rnnopt.text import Classifier, TokenCache
+from rnnopt.text import Classifier
+from rnnopt.tokens import TokenCache
 
 CPU = torch.device("cpu")
 TUNES = ["full", "lora", "head"]
@@ -238,7 +239,7 @@ def test_lora_is_added_unscaled(folders: dict[str, Path]) -> None:
 
 def test_lora_changes_nothing_before_training(folders: dict[str, Path]) -> None:
     lora, head = load(folders["bert"], tune="lora"), load(folders["bert"], tune="head")
-    batch = head.batch(TEXTS)
+    batch = lora.batch(TEXTS)
     assert torch.equal(lora.logits(batch), head.logits(batch))
 
 
@@ -498,6 +499,7 @@ def test_saving_mean_pooling_is_an_error(bert: Path, tmp_path: Path) -> None:
     [
         ({"tune": "all"}, "tune is 'all'; use one of full, lora, head"),
         ({"pooling": "max"}, "pooling is 'max'; use one of model, mean"),
+        ({"precision": "fp16"}, "precision is 'fp16'; use one of auto, fp32, bf16"),
         ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
         ({"ways": 1}, "ways is 1; a classifier needs at least 2 classes"),
         ({"max_length": 1}, "max_length is 1: .* at least 3"),
