@@ -103,9 +103,15 @@ def _add_meta_train(commands: Any) -> None:
         "a checkpoint from which --resume continues.",
     )
     _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
-    _add_encoder(parser)
-    _add_pooling(parser)
+    _add_encoder(parser, several=True)
+    _add_pooling(parser, several=True)
     _add_episodes(parser, several=True)
+    parser.add_argument(
+        "--most-support",
+        type=int,
+        metavar="M",
+        help="support texts of a task at most: of the shots those that fit the ways [no bound]",
+    )
     parser.add_argument(
         "--shortest",
         type=int,
@@ -129,6 +135,13 @@ def _add_meta_train(commands: Any) -> None:
     parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
+    parser.add_argument(
+        "--coordinates",
+        type=int,
+        metavar="C",
+        help="first order: how many coordinates carry the meta-gradient, a random sample [as many "
+        "as fit into 128 MiB]",
+    )
     parser.add_argument(
         "--query-weight", type=float, default=1.0, help="of the query loss in the meta-loss [1]"
     )
@@ -224,24 +237,27 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", default="label", help="[label]")
 
 
-def _add_encoder(parser: argparse.ArgumentParser) -> None:
+def _add_encoder(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument(
         "--encoder",
         required=True,
         metavar="NAME_OR_PATH",
         help="Hugging Face text model: hub name or folder (safetensors)",
     )
-    parser.add_argument(
+    _add_choice(
+        parser,
+        several,
         "--tune",
+        "lora",
         choices=("full", "lora", "head"),
-        default="lora",
         help="which parameters train [lora: LoRA and the head]",
     )
-    parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
+    _add_choice(parser, several, "--lora-rank", 8, type=int, metavar="R", help="[8]")
     parser.add_argument(
         "--top-layers",
         type=int,
         metavar="K",
+        nargs="+" if several else None,
         help="with lora or full: only the top K layers train, what lies below runs once [all]",
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
@@ -255,13 +271,27 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random [0]")
 
 
-def _add_pooling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_pooling(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    _add_choice(
+        parser,
+        several,
         "--pooling",
+        "model",
         choices=("model", "mean"),
-        default="model",
         help="what the head reads: the model's own pooler or the mean [model]",
     )
+
+
+def _add_choice(
+    parser: argparse.ArgumentParser, several: bool, name: str, default: Any, **options: Any
+) -> None:
+    """An option of one value, or of several that each task draws one of."""
+    if several:
+        options["help"] += "; several: each task draws one, and one given twice is drawn more often"
+        options |= {"nargs": "+", "default": [default]}
+    else:
+        options["default"] = default
+    parser.add_argument(name, **options)
 
 
 def _seed(text: str) -> int:
@@ -272,21 +302,11 @@ def _seed(text: str) -> int:
 
 
 def _add_episodes(parser: argparse.ArgumentParser, several: bool) -> None:
-    kind: dict[str, Any] = {"type": int, "nargs": "+"} if several else {"type": int}
-    more = "; several: each episode draws one" if several else ""
-    parser.add_argument(
-        "--ways",
-        default=[5] if several else 5,
-        metavar="N",
-        **kind,
-        help=f"classes of an episode [5]{more}",
+    _add_choice(
+        parser, several, "--ways", 5, type=int, metavar="N", help="classes of an episode [5]"
     )
-    parser.add_argument(
-        "--shots",
-        default=[5] if several else 5,
-        metavar="K",
-        **kind,
-        help=f"support texts a class [5]{more}",
+    _add_choice(
+        parser, several, "--shots", 5, type=int, metavar="K", help="support texts a class [5]"
     )
     parser.add_argument(
         "--queries", type=int, default=5, metavar="Q", help="query texts a class [5]"

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
@@ -25,9 +24,7 @@ from rnnopt.checkpoint import (
     write_atomically,
 )
 from rnnopt.corpus import Corpus, summary, text_key
-from rnnopt.embedded import stdlib_splits
 from rnnopt.encoder import encoder_name
-from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
@@ -35,20 +32,26 @@ from rnnopt.folder import LOG_FILE
 from rnnopt.journal import Journal
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
+from rnnopt.options import (
+    choose_device,
+    episode_sampler,
+    load_classifier,
+    load_kinds,
+    own_device,
+    read_data,
+    require_at_least,
+)
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
 from rnnopt.splits import (
     Splits,
     class_sketches,
     overlapping_classes,
-    read_splits,
     stratified_holdout,
 )
 from rnnopt.task import TaskSource
 from rnnopt.team import Team
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings
-
-EMBEDDED = "stdlib"
 
 
 def meta_train(options: Namespace) -> None:
@@ -70,8 +73,8 @@ def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSourc
     device = choose_device(options.device)
     if team.size > 1 and device.type == "cuda":
         device = own_device(team.local_rank)
-    classifier = load_classifier(options, max(options.ways), options.order == 2, device)
-    train, validation = (TaskSource(sampler, classifier) for sampler in samplers)
+    classifiers = load_kinds(options, device)
+    train, validation = (TaskSource(sampler, classifiers) for sampler in samplers)
     return settings, train, validation
 
 
@@ -91,13 +94,12 @@ def _run(
         **{
             name: getattr(options, name)
             for name in (
-                "ways", "shots", "queries", "tune", "lora_rank", "top_layers", "pooling",
-                "max_length",
+                "ways", "shots", "queries", "most_support", "tune", "lora_rank", "top_layers",
+                "pooling", "max_length",
             )
         },
     }  # fmt: skip
     return MetaTraining(
-        train.classifier,
         train,
         validation,
         settings,
@@ -148,6 +150,7 @@ def _settings(options: Namespace) -> MetaTrainSettings:
             steps=options.steps,
             order=options.order,
             truncation=options.truncation,
+            coordinates=options.coordinates,
             query_weight=options.query_weight,
             support_weight=options.support_weight,
             step_weights=options.step_weights,
@@ -180,7 +183,7 @@ def adapt(options: Namespace) -> None:
     train, test = _user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
     rule = load_rule(options.rule or SHIPPED_RULE)
-    classifier = load_classifier(options, len(names))
+    classifier = load_classifier(options, len(names), choose_device(options.device))
     rule.to(classifier.device)
     folder = Path(options.output)
     claim_folder(folder)
@@ -247,7 +250,7 @@ def compare(options: Namespace) -> None:
     splits = read_data(options)
     overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
     samplers = [episode_sampler(options, part) for part in (splits.validation, splits.test)]
-    classifier = load_classifier(options, options.ways)
+    classifier = load_classifier(options, options.ways, choose_device(options.device))
     rule.to(classifier.device)
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
@@ -329,78 +332,6 @@ def comparison_table(result: dict[str, Any], budgets: Sequence[int]) -> str:
             lines.append(f"| {name} | {figures} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def require_at_least(least: int, options: Namespace, *names: str) -> None:
-    """Refuse options below `least`."""
-    for name in names:
-        if getattr(options, name) < least:
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}"
-            )
-
-
-def read_data(options: Namespace) -> Splits:
-    """The splits that --data names."""
-    if options.data == [EMBEDDED]:
-        return stdlib_splits(options.seed)
-    return read_splits(
-        options.data,
-        seed=options.seed,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        domain_column=options.domain_column,
-        allow_overlap=options.allow_overlap,
-    )
-
-
-def episode_sampler(options: Namespace, corpus: Corpus) -> EpisodeSampler:
-    """The episodes that --ways, --shots, --queries and --seed describe."""
-    return EpisodeSampler(
-        corpus, ways=options.ways, shots=options.shots, queries=options.queries, seed=options.seed
-    )
-
-
-def load_classifier(
-    options: Namespace,
-    ways: int,
-    double_backward: bool = False,
-    device: torch.device | None = None,
-) -> Classifier:
-    """The classifier that --encoder, --tune and the like describe; on --device by default."""
-    return Classifier.load(
-        options.encoder,
-        tune=options.tune,
-        lora_rank=options.lora_rank,
-        top_layers=options.top_layers,
-        pooling=options.pooling,
-        ways=ways,
-        double_backward=double_backward,
-        max_length=options.max_length,
-        device=device or choose_device(options.device),
-        seed=options.seed,
-        precision=options.precision,
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    """--device: auto takes a GPU where there is one."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("--device cuda, but torch finds no CUDA device; use --device cpu or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def own_device(local_rank: int) -> torch.device:
-    """The GPU of one of several processes on a machine; made torch's current one."""
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise InputError(
-            f"LOCAL_RANK={local_rank}: this machine has {count} GPUs, one for each process; start "
-            f"torchrun with --nproc-per-node {count}, or use --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _json(value: Any) -> bytes:

@@ -103,7 +103,6 @@ def _meta_train(
     train: TaskSource, validation: TaskSource, folder: Path, seed: int
 ) -> CoordinateLSTM:
     run = MetaTraining(
-        train.classifier,
         train,
         validation,
         MetaTrainSettings(META_STEPS, UnrollSettings(STEPS), meta_lr=META_LR, seed=seed),

@@ -51,6 +51,8 @@ class EpisodeSampler:
         seed: at least 0.
         domain_weights: how often a domain is drawn, in proportion, among those that have N
             classes with K + Q texts; 1 for a domain that is not named.
+        most_support: bound on N K: the shots that it leaves are drawn from for each N; None bounds
+            nothing.
 
     Raises:
         InputError: a value is out of range, or no domain has texts enough for some N and K.
@@ -65,6 +67,7 @@ class EpisodeSampler:
         queries: int,
         seed: int,
         domain_weights: Mapping[str, float] | None = None,
+        most_support: int | None = None,
     ) -> None:
         self.corpus = corpus
         self.ways = _at_least(2, "ways", ways)
@@ -72,13 +75,14 @@ class EpisodeSampler:
         (self.queries,) = _at_least(1, "queries", queries)
         (self.seed,) = _at_least(0, "seed", seed)
         self.domain_weights = _checked_weights(domain_weights or {}, corpus)
+        self._shots_of = {n: self._shots_within(most_support, n) for n in dict.fromkeys(self.ways)}
         self._texts = _distinct_texts(corpus)
         self._check_classes()
         self._eligible = {k: self.eligible_classes(k) for k in dict.fromkeys(self.shots)}
         self._usable = {
             (n, k): self._usable_domains(n, k)
-            for k in self._eligible
-            for n in dict.fromkeys(self.ways)
+            for n, shots_of in self._shots_of.items()
+            for k in dict.fromkeys(shots_of)
         }
 
     def eligible_classes(self, shots: int) -> dict[str, list[ClassKey]]:
@@ -101,7 +105,8 @@ class EpisodeSampler:
         (index,) = _at_least(0, "index", index)
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, index]))
         ways = self.ways[generator.integers(len(self.ways))]
-        shots = self.shots[generator.integers(len(self.shots))]
+        within = self._shots_of[ways]
+        shots = within[generator.integers(len(within))]
         domains, odds = self._usable[ways, shots]
         keys = self._eligible[shots][domains[generator.choice(len(domains), p=odds)]]
         # choice() without replacement also shuffles: the order of labels is part of the draw
@@ -115,6 +120,17 @@ class EpisodeSampler:
         support, support_labels = _shuffled(drawn[:, :shots], generator)
         query, query_labels = _shuffled(drawn[:, shots:], generator)
         return Episode(support, support_labels, query, query_labels, classes)
+
+    def _shots_within(self, most_support: int | None, ways: int) -> tuple[int, ...]:
+        if most_support is None:
+            return self.shots
+        within = tuple(shots for shots in self.shots if ways * shots <= most_support)
+        if not within:
+            raise InputError(
+                f"most_support={most_support} (--most-support): {ways}-way {min(self.shots)}-shot "
+                f"tasks need {ways * min(self.shots)} support texts; raise it, or lower the ways"
+            )
+        return within
 
     def _check_classes(self) -> None:
         if len(self._texts) < 2:

@@ -26,7 +26,6 @@ from rnnopt.lstm import CoordinateLSTM
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
-from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
@@ -111,7 +110,6 @@ class MetaTraining:
     team's processes rank 0 alone reads and writes it.
 
     Args:
-        classifier: what the tasks adapt.
         train: meta-training tasks.
         validation: tasks of other classes, which choose the rule.
         settings: see `MetaTrainSettings`.
@@ -131,7 +129,6 @@ class MetaTraining:
 
     def __init__(
         self,
-        classifier: Classifier,
         train: TaskSource,
         validation: TaskSource,
         settings: MetaTrainSettings,
@@ -141,13 +138,14 @@ class MetaTraining:
         resume: bool = False,
         team: Team = Team(),  # noqa: B008  # immutable
     ) -> None:
-        self.classifier, self.train, self.validation = classifier, train, validation
+        self.train, self.validation = train, validation
+        self.device = train.classifier.device
         self.settings, self.training, self.team = settings, training, team
         self.folder = RunFolder(folder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.rule = CoordinateLSTM(hidden_size=settings.hidden_size)
-        self.rule.to(classifier.device)
+        self.rule.to(self.device)
         self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=settings.meta_lr)
         self.best = {name: leaf.clone() for name, leaf in self.rule.state_dict().items()}
         self.progress = _Progress()
@@ -232,17 +230,18 @@ class MetaTraining:
     def _unroll(self, number: int) -> Unrolled:
         """Unroll task `number`, adding to the rule's meta-gradient."""
         settings = self.settings
-        task = self.train.load(number)
-        self.classifier.reset(task.ways, seed=settings.seed + number)
+        task, classifier = self.train.load(number), self.train.classifier_of(number)
+        classifier.reset(task.ways, seed=settings.seed + number)
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
         return unroll(
-            self.classifier.model,
-            LearnedOptimizer(self._params(), self.rule),
-            task.support_loss(self.classifier),
-            task.query_loss(self.classifier),
+            classifier.model,
+            LearnedOptimizer([param for _, param in classifier.trainable()], self.rule),
+            task.support_loss(classifier),
+            task.query_loss(classifier),
             settings.unroll.shortened(int(generator.integers(shortest, longest + 1))),
+            seed=number,
         )
 
     def _meta_lr(self) -> float:
@@ -256,10 +255,11 @@ class MetaTraining:
         # (tasks, budgets, loss and accuracy): everyone fills rows of its own, the sum fills all
         table = torch.zeros(self.settings.validation_tasks, len(budgets), 2, dtype=torch.float64)
         for number in self.team.share(self.settings.validation_tasks):
-            task = self.validation.load(number)
-            self.classifier.reset(task.ways, seed=_VALIDATION_HEADS + number)
-            optimizer = LearnedOptimizer(self._params(), self.rule)
-            scores = adapt_and_judge(self.classifier, optimizer, task, budgets).scores
+            task, classifier = self.validation.load(number), self.validation.classifier_of(number)
+            classifier.reset(task.ways, seed=_VALIDATION_HEADS + number)
+            params = [param for _, param in classifier.trainable()]
+            optimizer = LearnedOptimizer(params, self.rule)
+            scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
             table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
         loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
@@ -276,9 +276,6 @@ class MetaTraining:
             }
         }
 
-    def _params(self) -> list[Tensor]:
-        return [param for _, param in self.classifier.trainable()]
-
     def _save_rule(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
         if self.team.rank == 0:
@@ -288,7 +285,7 @@ class MetaTraining:
 
     def _open(self, facts: dict[str, Any], resume: bool) -> None:
         self.team.together(self._check_tasks)
-        device = {"device": self.classifier.device.type}
+        device = {"device": self.device.type}
         everyone = self.team.gather({**facts, **device})
         self.team.together(lambda: _check_alike(everyone))
         checkpoint = self.team.first(lambda: self.folder.open(facts, resume, self._restore))
@@ -315,9 +312,7 @@ class MetaTraining:
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.progress = _Progress(**progress)
         self.rule.load_state_dict(_under("rule.", tensors))
-        self.best = {
-            name: leaf.to(self.classifier.device) for name, leaf in _under("best.", tensors).items()
-        }
+        self.best = {name: leaf.to(self.device) for name, leaf in _under("best.", tensors).items()}
         state: dict[int, dict[str, Tensor]] = {}
         for name, leaf in _under("meta.", tensors).items():
             index, key = name.split(".", 1)

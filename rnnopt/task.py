@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,6 +21,8 @@ from rnnopt.unroll import LossFunction
 
 # A run that ended in NaN or beyond counts as this much; JSON has no infinity, means need one.
 DIVERGED_LOSS = 1e3
+# Tells the draw of a task's classifier from that of its episode.
+_CLASSIFIER_STREAM = 1
 # Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
 PIECE = 16
 
@@ -92,23 +95,38 @@ class Task:
 
 
 class TaskSource:
-    """Tasks by number: the same sampler, classifier and number is always the same task.
+    """Tasks by number: the same sampler, classifiers and number is always the same task.
 
     Args:
         sampler: draws the episodes.
-        classifier: makes their batches.
+        classifiers: what the tasks adapt; of several each task draws one, uniformly. One may stand
+            there more than once, to be drawn more often.
+
+    Attributes:
+        classifier: the first of them.
     """
 
-    def __init__(self, sampler: EpisodeSampler, classifier: Classifier) -> None:
+    def __init__(
+        self, sampler: EpisodeSampler, classifiers: Classifier | Sequence[Classifier]
+    ) -> None:
         self.sampler = sampler
-        self.classifier = classifier
+        self._classifiers = (
+            [classifiers] if isinstance(classifiers, Classifier) else list(classifiers)
+        )
+        self.classifier = self._classifiers[0]
+
+    def classifier_of(self, index: int) -> Classifier:
+        """What task number `index` adapts."""
+        generator = np.random.default_rng([self.sampler.seed, index, _CLASSIFIER_STREAM])
+        return self._classifiers[generator.integers(len(self._classifiers))]
 
     def load(self, index: int) -> Task:
         """Task number `index`."""
         episode = self.sampler.sample(index)
+        classifier = self.classifier_of(index)
         texts = self.sampler.corpus.texts
         support, query = (
-            LabelledTexts.read(self.classifier, [texts[i] for i in rows], labels.tolist())
+            LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
             for rows, labels in (
                 (episode.support, episode.support_labels),
                 (episode.query, episode.query_labels),

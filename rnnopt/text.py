@@ -136,13 +136,17 @@ class Classifier:
         """
         _check_arguments(tune, pooling, precision, lora_rank, ways)
         _check_top_layers(tune, top_layers)
-        attention = "eager" if double_backward else None
+        exact = choose_precision(precision, device)
+        # the fused attention has no second derivative, and on a CPU its backward pass in bfloat16
+        # takes twice as long as that of plain matrix products
+        plain = double_backward or (exact == "bf16" and device.type == "cpu")
+        attention = "eager" if plain else None
         with seeded(seed):
             model, tokenizer, absent = read_encoder(encoder, pooling, ways, attention)
             return cls(
                 model, tokenizer, absent, tune=tune, lora_rank=lora_rank, top_layers=top_layers,
                 ways=ways, max_length=max_length, device=device, seed=seed, dropout=dropout,
-                precision=precision,
+                precision=exact,
             )  # fmt: skip
 
     def forward(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

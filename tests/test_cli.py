@@ -91,8 +91,8 @@ def test_a_run_remembers_top_layers_and_precision(csv_file, encoder, rule_file, 
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run(compare(csv_file, encoder, rule_file, tmp_path / "result.json", *more)) == 0
     setting = json.loads((tmp_path / "result.json").read_text())["setting"]
-    for remembered in (facts, setting):
-        assert (remembered["top_layers"], remembered["precision"]) == (1, "bf16")
+    assert (facts["top_layers"], facts["precision"]) == ([1], "bf16")
+    assert (setting["top_layers"], setting["precision"]) == (1, "bf16")
     assert run(adapt(csv_file, encoder, tmp_path / "classifier", *more)) == 0
     other = [*command, "--resume", "--precision", "fp32"]
     assert "precision: 'bf16' there, 'fp32' here" in fails(other, capsys)

@@ -46,7 +46,7 @@ def settings(meta_steps=6, **options):
 
 
 def training(sources, folder, chosen, resume=False):
-    return MetaTraining(*sources, chosen, folder, {"data": "things"}, {"note": 1}, resume)
+    return MetaTraining(*sources[1:], chosen, folder, {"data": "things"}, {"note": 1}, resume)
 
 
 def records(folder):

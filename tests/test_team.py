@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rnnopt import InputError
 from rnnopt.cli import main
-from rnnopt.commands import own_device
+from rnnopt.options import own_device
 from rnnopt.team import Team
 
 META_STEPS = 20

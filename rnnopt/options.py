@@ -1,0 +1,122 @@
+"""Command-line options as the objects that they describe."""
+
+from __future__ import annotations
+
+import itertools
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from rnnopt.corpus import Corpus
+from rnnopt.embedded import stdlib_splits
+from rnnopt.episodes import EpisodeSampler
+from rnnopt.errors import InputError
+from rnnopt.splits import Splits, read_splits
+from rnnopt.text import Classifier
+
+EMBEDDED = "stdlib"
+
+
+def require_at_least(least: int, options: Namespace, *names: str) -> None:
+    """Refuse options below `least`."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}"
+            )
+
+
+def read_data(options: Namespace) -> Splits:
+    """The splits that --data names."""
+    if options.data == [EMBEDDED]:
+        return stdlib_splits(options.seed)
+    return read_splits(
+        options.data,
+        seed=options.seed,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        domain_column=options.domain_column,
+        allow_overlap=options.allow_overlap,
+    )
+
+
+def episode_sampler(options: Namespace, corpus: Corpus) -> EpisodeSampler:
+    """The episodes that --ways, --shots, --queries and --seed describe."""
+    return EpisodeSampler(
+        corpus,
+        ways=options.ways,
+        shots=options.shots,
+        queries=options.queries,
+        seed=options.seed,
+        most_support=getattr(options, "most_support", None),
+    )
+
+
+def load_classifier(options: Namespace, ways: int, device: torch.device, **more: Any) -> Classifier:
+    """The classifier that --encoder, --tune and the like describe.
+
+    Args:
+        options: of the command.
+        ways: classes of its first head.
+        device: where it goes.
+        more: arguments of `Classifier.load` that stand in for options, or beside them.
+    """
+    chosen = {
+        name: getattr(options, name) for name in ("tune", "lora_rank", "top_layers", "pooling")
+    }
+    return Classifier.load(
+        options.encoder,
+        ways=ways,
+        max_length=options.max_length,
+        device=device,
+        seed=options.seed,
+        precision=options.precision,
+        **{**chosen, **more},
+    )
+
+
+def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
+    """The classifiers that meta-training draws from: every combination of the values given.
+
+    One for each combination, repeats included, so that a value that is given twice is drawn twice
+    as often; the ranks of a kind without LoRA, and the layers of one that trains none, are all the
+    same classifier.
+    """
+    loaded: dict[tuple[Any, ...], Classifier] = {}
+    kinds = []
+    for tune, rank, layers, pooling in itertools.product(
+        options.tune, options.lora_rank, options.top_layers or [None], options.pooling
+    ):
+        kind = (tune, rank if tune == "lora" else 8, None if tune == "head" else layers, pooling)
+        if kind not in loaded:
+            names = ("tune", "lora_rank", "top_layers", "pooling")
+            loaded[kind] = load_classifier(
+                options,
+                max(options.ways),
+                device,
+                double_backward=options.order == 2,
+                **dict(zip(names, kind)),
+            )
+        kinds.append(loaded[kind])
+    return kinds
+
+
+def choose_device(name: str) -> torch.device:
+    """--device: auto takes a GPU where there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device cuda, but torch finds no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def own_device(local_rank: int) -> torch.device:
+    """The GPU of one of several processes on a machine; made torch's current one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}: this machine has {count} GPUs, one for each process; start "
+            f"torchrun with --nproc-per-node {count}, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
