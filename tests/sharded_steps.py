@@ -1,0 +1,93 @@
+"""Run by test_sharding.py under torchrun: sharded steps against whole ones, in every process."""
+
+import copy
+import sys
+
+import torch
+from rules import RULES
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from rnnopt import LearnedOptimizer
+
+
+def network():
+    """Its shapes divide unevenly: one process has an empty shard of the last bias."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+
+
+def loss_of(net):
+    generator = torch.Generator().manual_seed(1)
+    return net(torch.randn(6, 5, generator=generator)).square().mean()
+
+
+def adapt(net, rule, **options):
+    optimizer = LearnedOptimizer(net.parameters(), rule, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+    return optimizer
+
+
+def fsdp(net, mesh):
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+def by_hand(placement):
+    def shard(net, mesh):
+        for layer in (net[0], net[2]):
+            for name, param in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(distribute_tensor(param.data, mesh, [placement])))
+        return net
+
+    return shard
+
+
+def main():
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    for how, shard in (
+        ("fsdp", fsdp),
+        ("shard", by_hand(Shard(0))),
+        ("replicate", by_hand(Replicate())),
+    ):
+        for name, make in RULES.items():
+            for fused in (None, False):
+                rule, whole = make(), network()
+                sharded = shard(copy.deepcopy(whole), mesh)
+                adapt(whole, rule, fused=fused)
+                if how == "fsdp":
+                    adapt(sharded, rule, fused=fused)
+                else:
+                    step_by_hand(sharded, rule, fused)
+                for ours, theirs in zip(sharded.parameters(), whole.parameters()):
+                    message = f"{how} {name} fused={fused}"
+                    torch.testing.assert_close(
+                        ours.full_tensor(), theirs, rtol=0, atol=1e-6, msg=message
+                    )
+    torch.distributed.destroy_process_group()
+    print("same")
+
+
+def step_by_hand(net, rule, fused):
+    """The gradients of the whole network, dealt out as its parameters are."""
+    optimizer = LearnedOptimizer(net.parameters(), rule, fused=fused)
+    twin = network()
+    for _ in range(5):
+        with torch.no_grad():
+            for param, shard in zip(twin.parameters(), net.parameters()):
+                param.copy_(shard.full_tensor())
+        twin.zero_grad()
+        loss_of(twin).backward()
+        for param, shard in zip(twin.parameters(), net.parameters()):
+            shard.grad = distribute_tensor(param.grad, shard.device_mesh, shard.placements)
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
