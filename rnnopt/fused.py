@@ -90,12 +90,15 @@ class FusedStep:
         self._rule, self._kernel = rule, kernel
         self._layout = _tensor_layout(rule.hidden_size)
 
-    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> None:
+    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
         """Step all pieces.
 
         Args:
             pieces: all of one memory dtype, each `Piece.fits`.
             total: sums (pieces, 6) of the pieces -> sums of the tensors that they are pieces of.
+
+        Returns:
+            The sums of the tensors, (pieces, 6), of before the step.
         """
         rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the end of the step
@@ -111,13 +114,15 @@ class FusedStep:
         )
         sums = torch.zeros(len(pieces), SUMS, dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
-        self._prepare(pieces, tensors, total(sums.float()))
+        sums = total(sums.float())
+        self._prepare(pieces, tensors, sums)
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
         _share(
             lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks
         )
         # what was written behind autograd's back, so that it refuses an older graph as ever
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
+        return sums
 
     def _describe(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> np.ndarray:
         """The kernel's table of tensors, as far as it is known before the sums."""

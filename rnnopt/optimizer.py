@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from rnnopt.checkpoint import SHIPPED_RULE, load_rule
 from rnnopt.fused import FusedStep, Piece, fused_step
 from rnnopt.rule import State, UpdateRule, advance, sums_of
-from rnnopt.sharding import add_up, is_sharded, local
+from rnnopt.sharding import add_up, local
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -124,11 +124,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
+    def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
         """One step with gradients that are handed in: by the kernel at once, or one by one.
 
         Args:
             work: (param group, parameter, its gradient).
+
+        Returns:
+            What the rule knew of each tensor as a whole, see `rnnopt.rule.sums_of`.
 
         Raises:
             TypeError: a gradient is sparse; no parameter has been changed then.
@@ -140,33 +143,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     "needs dense gradients; build the embedding with sparse=False"
                 )
         kernel = self._kernel()
-        batches: dict[Any, tuple[list[Piece], list[Tensor]]] = {}
-        for group, param, grad in work:
+        sums: list[Tensor | None] = [None] * len(work)
+        batches: dict[torch.dtype, list[tuple[int, Piece]]] = {}
+        for number, (group, param, grad) in enumerate(work):
             if not self.state[param]:
                 self.state[param] = self.init_state(param)
             piece = Piece(
                 local(param), local(grad), self.state[param], group["lr"], group["weight_decay"]
             )
             if kernel is None or not piece.fits():
-                self._take_plainly(param, piece)
-                continue
-            pieces, params = batches.setdefault(piece.state["hidden"].dtype, ([], []))
-            pieces.append(piece)
-            params.append(param)
-        for pieces, params in batches.values():
+                sums[number] = self._take_plainly(param, piece)
+            else:
+                batches.setdefault(piece.state["hidden"].dtype, []).append((number, piece))
+        for batch in batches.values():
             assert kernel is not None
-            kernel(pieces, partial(add_up, params=params))
+            numbers, pieces = zip(*batch)
+            params = [work[number][1] for number in numbers]
+            for number, row in zip(numbers, kernel(pieces, partial(add_up, params=params))):
+                sums[number] = row
+        return sums
 
-    def _take_plainly(self, param: Tensor, piece: Piece) -> None:
-        sums = None
-        if is_sharded(param):
-            sums = sums_of(self.rule, piece.param, piece.grad, piece.state)
-            if sums is not None:
-                sums = add_up(sums.unsqueeze(0), [param]).squeeze(0)
+    def _take_plainly(self, param: Tensor, piece: Piece) -> Tensor | None:
+        sums = sums_of(self.rule, piece.param, piece.grad, piece.state)
+        if sums is not None:
+            sums = add_up(sums.unsqueeze(0), [param]).squeeze(0)
         delta, self.state[param] = advance(
             self.rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
         )
         piece.param.add_(delta)
+        return sums
 
     def _kernel(self) -> FusedStep | None:
         """The fast path, if there is one and it is wanted."""

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rnnopt.errors import InputError
+from rnnopt.memory import used_bytes, warn_if_too_large
 from rnnopt.optimizer import LearnedOptimizer, trainable
-from rnnopt.rule import State, UpdateRule, advance, sums_of
+from rnnopt.rule import State, UpdateRule, advance
 
+# A sample this much smaller than its tensor is drawn with repeats.
+_FEW = 16
 # The rule's graph between two cuts, where the number of coordinates is not set: it holds every
 # coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
 GRAPH_BYTES = 128 * 2**20
@@ -136,6 +139,9 @@ def unroll(
 
     Raises:
         InputError: second order with gradient checkpointing on.
+
+    Warns:
+        RuntimeWarning: second order whose graph will not fit into memory, after the first step.
     """
     if settings.order == 2:
         return _second_order(model, optimizer, support_loss, query_loss, settings)
@@ -174,15 +180,7 @@ def _first_order(
         loss = support_loss(model, t)
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
         support_losses.append(loss.detach())
-        changes = [
-            None
-            if grad is None
-            else sample.change(runner.rule, group, param, grad, runner.state[param])
-            for group, param, grad, sample in zip(groups, tensors, grads, samples)
-        ]
-        runner.apply(
-            [(g, p, grad) for g, p, grad in zip(groups, tensors, grads) if grad is not None]
-        )
+        changes = _step(runner, groups, tensors, grads, samples)
         judged = _judge(model, tensors, support_loss, query_loss, settings, t)
         query_losses.append(judged.query)
         meta_loss += judged.value
@@ -196,6 +194,24 @@ def _first_order(
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)
 
 
+def _step(
+    runner: LearnedOptimizer,
+    groups: Sequence[dict[str, Any]],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    samples: Sequence[_Sample],
+) -> list[Tensor | None]:
+    """Step all coordinates; what the rule added to the sampled ones, with its graph."""
+    touched = [i for i, grad in enumerate(grads) if grad is not None]
+    work = [(groups[i], tensors[i], cast(Tensor, grads[i])) for i in touched]
+    # before the parameters change in place
+    seen = [samples[i].pick(param, grad) for i, (_, param, grad) in zip(touched, work)]
+    changes: list[Tensor | None] = [None] * len(tensors)
+    for i, (param, grad), sums in zip(touched, seen, runner.apply(work)):
+        changes[i] = samples[i].change(runner.rule, groups[i], param, grad, sums)
+    return changes
+
+
 def _runner(
     optimizer: LearnedOptimizer, groups: Sequence[dict[str, Any]], tensors: Sequence[Tensor]
 ) -> LearnedOptimizer:
@@ -207,8 +223,9 @@ def _runner(
         fused=optimizer.fused,
     )
     for param in tensors:
-        state = optimizer.state.get(param) or runner.init_state(param)
-        runner.state[param] = {name: leaf.clone() for name, leaf in state.items()}
+        known = optimizer.state.get(param)
+        copied = {name: leaf.clone() for name, leaf in known.items()} if known else None
+        runner.state[param] = copied or runner.init_state(param)
     return runner
 
 
@@ -256,10 +273,19 @@ class _Sample:
         self._index: Tensor | None = None
         self._weight = 1.0
         if count < param.numel():
-            drawn = torch.randperm(param.numel(), generator=generator)[:count]
+            if count * _FEW < param.numel():  # with repeats, which are rare; a permutation is long
+                drawn = torch.randint(param.numel(), (count,), generator=generator)
+            else:
+                drawn = torch.randperm(param.numel(), generator=generator)[:count]
             self._index = drawn.sort().values.to(param.device)
             self._weight = param.numel() / count
-        self._state = {k: self._pick(leaf) if leaf.dim() else leaf for k, leaf in state.items()}
+        self._state = {
+            name: self._pick(leaf) if leaf.dim() else leaf.clone() for name, leaf in state.items()
+        }
+
+    def pick(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of these coordinates, (n,) each."""
+        return self._pick(param.detach().reshape(-1)), self._pick(grad.reshape(-1))
 
     def change(
         self,
@@ -267,24 +293,19 @@ class _Sample:
         group: dict[str, Any],
         param: Tensor,
         grad: Tensor,
-        memory: State,
+        sums: Tensor | None,
     ) -> Tensor:
-        """What the rule will add to these coordinates, (n,), with the rule's graph.
+        """What the rule adds to these coordinates, (n,), with the rule's graph.
 
         Only what goes into the rule is kept; its inner graph, ten times as large, is made again
         in the backward pass.
         """
-        param, grad = param.detach().reshape(-1), grad.reshape(-1)
-        sums = None
-        if self._index is not None:
-            sums = sums_of(rule, param, grad, memory)
-        # copies: the parameter is about to change in place
         change: Tensor
         change, self._state = checkpoint(
             advance,
             rule,
-            self._pick(param),
-            self._pick(grad),
+            param,
+            grad,
             self._state,
             group["lr"],
             group["weight_decay"],
@@ -393,6 +414,8 @@ def _second_order(
     rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
+    device = next(model.parameters()).device
+    before, kept = used_bytes(device), min(settings.truncation or settings.steps, settings.steps)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         segment: list[Tensor] = []
         for t in range(settings.steps):
@@ -403,6 +426,8 @@ def _second_order(
             query_losses.append(query)
             meta_loss += float(term.detach())
             segment.append(term)
+            if t == 0:
+                warn_if_too_large(before, kept - 1, device)
             if settings.cut_after(t):
                 if weights:  # a classical rule has none, and can be unrolled all the same
                     torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
+from rnnopt import memory as memory_module
 from rnnopt import unroll as unroll_module
 from rnnopt.differentiable import higher
 from rnnopt.task import LabelledTexts
@@ -368,3 +369,23 @@ def test_meta_training_by_these_gradients_lowers_the_meta_loss():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         UnrollSettings(**options)
+
+
+def test_a_graph_that_will_not_fit_is_announced_after_the_first_step(monkeypatch):
+    net, support, query = problem()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64))
+    used = iter([2**30, 3 * 2**30])  # before and after the first step
+    monkeypatch.setattr(unroll_module, "used_bytes", lambda device: next(used))
+    monkeypatch.setattr(memory_module, "used_bytes", lambda device: next(used))
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 5 * 2**30)
+    with pytest.warns(RuntimeWarning, match=r"3 more steps will take about 6.0 GiB, and 5.0 GiB"):
+        unroll(net, optimizer, support, query, UnrollSettings(steps=4, order=2))
+
+
+def test_memory_is_read_from_this_system():
+    device, held = torch.device("cpu"), memory_module.used_bytes(torch.device("cpu"))
+    if held is None:
+        pytest.skip("this system does not tell how much memory a process holds")
+    block = torch.ones(2**24)  # 64 MiB
+    assert memory_module.used_bytes(device) - held > 0.9 * block.nbytes
+    assert memory_module.free_bytes(device) > 0
