@@ -1,5 +1,6 @@
 """The command, as a user types it: real files in, real files out, and clear words for mistakes."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ import torch
 from rules import random_lstm
 
 from rnnopt import load_rule, save_rule
+from rnnopt.checkpoint import read_training
 from rnnopt.cli import main
+from rnnopt.options import load_kinds
 from rnnopt.splits import class_sketches, read_splits
 
 PNG = b"\x89PNG"
@@ -82,6 +85,32 @@ def test_meta_train_leaves_rule_log_and_picture(csv_file, encoder, tmp_path, cap
 @pytest.mark.parametrize("more", [["--tune", "lora", "--lora-rank", "2"], ["--pooling", "mean"]])
 def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
     assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
+
+
+def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_path):
+    more = (
+        "--tune head lora full --lora-rank 2 4 --pooling model mean --shots 1 2 5 --most-support 4 "
+        "--coordinates 50 --tasks 3"
+    )
+    folder = tmp_path / "run"
+    assert run(meta_train(csv_file, encoder, folder, *more.split())) == 0
+    training = read_training(folder)
+    assert training["tune"] == ["head", "lora", "full"]
+    assert training["lora_rank"] == [2, 4]
+    assert training["settings"]["unroll"]["coordinates"] == 50
+
+
+def test_the_kinds_are_all_combinations_each_loaded_once(encoder):
+    options = argparse.Namespace(
+        encoder=encoder, tune=["head", "lora", "lora"], lora_rank=[2, 4], top_layers=None,
+        pooling=["model"], ways=[3], order=1, max_length=32, seed=0, precision="fp32",
+    )  # fmt: skip
+    kinds = load_kinds(options, torch.device("cpu"))
+    assert len(kinds) == 6
+    sizes = [sum(param.numel() for _, param in kind.trainable()) for kind in kinds]
+    head, small, large = sorted(set(sizes))
+    assert sizes == [head, head, small, large, small, large]
+    assert len(set(map(id, kinds))) == 3
 
 
 def test_a_run_remembers_top_layers_and_precision(csv_file, encoder, rule_file, tmp_path, capsys):

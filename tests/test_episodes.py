@@ -264,3 +264,23 @@ def test_a_corpus_without_two_classes_is_an_error(corpus: Corpus, count: int) ->
         f"{count} classes in the corpus, a task needs at least 2: "
         "add labelled texts, or check the label column"
     )
+
+
+def test_a_bound_on_the_support_leaves_each_number_of_ways_the_shots_that_fit() -> None:
+    bounded = sampler(ways=(2, 5), shots=(1, 2, 5), most_support=10)
+    drawn = Counter(
+        (len(episode.classes), len(episode.support) // len(episode.classes))
+        for episode in map(bounded.sample, range(300))
+    )
+    assert set(drawn) == {(2, 1), (2, 2), (2, 5), (5, 1), (5, 2)}
+    assert min(drawn.values()) > 25  # 50 or 75 expected
+
+
+def test_a_bound_that_changes_nothing_changes_no_episode() -> None:
+    plain, bounded = sampler(shots=(1, 2)), sampler(shots=(1, 2), most_support=6)
+    assert all(contents(plain.sample(i)) == contents(bounded.sample(i)) for i in range(20))
+
+
+def test_a_bound_below_every_task_is_refused() -> None:
+    message = error(ways=(2, 6), shots=(1, 2), most_support=5)
+    assert message.startswith("most_support=5 (--most-support): 6-way 1-shot tasks need 6")

@@ -30,6 +30,18 @@ def test_a_task_holds_its_episode(task):
     assert (task.support.count, task.query.count, task.ways) == (12, 20, 4)
 
 
+def test_each_task_draws_its_classifier_the_same_one_at_every_call(encoder, csv_file):
+    sampler = EpisodeSampler(read_corpus(csv_file), ways=4, shots=1, queries=1, seed=0)
+    full, head = (
+        Classifier.load(encoder, tune=tune, ways=4, device=CPU) for tune in ("full", "head")
+    )
+    source = TaskSource(sampler, [full, head, head])
+    drawn = [source.classifier_of(number) for number in range(300)]
+    assert 160 < drawn.count(head) < 240  # it stands there twice: 200 expected, 8 deviation
+    assert drawn == [source.classifier_of(number) for number in range(300)]
+    assert TaskSource(sampler, head).classifier_of(0) is head
+
+
 def test_pieces_change_neither_loss_nor_score(classifier, texts):
     """A loss over pieces is the loss over one padded batch."""
     chosen, labels = [text for text, _ in texts[:40]], [i % 4 for i in range(40)]

@@ -731,3 +731,9 @@ def test_minilm_by_mean_pooling_puts_like_to_like() -> None:
         vectors = F.normalize(classifier.logits(classifier.batch(texts)), dim=1)  # (B, H)
     nearest = (vectors @ vectors.T).fill_diagonal_(-1).argmax(dim=1).tolist()
     assert nearest == [1, 0, 3, 2, 5, 4, 7, 6]
+
+
+def test_bfloat16_on_a_cpu_takes_the_attention_whose_backward_pass_is_fast_there(encoder):
+    for precision, attention in (("fp32", "sdpa"), ("bf16", "eager")):
+        classifier = Classifier.load(encoder, ways=2, device=CPU, precision=precision)
+        assert classifier.model.config._attn_implementation == attention
