@@ -6,7 +6,7 @@ MINILM is a folder with all-MiniLM-L6-v2; without it a model of the same shape w
 is made, which takes as long. Tokens are random. All that is compared runs in turns in one process,
 and medians are compared.
 
-Time: about 5 minutes on two cores of a server processor. Memory: 12 GiB, most of it the textbook
+Time: about 6 minutes on one core of a server processor. Memory: 12 GiB, most of it the textbook
 LSTM's state; 4 GiB until then.
 Prints a Markdown table; the file holds every repeat.
 """
