@@ -1,0 +1,271 @@
+"""Memory and time of a meta-step, beside unrolls that keep the model's graph.
+
+    python scripts/benchmark_unroll.py --json unroll.json [--encoder MINILM] [--plot unroll.png]
+
+MINILM is a folder with all-MiniLM-L6-v2; without it a model of the same shape with random weights
+is made, which takes as long. Tokens are random. Each peak of memory is that of a fresh process that
+loads the model, makes one gradient, and then a meta-step; what is timed runs in turns in one
+process. TorchOpt has its rows where it can be imported.
+
+Time: about 25 minutes on one core of a server processor. Memory: 4 GiB of our own; the others get
+85 % of what is free, and where that is too little, fewer steps.
+Prints a Markdown table; the file holds every repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from benchmark import (
+    MINILM,
+    MISSING,
+    TINY,
+    Report,
+    Target,
+    Workload,
+    arguments,
+    duration,
+    finish,
+    interleave,
+    mebibytes,
+    progress,
+)
+from unrolls import ALL, ROOM, TORCHOPT, Config, free_memory, meta_step, peak
+
+from rnnopt.text import Tune
+
+OURS, FIRST, SECOND, PEER = "ours", "higher, first order", "higher, second order", "torchopt"
+LENGTH = 10  # steps of what is timed
+SAMPLES = (ALL, 10_000, 1_000)
+
+
+class Bench:
+    """Measures peaks, each once, and keeps them.
+
+    Args:
+        options: the command line.
+        report: where peaks are recorded.
+    """
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.options = options
+        self.device = "cuda" if options.device == "cuda" else "cpu"
+        self._peaks: dict[Config, dict[str, float]] = {}
+        self._longest: dict[tuple[str, int], int] = {}
+        self._record = report.data.setdefault("peaks", [])
+
+    def work(self, config: Config) -> Workload:
+        """The model for a method."""
+        shape = TINY if self.options.tiny else MINILM
+        eager = config.method != OURS
+        return Workload(shape, config.tune, self.options.encoder, device=config.device, eager=eager)
+
+    def peak(
+        self, method: str, steps: int, tune: Tune = "lora", coordinates: int | None = None
+    ) -> dict[str, float]:
+        """Bytes and seconds of one meta-step in a process of its own; see `unrolls.peak`."""
+        config = Config(method, tune, steps, coordinates, self.device)
+        if config not in self._peaks:
+            progress(f"memory: {config}")
+            found = peak(self.work(config), config) if self.options.tiny else self._child(config)
+            self._peaks[config] = found
+            self._record.append({**config._asdict(), **found})
+        return self._peaks[config]
+
+    def _child(self, config: Config) -> dict[str, float]:
+        command = [sys.executable, __file__, "--child", json.dumps(config), "--json", "-"]
+        if self.options.encoder:
+            command += ["--encoder", self.options.encoder]
+        command += ["--threads", str(torch.get_num_threads())]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def longest(self, method: str, wanted: int) -> int:
+        """The most steps up to `wanted` for which there is memory, from two short unrolls."""
+        if (method, wanted) in self._longest:
+            return self._longest[method, wanted]
+        few = min(3, wanted)
+        start, end = self.peak(method, 1)["process"], self.peak(method, few)["process"]
+        slope = max((end - start) / max(few - 1, 1), 1.0)
+        more = int(max(ROOM * free_memory(self.device) - end, 0) / slope)
+        self._longest[method, wanted] = min(wanted, few + more)
+        return self._longest[method, wanted]
+
+    def stretched(self, method: str, wanted: int, what: str) -> tuple[float, str]:
+        """Bytes at `wanted` steps, extrapolated linearly where they would not fit; and a note."""
+        most = self.longest(method, wanted)
+        while True:
+            try:
+                end = self.peak(method, most)[what]
+                break
+            except subprocess.CalledProcessError:  # killed: somebody else took the memory
+                if most <= 3:
+                    raise
+                most = self._longest[method, wanted] = most * 3 // 4
+        if most == wanted:
+            return end, ""
+        start = self.peak(method, 1)[what]
+        value = start + (end - start) / (most - 1) * (wanted - 1)
+        return value, f" (extrapolated from T = {most}, the most that fits)"
+
+
+def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: int) -> None:
+    """Peaks against T, against the graph-keeping unrolls, and of all parameters."""
+    first, last = lengths[0], lengths[-1]
+    for what, target in (("process", Target(1.3)), ("increase", None)):
+        short, long = (bench.peak(OURS, steps)[what] for steps in (first, last))
+        report.add(
+            f"peak memory ({_WHAT[what]}) of a meta-step over LoRA, T = {last} / T = {first}",
+            long / max(short, 1),
+            f"{long / max(short, 1):.3g}: {mebibytes(long)} / {mebibytes(short)}",
+            target,
+        )
+    for what, limit in (("process", 0.25), ("increase", None)):
+        for method in (FIRST, SECOND, PEER):
+            ours = bench.peak(OURS, compared)[what]
+            figure = f"peak memory ({_WHAT[what]}), ours / {method}, LoRA, T = {compared}"
+            target = Target(limit) if limit and method == FIRST else None
+            if method == PEER and not TORCHOPT:
+                report.add(figure, None, "not installed")
+                continue
+            theirs, note = bench.stretched(method, compared, what)
+            words = f"{ours / theirs:.3g}: {mebibytes(ours)} / {mebibytes(theirs)}{note}"
+            report.add(figure, ours / theirs, words, target)
+    full = bench.peak(OURS, min(LENGTH, last), "full")
+    report.add(
+        f"meta-step over all parameters, T = {min(LENGTH, last)}: peak memory in GiB",
+        full["process"] / 2**30,
+        f"{full['process'] / 2**30:.2f}; {duration(full['seconds'])}",
+        Target(6),
+    )
+
+
+_WHAT = {"process": "whole process", "increase": "beyond the model with one gradient made"}
+
+
+def time_rows(report: Report, bench: Bench, length: int, repeats: int) -> None:
+    """Meta-steps a second: ours, with samples of coordinates, and the graph-keeping unrolls."""
+    methods = [m for m in (FIRST, SECOND, PEER) if m != PEER or TORCHOPT]
+    methods = [m for m in methods if bench.longest(m, length) == length]
+    configs = {_named(count): _config(bench, OURS, length, count) for count in SAMPLES}
+    configs |= {method: _config(bench, method, length) for method in methods}
+    work = {name: bench.work(config) for name, config in configs.items()}
+    subjects: dict[str, Callable[[], object]] = {
+        name: meta_step(work[name], config) for name, config in configs.items()
+    }
+    ours = _named(ALL)
+    subjects["gradient"] = work[ours].forward_backward
+    progress(f"time: {', '.join(subjects)}")
+    timings = interleave(subjects, repeats, warm_ups=0 if length > 5 else 1)
+    report.keep(f"LoRA, T = {length}", timings)
+    for method in (FIRST, SECOND, PEER):
+        figure = f"meta-steps/s, ours / {method}, LoRA, T = {length}, all coordinates"
+        target = Target(3, at_most=False) if method == FIRST else None
+        if method in timings:
+            report.ratio(figure, timings[method], timings[ours], target)
+        else:
+            missing = method == PEER and not TORCHOPT
+            report.add(figure, None, "not installed" if missing else "does not fit", target)
+    share = timings[ours].median / (2 * length * timings["gradient"].median)
+    report.add(f"meta-step over LoRA / the {2 * length} gradients in it", share, f"{share:.3g}")
+    for count in SAMPLES:
+        spent = timings[_named(count)].median
+        more = bench.peak(OURS, length, coordinates=count)["increase"]
+        words = f"{1 / spent:.3g} ({duration(spent)}); {mebibytes(more)} beyond the model"
+        report.add(f"meta-steps/s, {_named(count)}, LoRA, T = {length}", 1 / spent, words)
+
+
+def _named(count: int) -> str:
+    return "ours, all coordinates" if count == ALL else f"ours, {count:,} coordinates"
+
+
+def _config(bench: Bench, method: str, steps: int, count: int | None = None) -> Config:
+    return Config(method, "lora", steps, count, bench.device)
+
+
+def gpu_row(report: Report, bench: Bench, length: int, repeats: int, wanted: bool) -> None:
+    """Meta-steps a second on a CUDA device and on this machine's CPU."""
+    figure = f"meta-steps/s, GPU / CPU, LoRA, T = {length}"
+    if not wanted:
+        report.add(figure, None, MISSING)
+        return
+    progress("time: GPU and CPU")
+    configs = [Config(OURS, "lora", length, ALL, device) for device in ("cuda", "cpu")]
+    subjects = {c.device: meta_step(bench.work(c), c) for c in configs}
+    timings = interleave(subjects, repeats, warm_ups=1)
+    report.keep("gpu", timings)
+    report.ratio(figure, timings["cpu"], timings["cuda"])
+
+
+def sweep(bench: Bench, lengths: Sequence[int], tunes: Sequence[Tune]) -> None:
+    """Peaks against T for each choice of what trains."""
+    for tune in tunes:
+        for steps in lengths:
+            bench.peak(OURS, steps, tune)
+
+
+def draw(peaks: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path: str) -> None:
+    """Memory against T, and what a sample of the coordinates saves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines: dict[str, dict[int, float]] = {}
+    for row in peaks:
+        if row["coordinates"] is None:
+            label = f"{row['method']}, {row['tune']}"
+            lines.setdefault(label, {})[row["steps"]] = row["increase"] / 2**20
+    for label, points in lines.items():
+        style = "-" if label.startswith(OURS) else "--"
+        left.plot(*zip(*sorted(points.items())), marker="o", markersize=3, ls=style, label=label)
+    left.set(xlabel="steps T", ylabel="peak memory beyond the model (MiB)", yscale="log")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    names = [_named(count) for count in SAMPLES]
+    right.bar(
+        [name.removeprefix("ours, ") for name in names], [times[name]["median"] for name in names]
+    )
+    right.set(ylabel="seconds a meta-step, LoRA")
+    right.tick_params(axis="x", labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the options ask for."""
+    parser = arguments(__doc__ or "", repeats=3)
+    parser.add_argument("--plot", metavar="PNG")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = Report()
+    bench = Bench(options, report)
+    if options.child:
+        config = Config(*json.loads(options.child))
+        print(json.dumps(peak(bench.work(config), config)))
+        return
+    lengths, compared = ((1, 2), 2) if options.tiny else ((5, 10, 20, 40), 20)
+    length = min(LENGTH, lengths[-1])
+    memory_rows(report, bench, lengths, compared)
+    time_rows(report, bench, length, options.repeats)
+    gpu = options.device != "cpu" and torch.cuda.is_available()
+    gpu_row(report, bench, length, options.repeats, gpu)
+    if not options.tiny or options.plot:
+        sweep(bench, lengths, ("lora", "head", "full"))
+    if options.plot:
+        draw(report.data["peaks"], report.timings[f"LoRA, T = {length}"], options.plot)
+    finish(report, options)
+
+
+if __name__ == "__main__":
+    main()
