@@ -1,7 +1,8 @@
-"""The fast path of `CoordinateLSTM` on a CPU: one compiled pass over all tensors, see cell.c.
+"""The fast path of `CoordinateLSTM`: one compiled pass over all tensors.
 
-The kernel is built by the machine's C compiler on first use, in about a second, and kept in the
-user's cache folder. The plain rule in lstm.py is the source of truth; tests hold this to it.
+On a CPU the kernel is cell.c. The machine's C compiler builds it on first use, in about a second,
+and it is kept in the user's cache folder. On a GPU it is Triton's, see fused_cuda.py. The plain
+rule in lstm.py is the source of truth; tests hold both to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,26 @@ class Piece:
     lr: float
     weight_decay: float
 
-    def fits(self) -> bool:
-        """Whether the kernel can work on it: plain float32 memory on the CPU, in order."""
-        memory = {leaf.dtype for leaf in (self.state["hidden"], self.state["cell"])}
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of the parameter, of its gradient and of the LSTM's memory."""
+        return self.param.dtype, self.grad.dtype, self.state["hidden"].dtype
+
+    def fits(self, device: torch.device, dtypes: Collection[torch.dtype]) -> bool:
+        """Whether a kernel can work on it: memory in order, all of it on that kernel's device.
+
+        Args:
+            device: the kernel's.
+            dtypes: what it takes as parameter or gradient.
+        """
+        leaves = self.state.values()
         return (
-            self.param.dtype == torch.float32
-            and self.grad.dtype == torch.float32
-            and self.param.is_cpu
-            and self.param.is_contiguous()
-            and memory in ({torch.float32}, {torch.bfloat16})
-            and all(leaf.is_cpu and leaf.is_contiguous() for leaf in self.state.values())
+            self.param.dtype in dtypes
+            and self.grad.dtype in dtypes
+            and all(tensor.device == device for tensor in (self.param, self.grad, *leaves))
+            and all(tensor.is_contiguous() for tensor in (self.param, *leaves))
+            and self.state["hidden"].dtype in (torch.float32, torch.bfloat16)
+            and self.state["hidden"].dtype == self.state["cell"].dtype
             and all(self.state[name].dtype == torch.float32 for name in ("m", "v", "peak"))
         )
 
@@ -81,28 +92,53 @@ class Piece:
 class FusedStep:
     """A step of `rule` over many pieces at once, in place.
 
+    Attributes:
+        dtypes: what it takes as parameter or gradient.
+
     Args:
-        rule: its weights are read at every step.
-        kernel: what `build` returned for its hidden size.
+        rule: its weights are read at every step; the step works on their device.
     """
 
-    def __init__(self, rule: CoordinateLSTM, kernel: ctypes.CDLL) -> None:
-        self._rule, self._kernel = rule, kernel
-        self._layout = _tensor_layout(rule.hidden_size)
+    dtypes: Collection[torch.dtype] = (torch.float32,)
+
+    def __init__(self, rule: CoordinateLSTM) -> None:
+        self._rule = rule
+
+    def takes(self, piece: Piece) -> bool:
+        """Whether this step can work on it."""
+        return piece.fits(self._rule.gate_weight.device, self.dtypes)
 
     def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
         """Step all pieces.
 
         Args:
-            pieces: all of one memory dtype, each `Piece.fits`.
+            pieces: `takes` each, and their `Piece.dtypes` are the same.
             total: sums (pieces, 6) of the pieces -> sums of the tensors that they are pieces of.
 
         Returns:
             The sums of the tensors, (pieces, 6), of before the step.
         """
+        raise NotImplementedError
+
+
+class CompiledStep(FusedStep):
+    """The step on a CPU.
+
+    Args:
+        rule: see `FusedStep`.
+        kernel: what `build` returned for its hidden size.
+    """
+
+    def __init__(self, rule: CoordinateLSTM, kernel: ctypes.CDLL) -> None:
+        super().__init__(rule)
+        self._kernel = kernel
+        self._layout = _tensor_layout(rule.hidden_size)
+
+    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `FusedStep`."""
         rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the end of the step
-        tensors = self._describe(pieces, grads)
+        tensors = describe(self._rule, pieces, grads, self._layout)
         blocks = _blocks(tuple(piece.param.numel() for piece in pieces))
         partial = np.zeros((len(blocks), SUMS))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
@@ -115,7 +151,8 @@ class FusedStep:
         sums = torch.zeros(len(pieces), SUMS, dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
         sums = total(sums.float())
-        self._prepare(pieces, tensors, sums)
+        for name, value in contexts(self._rule, pieces, sums).items():
+            tensors[name] = value.numpy()
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
         _share(
             lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks
@@ -124,41 +161,62 @@ class FusedStep:
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
         return sums
 
-    def _describe(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> np.ndarray:
-        """The kernel's table of tensors, as far as it is known before the sums."""
-        tensors = np.zeros(len(pieces), dtype=self._layout)
-        tensors["pointers"] = [
-            [
-                piece.param.data_ptr(),
-                grad.data_ptr(),
-                *(piece.state[name].data_ptr() for name in ("m", "v", "hidden", "cell")),
-            ]
-            for piece, grad in zip(pieces, grads)
-        ]
-        tensors["count"] = [piece.param.numel() for piece in pieces]
-        tensors["rate"] = [piece.lr for piece in pieces]
-        tensors["decay"] = [
-            piece.lr * self._rule.step_size * piece.weight_decay for piece in pieces
-        ]
-        return tensors
 
-    def _prepare(self, pieces: Sequence[Piece], tensors: np.ndarray, sums: Tensor) -> None:
-        """The context of every tensor, by the plain rule's own functions; counts the step."""
-        steps = torch.stack([piece.state["step"] for piece in pieces]) + 1
-        peaks = torch.stack([piece.state["peak"] for piece in pieces])
-        grad_rms, param_rms = root_mean_squares(sums)
-        gates, outputs = self._rule.shifts(tensor_context(sums, grad_rms, peaks, steps))
-        for name, value in (
-            ("gate_shift", gates),
-            ("output_shift", outputs),
-            ("grad_rms", grad_rms),
-            ("param_rms", param_rms),
-            ("m_debt", -torch.expm1(steps * math.log(self._rule.betas[0]))),
-            ("v_debt", -torch.expm1(steps * math.log(self._rule.betas[1]))),
-        ):
-            tensors[name] = value.numpy()
-        for piece, step, peak in zip(pieces, steps, torch.maximum(peaks, grad_rms)):
-            piece.state["step"], piece.state["peak"] = step.clone(), peak.clone()
+def describe(
+    rule: CoordinateLSTM, pieces: Sequence[Piece], grads: Sequence[Tensor], layout: np.dtype[Any]
+) -> np.ndarray:
+    """A kernel's table of tensors, as far as it is known before the sums.
+
+    Args:
+        rule: whose step it is.
+        pieces: what it steps.
+        grads: their gradients, in order.
+        layout: with fields pointers, count, rate and decay.
+    """
+    tensors = np.zeros(len(pieces), dtype=layout)
+    tensors["pointers"] = [
+        [
+            piece.param.data_ptr(),
+            grad.data_ptr(),
+            *(piece.state[name].data_ptr() for name in ("m", "v", "hidden", "cell")),
+        ]
+        for piece, grad in zip(pieces, grads)
+    ]
+    tensors["count"] = [piece.param.numel() for piece in pieces]
+    tensors["rate"] = [piece.lr for piece in pieces]
+    tensors["decay"] = [piece.lr * rule.step_size * piece.weight_decay for piece in pieces]
+    return tensors
+
+
+def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dict[str, Tensor]:
+    """What is common to each tensor's coordinates, by the plain rule's functions; counts the step.
+
+    Args:
+        rule: whose step it is.
+        pieces: P of them.
+        sums: of the whole tensors, (P, 6).
+
+    Returns:
+        gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
+        grad_rms, param_rms.
+    """
+    steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
+    peaks = torch.stack([piece.state["peak"] for piece in pieces])
+    grad_rms, param_rms = root_mean_squares(sums)
+    gates, outputs = rule.shifts(tensor_context(sums, grad_rms, peaks, steps))
+    # all at once: on a GPU every small operation costs as much as a large one
+    torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
+    torch._foreach_copy_(
+        [piece.state["peak"] for piece in pieces], torch.maximum(peaks, grad_rms).unbind()
+    )
+    return {
+        "gate_shift": gates,
+        "output_shift": outputs,
+        "m_debt": -torch.expm1(steps * math.log(rule.betas[0])),
+        "v_debt": -torch.expm1(steps * math.log(rule.betas[1])),
+        "grad_rms": grad_rms,
+        "param_rms": param_rms,
+    }
 
 
 def fused_step(rule: object) -> FusedStep | None:
@@ -170,10 +228,14 @@ def fused_step(rule: object) -> FusedStep | None:
     if type(rule) is not CoordinateLSTM:
         return None  # also of a subclass, whose arithmetic may differ
     weight = rule.gate_weight
-    if not weight.is_cpu or weight.dtype != torch.float32:
+    if weight.dtype != torch.float32:
+        return None
+    if weight.is_cuda:
+        return _triton_step(rule)
+    if not weight.is_cpu:
         return None
     kernel = build(rule.hidden_size)
-    return None if kernel is None else FusedStep(rule, kernel)
+    return None if kernel is None else CompiledStep(rule, kernel)
 
 
 @functools.cache
@@ -183,15 +245,32 @@ def build(hidden_size: int) -> ctypes.CDLL | None:
         return _load(_compiled(hidden_size), hidden_size)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        _warn_once(detail.strip().splitlines()[0] if detail.strip() else type(error).__name__)
+        _warn_once(
+            detail.strip().splitlines()[0] if detail.strip() else type(error).__name__,
+            "install gcc or clang, or name one in the environment variable CC",
+        )
         return None
 
 
+def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:
+    """Its module is imported here only: Triton takes a second to load, and may not be there."""
+    try:
+        from rnnopt import fused_cuda
+    except ImportError as error:
+        _warn_once(str(error), "install triton")
+        return None
+    problem = fused_cuda.problem(rule.hidden_size, rule.gate_weight.device)
+    if problem is None:
+        return fused_cuda.TritonStep(rule)
+    _warn_once(problem, "install a recent triton")
+    return None
+
+
 @functools.cache
-def _warn_once(detail: str) -> None:
+def _warn_once(detail: str, remedy: str) -> None:
     warnings.warn(
         "the fast step could not be compiled, and the plain one, several times slower, is used: "
-        f"{detail}; install gcc or clang, or name one in the environment variable CC",
+        f"{detail}; {remedy}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -22,9 +22,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """Adapt a model with an update rule, learned or not, in place of AdamW.
 
     ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see `rnnopt.rule.advance`. On
-    a CPU with a C compiler the shipped kind of rule takes its steps by a fused kernel, see
-    `rnnopt.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the same result as
-    whole ones; their memory in `state` is that of the shard.
+    a CPU with a C compiler, and on a GPU with Triton where the rule is on the GPU too, the shipped
+    kind of rule takes its steps by a fused kernel, see `rnnopt.fused`. DTensor parameters (FSDP2)
+    are stepped shard by shard, with the same result as whole ones; their memory in `state` is that
+    of the shard.
 
     Args:
         params: tensors or param groups, as every torch optimizer takes them.
@@ -144,17 +145,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
         kernel = self._kernel()
         sums: list[Tensor | None] = [None] * len(work)
-        batches: dict[torch.dtype, list[tuple[int, Piece]]] = {}
+        batches: dict[tuple[torch.dtype, ...], list[tuple[int, Piece]]] = {}
         for number, (group, param, grad) in enumerate(work):
             if not self.state[param]:
                 self.state[param] = self.init_state(param)
             piece = Piece(
                 local(param), local(grad), self.state[param], group["lr"], group["weight_decay"]
             )
-            if kernel is None or not piece.fits():
+            if kernel is None or not kernel.takes(piece):
                 sums[number] = self._take_plainly(param, piece)
             else:
-                batches.setdefault(piece.state["hidden"].dtype, []).append((number, piece))
+                batches.setdefault(piece.dtypes, []).append((number, piece))
         for batch in batches.values():
             assert kernel is not None
             numbers, pieces = zip(*batch)
@@ -181,7 +182,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.fused and kernel is None:
             raise RuntimeError(
                 f"fused=True, but there is no kernel for {type(self.rule).__name__} here: it takes "
-                "a CoordinateLSTM with float32 weights on the CPU, and a C compiler"
+                "a CoordinateLSTM with float32 weights, on the CPU and a C compiler, or on a GPU "
+                "and Triton"
             )
         return kernel
 

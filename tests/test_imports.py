@@ -13,7 +13,7 @@ import rnnopt
 
 PACKAGE = Path(rnnopt.__file__).parent
 IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
-HEAVY = {"higher", "transformers", "peft", "matplotlib", "tokenizers"}
+HEAVY = {"higher", "transformers", "peft", "matplotlib", "tokenizers", "triton"}
 
 
 def modules_after_importing(name):
@@ -54,6 +54,7 @@ def importers(library):
         ("peft", {"lora"}),
         ("tokenizers", {"encoder"}),
         ("matplotlib", {"plot"}),
+        ("triton", {"fused_cuda"}),  # not there on every machine, and only of use on a GPU
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):
