@@ -15,18 +15,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rnnopt.errors import InputError
 from rnnopt.memory import used_bytes, warn_if_too_large
 from rnnopt.optimizer import LearnedOptimizer, trainable
-from rnnopt.rule import State, UpdateRule, advance
+from rnnopt.rule import UpdateRule
+from rnnopt.sampling import Sample, draw_samples
 
-# A sample this much smaller than its tensor is drawn with repeats.
-_FEW = 16
 # The rule's graph between two cuts, where the number of coordinates is not set: it holds every
 # coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
-GRAPH_BYTES = 128 * 2**20
+GRAPH_BYTES = 72 * 2**20
 # Kept a coordinate and step beside the rule's memory: parameter, gradient, change and slope.
 _OTHER_BYTES = 16
 
@@ -138,11 +136,12 @@ def unroll(
         The losses along the way.
 
     Raises:
-        InputError: second order with gradient checkpointing on.
+        InputError: second order with gradient checkpointing on, or a rule with frozen weights.
 
     Warns:
         RuntimeWarning: second order whose graph will not fit into memory, after the first step.
     """
+    _check_weights(optimizer.rule)
     if settings.order == 2:
         return _second_order(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
@@ -153,6 +152,16 @@ def unroll(
         with torch.no_grad():
             for param, value in zip(tensors, initial):
                 param.copy_(value)
+
+
+def _check_weights(rule: UpdateRule) -> None:
+    """A classical rule has no weights and can be unrolled; frozen ones are a mistake."""
+    weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
+    if weights and not any(weight.requires_grad for weight in weights):
+        raise InputError(
+            "the rule's weights are frozen, as load_rule returns them, and would get no "
+            "meta-gradient; call rule.requires_grad_()"
+        )
 
 
 def _first_order(
@@ -173,7 +182,8 @@ def _first_order(
     """
     groups, tensors = zip(*trainable(optimizer))
     runner = _runner(optimizer, groups, tensors)
-    samples = _draw_samples(runner, tensors, settings, seed)
+    states = [runner.state[param] for param in tensors]
+    samples = draw_samples(tensors, states, _coordinates(runner, settings), seed)
     segment = _Segment(len(tensors))
     support_losses, query_losses, meta_loss = [], [], 0.0
     for t in range(settings.steps):
@@ -199,7 +209,7 @@ def _step(
     groups: Sequence[dict[str, Any]],
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
 ) -> list[Tensor | None]:
     """Step all coordinates; what the rule added to the sampled ones, with its graph."""
     touched = [i for i, grad in enumerate(grads) if grad is not None]
@@ -229,103 +239,14 @@ def _runner(
     return runner
 
 
-def _draw_samples(
-    runner: LearnedOptimizer, tensors: Sequence[Tensor], settings: UnrollSettings, seed: int
-) -> list[_Sample]:
-    """The coordinates of each tensor that carry the meta-gradient.
-
-    As many of each tensor, but no more than it has: what a large tensor's coordinates do to the
-    rule is much alike, and a bias or a head must not be left out.
-    """
-    sizes = [param.numel() for param in tensors]
-    wanted = settings.coordinates
-    if wanted is None:
-        memory = sum(leaf.nbytes for leaf in runner.state[tensors[0]].values()) / max(sizes[0], 1)
-        kept = min(settings.truncation or settings.steps, settings.steps)
-        wanted = int(GRAPH_BYTES / (kept * (memory + _OTHER_BYTES)))
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        _Sample(param, runner.state[param], count, generator)
-        for param, count in zip(tensors, _fill(sizes, max(wanted, len(sizes))))
-    ]
-
-
-def _fill(sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` as evenly as the sizes allow: min(size, level), the level as it must be."""
-    counts, left = [0] * len(sizes), total
-    for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        counts[index] = min(sizes[index], left // (len(sizes) - rank))
-        left -= counts[index]
-    return counts
-
-
-class _Sample:
-    """The coordinates of one tensor that carry the meta-gradient, with the rule's memory of them.
-
-    Args:
-        param: the tensor.
-        state: the rule's memory of it, before the first step.
-        count: how many to take.
-        generator: draws them.
-    """
-
-    def __init__(self, param: Tensor, state: State, count: int, generator: torch.Generator) -> None:
-        self._index: Tensor | None = None
-        self._weight = 1.0
-        if count < param.numel():
-            if count * _FEW < param.numel():  # with repeats, which are rare; a permutation is long
-                drawn = torch.randint(param.numel(), (count,), generator=generator)
-            else:
-                drawn = torch.randperm(param.numel(), generator=generator)[:count]
-            self._index = drawn.sort().values.to(param.device)
-            self._weight = param.numel() / count
-        self._state = {
-            name: self._pick(leaf) if leaf.dim() else leaf.clone() for name, leaf in state.items()
-        }
-
-    def pick(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of these coordinates, (n,) each."""
-        return self._pick(param.detach().reshape(-1)), self._pick(grad.reshape(-1))
-
-    def change(
-        self,
-        rule: UpdateRule,
-        group: dict[str, Any],
-        param: Tensor,
-        grad: Tensor,
-        sums: Tensor | None,
-    ) -> Tensor:
-        """What the rule adds to these coordinates, (n,), with the rule's graph.
-
-        Only what goes into the rule is kept; its inner graph, ten times as large, is made again
-        in the backward pass.
-        """
-        change: Tensor
-        change, self._state = checkpoint(
-            advance,
-            rule,
-            param,
-            grad,
-            self._state,
-            group["lr"],
-            group["weight_decay"],
-            sums,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        return change
-
-    def scaled(self, slope: Tensor | None) -> Tensor | None:
-        """dL/dtheta of these coordinates, so that their sum estimates that of all; (n,)."""
-        return None if slope is None else self._weight * self._pick(slope.reshape(-1))
-
-    def cut(self) -> None:
-        """End the graph here."""
-        self._state = {name: leaf.detach() for name, leaf in self._state.items()}
-
-    def _pick(self, leaf: Tensor) -> Tensor:
-        """These coordinates of a (..., N) leaf, as a copy."""
-        return leaf.clone() if self._index is None else leaf[..., self._index]
+def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
+    """How many coordinates carry the meta-gradient: as set, or as many as `GRAPH_BYTES` hold."""
+    if settings.coordinates is not None:
+        return settings.coordinates
+    param, state = next(iter(runner.state.items()))
+    memory = sum(leaf.nbytes for leaf in state.values()) / max(param.numel(), 1)
+    kept = min(settings.truncation or settings.steps, settings.steps)
+    return int(GRAPH_BYTES / (kept * (memory + _OTHER_BYTES)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
 from rnnopt import memory as memory_module
 from rnnopt import unroll as unroll_module
 from rnnopt.differentiable import higher
+from rnnopt.sampling import fill
 from rnnopt.task import LabelledTexts
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings, unroll
@@ -154,9 +155,9 @@ def test_a_sample_as_large_as_the_model_is_the_model():
 
 
 def test_every_tensor_has_a_part_in_the_sample():
-    assert unroll_module._fill([10, 2, 100], 30) == [10, 2, 18]
-    assert unroll_module._fill([10, 2, 100], 3) == [1, 1, 1]
-    assert unroll_module._fill([10, 2, 100], 500) == [10, 2, 100]
+    assert fill([10, 2, 100], 30) == [10, 2, 18]
+    assert fill([10, 2, 100], 3) == [1, 1, 1]
+    assert fill([10, 2, 100], 500) == [10, 2, 100]
 
 
 def test_where_the_rules_graph_would_not_fit_coordinates_are_sampled(monkeypatch):
@@ -389,3 +390,11 @@ def test_memory_is_read_from_this_system():
     block = torch.ones(2**24)  # 64 MiB
     assert memory_module.used_bytes(device) - held > 0.9 * block.nbytes
     assert memory_module.free_bytes(device) > 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_frozen_weights_are_refused(order):
+    net, support, query = problem(dtype=torch.float32)
+    optimizer = LearnedOptimizer(net.parameters())  # the shipped rule
+    with pytest.raises(InputError, match=r"frozen, .* call rule.requires_grad_\(\)"):
+        unroll(net, optimizer, support, query, UnrollSettings(steps=1, order=order))
