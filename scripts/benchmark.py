@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt.checkpoint import write_atomically
-from rnnopt.encoder import add_lora, seeded
+from rnnopt.encoder import seeded
+from rnnopt.lora import add_lora
 from rnnopt.text import Classifier, Tune
 
 LORA_RANK = 8
