@@ -5,7 +5,7 @@ reads and writes every number of state once; in between it stays in registers. T
 nothing and waits for nothing.
 
 Shapes: P tensors, N coordinates of one of them, H hidden units, F coordinate features. States are
-feature-major (H, N), matrices row-major. `fused.py` imports this module, and with it Triton, when
+feature-major (H, N), matrices row-major. `kernels.py` imports this module, and with it Triton, when
 it is first needed.
 """
 

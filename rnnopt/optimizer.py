@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from rnnopt.checkpoint import SHIPPED_RULE, load_rule
-from rnnopt.fused import FusedStep, Piece, fused_step
+from rnnopt.fused import FusedStep, Piece
+from rnnopt.kernels import fused_step
 from rnnopt.rule import State, UpdateRule, advance, sums_of
 from rnnopt.sharding import add_up, local
 

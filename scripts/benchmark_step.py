@@ -34,7 +34,7 @@ from benchmark import (
 from torch import Tensor, nn
 
 from rnnopt import LearnedOptimizer
-from rnnopt.fused import fused_step
+from rnnopt.kernels import fused_step
 from rnnopt.text import Tune
 
 # The textbook's hyperparameters are those of Andrychowicz et al. 2016, arXiv:1606.04474, app. A.

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rules import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
-from rnnopt.fused import build
+from rnnopt.kernels import c_kernel
 
-needs_compiler = pytest.mark.skipif(build(8) is None, reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(c_kernel(8) is None, reason="no C compiler on this machine")
 SHAPES = [(37, 53), (5,), (1,), (16,), (0,), (3, 11_000)]
 
 
@@ -241,7 +241,7 @@ def test_without_a_compiler_it_says_so_once_and_steps_plainly(compiler, why, tmp
 @needs_compiler
 def test_two_processes_may_build_it_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    line = "from rnnopt.fused import build; assert build(8) is not None"
+    line = "from rnnopt.kernels import c_kernel; assert c_kernel(8)"
     runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", line]) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert [path.suffix for path in (tmp_path / "rnnopt").iterdir()] == [".so"]
