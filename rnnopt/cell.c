@@ -1,6 +1,6 @@
 /* The step of `CoordinateLSTM` on a CPU: the arithmetic of lstm.py, preprocess.py and rule.advance
- * in one pass that reads and writes every number of state once. fused.py compiles and calls it; the
- * plain rule is what is true, and tests hold this to it.
+ * in one pass that reads and writes every number of state once. fused_cpu.py compiles and calls it;
+ * the plain rule is what is true, and tests hold this to it.
  *
  * Built with -DHIDDEN=H for H hidden units. All matrices are row-major, states feature-major (H, n).
  * Nothing here knows of torch: plain pointers in, no memory of its own, no threads, no errors.
