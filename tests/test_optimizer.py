@@ -300,3 +300,20 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     with pytest.raises(TypeError, match="build the embedding with sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(2))
+
+
+def test_a_compiled_model_is_stepped_as_the_plain_one():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(
+        twin, backend="aot_eager"
+    )  # a real graph, no C++ needed
+    for model, module in ((plain, plain), (compiled, twin)):
+        optimizer = LearnedOptimizer(module.parameters(), random_lstm())
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), float(step))).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(plain.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
