@@ -94,7 +94,8 @@ class Adam(AdamW):
 def init_moments(param: Tensor, dtype: torch.dtype) -> State:
     """Adam's memory before the first step: ``m``, ``v`` (N,) and ``step`` (0-d)."""
     zeros = torch.zeros(param.numel(), dtype=dtype, device=param.device)
-    return {"m": zeros, "v": zeros.clone(), "step": torch.zeros((), device=param.device)}
+    step = torch.zeros((), dtype=torch.float32, device=param.device)
+    return {"m": zeros, "v": zeros.clone(), "step": step}
 
 
 def next_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> State:

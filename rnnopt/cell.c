@@ -36,7 +36,8 @@ typedef struct {
 typedef struct {
     float gate_weight[4 * HIDDEN][INPUTS];
     float output_weight[OUTPUTS][HIDDEN];
-    float beta1, beta2, eps, step_size, log_bound, grad_bound, ratio_floor;
+    float beta1_rest, beta2, beta2_rest; /* rest: 1 - beta */
+    float eps, step_size, log_bound, grad_bound, ratio_floor;
 } Rule;
 
 typedef struct {
@@ -182,8 +183,8 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
         return;
     }
     vec m = load(t->m + at, count);
-    vec next_m = m + (1.0f - rule->beta1) * (g - m);
-    vec next_v = rule->beta2 * v + (1.0f - rule->beta2) * (g * g);
+    vec next_m = m + rule->beta1_rest * (g - m);
+    vec next_v = rule->beta2 * v + rule->beta2_rest * (g * g);
     bits live = next_v > 0.0f;
     vec scale = root(next_v / t->v_debt) + rule->eps;
     vec adam = next_m / t->m_debt / scale, relative = g / t->grad_rms;

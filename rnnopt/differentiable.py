@@ -39,6 +39,7 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
     def __init__(self, other: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(other, *args, **kwargs)
         self.rule = other.rule
+        self._init_state = other.init_state
         self.first_order = False
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
@@ -47,7 +48,7 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
                 if grad is None:
                     continue
                 seen, slope = (param.detach(), grad.detach()) if self.first_order else (param, grad)
-                state = states[i] or self.rule.init_state(seen)
+                state = states[i] or self._init_state(seen)
                 delta, states[i] = advance(
                     self.rule, seen, slope, state, group["lr"], group["weight_decay"]
                 )

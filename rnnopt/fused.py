@@ -7,7 +7,7 @@ The plain rule in lstm.py is the source of truth; tests hold both kernels to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,12 @@ class Piece:
             device: the kernel's.
             dtypes: what it takes as parameter or gradient.
         """
-        leaves = self.state.values()
+        leaves, size = self.state.values(), self.param.numel()
         return (
             self.param.dtype in dtypes
+            # a kernel trusts its pointers; where sizes differ the plain way raises
+            and self.grad.shape == self.param.shape
+            and all(leaf.dim() == 0 or leaf.shape[-1] == size for leaf in leaves)
             and self.grad.dtype in dtypes
             and all(tensor.device == device for tensor in (self.param, self.grad, *leaves))
             and all(tensor.is_contiguous() for tensor in (self.param, *leaves))
@@ -81,17 +84,37 @@ class FusedStep:
         """Whether this step can work on it."""
         return piece.fits(self._rule.gate_weight.device, self.dtypes)
 
-    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
-        """Step all pieces.
+    def measure(self, pieces: Sequence[Piece]) -> Measured:
+        """Take the sums over each piece; nothing changes yet.
 
         Args:
             pieces: `takes` each, and their `Piece.dtypes` are the same.
-            total: sums (pieces, 6) of the pieces -> sums of the tensors that they are pieces of.
-
-        Returns:
-            The sums of the tensors, (pieces, 6), of before the step.
         """
         raise NotImplementedError
+
+    def take(self, measured: Measured, sums: Tensor) -> None:
+        """Step all pieces.
+
+        Args:
+            measured: what `measure` returned.
+            sums: of the tensors that they are pieces of, (pieces, 6).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Pieces about to be stepped.
+
+    Attributes:
+        pieces: P of them.
+        sums: over each piece, (P, 6).
+        kept: what the kernel will want again: its tables, and the gradients that they point to.
+    """
+
+    pieces: Sequence[Piece]
+    sums: Tensor
+    kept: tuple[Any, ...]
 
 
 def describe(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.fused import FusedStep, Piece, contexts, describe
+from rnnopt.fused import FusedStep, Measured, Piece, contexts, describe
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 from rnnopt.preprocess import RATIO_FLOOR, SUMS
 
@@ -51,7 +51,7 @@ class CompiledStep(FusedStep):
         self._kernel = kernel
         self._layout = _tensor_layout(rule.hidden_size)
 
-    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
+    def measure(self, pieces: Sequence[Piece]) -> Measured:
         """See `FusedStep`."""
         rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the end of the step
@@ -67,16 +67,20 @@ class CompiledStep(FusedStep):
         )
         sums = torch.zeros(len(pieces), SUMS, dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
-        sums = total(sums.float())
+        return Measured(pieces, sums.float(), (rule, tensors, blocks, grads))
+
+    def take(self, measured: Measured, sums: Tensor) -> None:
+        """See `FusedStep`."""
+        pieces, (rule, tensors, blocks, _) = measured.pieces, measured.kept
         for name, value in contexts(self._rule, pieces, sums).items():
             tensors[name] = value.numpy()
+        pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
         _share(
             lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks
         )
         # what was written behind autograd's back, so that it refuses an older graph as ever
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
-        return sums
 
 
 def build(hidden_size: int) -> ctypes.CDLL:
@@ -84,6 +88,8 @@ def build(hidden_size: int) -> ctypes.CDLL:
 
     Raises:
         OSError: no compiler, or no place to keep the kernel.
+        RuntimeError: no home folder.
+        ValueError: the environment variable CC can't be read.
         subprocess.SubprocessError: the compiler failed.
     """
     return _load(_compiled(hidden_size), hidden_size)
@@ -91,7 +97,7 @@ def build(hidden_size: int) -> ctypes.CDLL:
 
 def _compiled(hidden_size: int) -> Path:
     """The shared library's path; compiled if it is not there."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     command = [*compiler, *_FLAGS, f"-DHIDDEN={hidden_size}"]
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler: {compiler[0]} is not there")
@@ -161,7 +167,9 @@ def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
 def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
     """`Rule` of cell.c: float32 all through."""
     constants = (
-        *rule.betas, rule.eps, rule.step_size, LOG_FACTOR_BOUND, GRADIENT_BOUND, RATIO_FLOOR**2,
+        # 1 - beta in double: from a beta in float32 the difference would be off
+        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps, rule.step_size,
+        LOG_FACTOR_BOUND, GRADIENT_BOUND, RATIO_FLOOR**2,
     )  # fmt: skip
     return np.concatenate(
         [

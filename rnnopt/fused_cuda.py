@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnopt.fused import FusedStep, Piece, contexts, describe
+from rnnopt.fused import FusedStep, Measured, Piece, contexts, describe
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 from rnnopt.preprocess import COORDINATE_FEATURES, RATIO_FLOOR, SUMS
 
@@ -68,23 +68,32 @@ class TritonStep(FusedStep):
 
     dtypes: Collection[torch.dtype] = tuple(_TYPES)
 
-    def __call__(self, pieces: Sequence[Piece], total: Callable[[Tensor], Tensor]) -> Tensor:
+    def measure(self, pieces: Sequence[Piece]) -> Measured:
         """See `FusedStep`."""
         rule, device = self._rule, self._rule.gate_weight.device
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
         counts = tuple(piece.param.numel() for piece in pieces)
         types = [_TYPES[dtype] for dtype in pieces[0].dtypes]
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _current(device):
             # Made anew at every step, for gradients move and rates change; to find out whether
             # anything did would take as long. 64 bytes a tensor, from pinned memory, which torch
             # keeps until the copy is done: nobody waits.
             table = _to_device(describe(rule, pieces, grads, _LAYOUT).view(np.int64), device)
-            sums = total(_sums(table, counts, types))
+            return Measured(pieces, _sums(table, counts, types), (table, counts, types, grads))
+
+    def take(self, measured: Measured, sums: Tensor) -> None:
+        """See `FusedStep`."""
+        rule, pieces, (table, counts, types, _) = self._rule, measured.pieces, measured.kept
+        with _current(rule.gate_weight.device):
             context = torch.column_stack(tuple(contexts(rule, pieces, sums).values()))
             _step(rule, table, context, counts, types)
         # what was written behind autograd's back, so that it refuses an older graph as ever
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
-        return sums
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make it CUDA's current device: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
@@ -102,7 +111,9 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
     state = rule.init_state(param)
     try:
         with torch.no_grad():
-            TritonStep(rule)([Piece(param, param.clone(), state, 1.0, 0.0)], lambda sums: sums)
+            step = TritonStep(rule)
+            measured = step.measure([Piece(param, param.clone(), state, 1.0, 0.0)])
+            step.take(measured, measured.sums)
     except Exception as error:  # a kind for every part of Triton's tool chain, none documented
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -112,13 +123,13 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
 def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tensor:
     """See `rnnopt.preprocess.tensor_sums`: (P, 6), the same bits at every call."""
     blocks, starts = _blocks(counts, _SUM_BLOCK, table.device)
-    partial = torch.empty(len(blocks), _MEASURED.value, device=table.device)
+    partial = torch.empty(len(blocks), _MEASURED.value, device=table.device, dtype=torch.float32)
     if len(blocks):
         _partial_sums[(len(blocks),)](
             table, blocks, partial, GRADIENT_BOUND,
             BLOCK=_SUM_BLOCK, PARAM=types[0], GRAD=types[1], **_OPTIONS,
         )  # fmt: skip
-    sums = torch.empty(len(counts), SUMS, device=table.device)
+    sums = torch.empty(len(counts), SUMS, device=table.device, dtype=torch.float32)
     _added_sums[(len(counts),)](table, starts, partial, sums, **_OPTIONS)
     return sums
 

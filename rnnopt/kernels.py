@@ -38,7 +38,7 @@ def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
     """The kernel for this many hidden units, or None where it can not be had."""
     try:
         return build(hidden_size)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         _warn_once(
             detail.strip().splitlines()[0] if detail.strip() else type(error).__name__,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from rnnopt.checkpoint import SHIPPED_RULE, load_rule
 from rnnopt.fused import FusedStep, Piece
 from rnnopt.kernels import fused_step
 from rnnopt.rule import State, UpdateRule, advance, sums_of
-from rnnopt.sharding import add_up, local
+from rnnopt.sharding import add_up, local, local_gradient
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -38,11 +37,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             that is Adam this is AdamW's.
         state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
             torch.bfloat16 makes 40 bytes a coordinate of 72. None: as the rule's weights.
-        fused: None takes the kernel where it can; False never; True wants it, and says what is in
-            the way.
+        fused: None takes the kernel where it can; False never; True wants one to be there.
+            Parameters that a kernel can't take (another dtype or device than it knows, or memory
+            out of order) are stepped plainly beside it.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
+        ValueError: a parameter stands in a group twice.
         TypeError: a parameter is complex or integer, rule is no rule, or one that can't have
             `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine.
@@ -50,8 +51,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """
 
     rule: UpdateRule
-    state_dtype: torch.dtype | None
-    fused: bool | None
+    state_dtype: torch.dtype | None = None
+    fused: bool | None = None
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.fused = fused
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
-            self.rule.to(self.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
+            self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
         if fused:
             self._kernel()
 
@@ -82,6 +83,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for name in ("lr", "weight_decay"):
                 if not 0 <= float(group[name]) < float("inf"):
                     raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("a parameter stands in this group twice: give each once")
             for param in group["params"]:
                 if not param.is_floating_point():
                     raise TypeError(
@@ -144,40 +147,53 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
                     "needs dense gradients; build the embedding with sparse=False"
                 )
+        pieces = [self._piece(*item) for item in work]
         kernel = self._kernel()
-        sums: list[Tensor | None] = [None] * len(work)
-        batches: dict[tuple[torch.dtype, ...], list[tuple[int, Piece]]] = {}
-        for number, (group, param, grad) in enumerate(work):
-            if not self.state[param]:
-                self.state[param] = self.init_state(param)
-            piece = Piece(
-                local(param), local(grad), self.state[param], group["lr"], group["weight_decay"]
-            )
-            if kernel is None or not kernel.takes(piece):
-                sums[number] = self._take_plainly(param, piece)
-            else:
-                batches.setdefault(piece.dtypes, []).append((number, piece))
-        for batch in batches.values():
-            assert kernel is not None
-            numbers, pieces = zip(*batch)
-            params = [work[number][1] for number in numbers]
-            for number, row in zip(numbers, kernel(pieces, partial(add_up, params=params))):
-                sums[number] = row
-        return sums
+        batches: dict[tuple[torch.dtype, ...], list[int]] = {}
+        for i, piece in enumerate(pieces):
+            if kernel is not None and kernel.takes(piece):
+                batches.setdefault(piece.dtypes, []).append(i)
+        measured = [
+            (batch, cast(FusedStep, kernel).measure([pieces[i] for i in batch]))
+            for batch in batches.values()
+        ]
+        sums: dict[int, Tensor | None] = {
+            i: row for batch, found in measured for i, row in zip(batch, found.sums)
+        }
+        plain = [i for i in range(len(work)) if i not in sums]
+        for i in plain:
+            sums[i] = sums_of(self.rule, pieces[i].param, pieces[i].grad, pieces[i].state)
+        # by whichever way each is stepped here: other processes may choose otherwise
+        known = add_up([sums[i] for i in range(len(work))], [param for _, param, _ in work])
+        for batch, found in measured:
+            rows = torch.stack([cast(Tensor, known[i]) for i in batch])
+            cast(FusedStep, kernel).take(found, rows)
+        for i in plain:
+            self.state[work[i][1]] = self._take_plainly(pieces[i], known[i])
+        return known
 
-    def _take_plainly(self, param: Tensor, piece: Piece) -> Tensor | None:
-        sums = sums_of(self.rule, piece.param, piece.grad, piece.state)
-        if sums is not None:
-            sums = add_up(sums.unsqueeze(0), [param]).squeeze(0)
-        delta, self.state[param] = advance(
+    def _take_plainly(self, piece: Piece, sums: Tensor | None) -> State:
+        delta, state = advance(
             self.rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
         )
         piece.param.add_(delta)
-        return sums
+        return state
+
+    def _piece(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Piece:
+        """This process's part of a parameter, as a step sees it."""
+        if not self.state[param]:
+            with torch.inference_mode(False):  # or no later step outside could write to it
+                self.state[param] = self.init_state(param)
+        return Piece(
+            local(param), local_gradient(grad, param), self.state[param], group["lr"],
+            group["weight_decay"],
+        )  # fmt: skip
 
     def _kernel(self) -> FusedStep | None:
         """The fast path, if there is one and it is wanted."""
-        if self.fused is False:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # a graph that is replayed or compiled would hold on to the tables of this step
+        if self.fused is False or capturing or torch.compiler.is_compiling():
             return None
         kernel = fused_step(self.rule)
         if self.fused and kernel is None:
@@ -218,6 +234,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
         kept = ("rule", "state_dtype", "fused")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+
+def _first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
+    """Of the first parameter that has memory; a rule's weights must not go where they are lost."""
+    devices = [param.device for group in groups for param in group["params"]]
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _resolve_rule(rule: UpdateRule | str | os.PathLike[str] | None) -> UpdateRule:

@@ -64,7 +64,6 @@ class Sample:
     def __init__(self, param: Tensor, state: State, count: int, generator: torch.Generator) -> None:
         self._index: Tensor | None = None
         self._weight = 1.0
-        self._learned: tuple[bool, ...] | None = None
         if count < param.numel():
             if count * _FEW < param.numel():
                 drawn = torch.randint(param.numel(), (count,), generator=generator)
@@ -103,9 +102,7 @@ class Sample:
         weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
         call = _Call(rule, group["lr"], group["weight_decay"], sums, tuple(self._state), weights)
         given = (param, grad, *self._state.values())
-        if self._learned is None:
-            self._learned = call.learned(given)
-        results = _Recomputed.apply(call, self._learned, *given, *weights)  # type: ignore[no-untyped-call]
+        results = _Recomputed.apply(call, call.learned(given), *given, *weights)  # type: ignore[no-untyped-call]
         change, *leaves = results
         self._state = dict(zip(self._state, leaves))
         return cast(Tensor, change)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,17 +29,25 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def add_up(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
+def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient of this process's shard; one that is laid out otherwise is dealt out anew."""
+    if is_sharded(param) and is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def add_up(sums: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
     """Sums over this process's shards -> sums over the whole tensors.
 
-    Every process that holds a shard has to call this, with the same parameters in the same order.
+    Every process that holds shards has to call this with the same parameters in the same order: it
+    talks to the others once for each group of processes.
 
     Args:
-        sums: (len(params), M).
-        params: ordinary tensors, whose rows stay as they are, and DTensors.
+        sums: (M,) for each parameter, or None for all of them.
+        params: ordinary tensors, whose sums stay as they are, and DTensors.
 
     Returns:
-        (len(params), M).
+        (M,) for each parameter, or None.
 
     Raises:
         TypeError: a parameter is a partial sum, not a shard or a replica.
@@ -48,11 +56,15 @@ def add_up(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
     for row, param in enumerate(params):
         for group in _shard_groups(param):
             groups.setdefault(group, []).append(row)
+    added = list(sums)
     for group, rows in groups.items():
-        part = sums[rows]
+        if added[rows[0]] is None:
+            break  # the rule looks at coordinates one by one
+        part = torch.stack([cast(Tensor, added[row]) for row in rows])
         torch.distributed.all_reduce(part, group=group)
-        sums = sums.index_copy(0, torch.tensor(rows, device=sums.device), part)
-    return sums
+        for row, total in zip(rows, part):
+            added[row] = total
+    return added
 
 
 def _shard_groups(param: Tensor) -> list[Any]:

@@ -136,12 +136,15 @@ def unroll(
         The losses along the way.
 
     Raises:
-        InputError: second order with gradient checkpointing on, or a rule with frozen weights.
+        InputError: second order with gradient checkpointing on; a rule with frozen weights;
+            nothing that trains.
 
     Warns:
         RuntimeWarning: second order whose graph will not fit into memory, after the first step.
     """
     _check_weights(optimizer.rule)
+    if not any(True for _ in trainable(optimizer)):
+        raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
     if settings.order == 2:
         return _second_order(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]

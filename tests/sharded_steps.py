@@ -8,7 +8,7 @@ from rules import RULES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rnnopt import LearnedOptimizer
 
@@ -57,7 +57,8 @@ def main():
         ("replicate", by_hand(Replicate())),
     ):
         for name, make in RULES.items():
-            for fused in (None, False):
+            mixed = None if torch.distributed.get_rank() == 0 else False  # one has no compiler, say
+            for fused in (None, mixed, False):
                 rule, whole = make(), network()
                 sharded = shard(copy.deepcopy(whole), mesh)
                 adapt(whole, rule, fused=fused)
@@ -85,7 +86,13 @@ def step_by_hand(net, rule, fused):
         twin.zero_grad()
         loss_of(twin).backward()
         for param, shard in zip(twin.parameters(), net.parameters()):
-            shard.grad = distribute_tensor(param.grad, shard.device_mesh, shard.placements)
+            mesh, placements = shard.device_mesh, shard.placements
+            if placements[0].is_replicate():  # a gradient may be laid out otherwise
+                rank = torch.distributed.get_rank()
+                part = param.grad if rank == 0 else torch.zeros_like(param.grad)
+                shard.grad = DTensor.from_local(part, mesh, [Partial()])
+            else:
+                shard.grad = distribute_tensor(param.grad, mesh, placements)
         optimizer.step()
 
 

@@ -245,3 +245,45 @@ def test_two_processes_may_build_it_at_once(tmp_path, monkeypatch):
     runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", line]) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert [path.suffix for path in (tmp_path / "rnnopt").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_parameter_that_grew_is_an_error_and_not_a_write_beyond_its_memory():
+    param = torch.nn.Parameter(torch.randn(8))
+    optimizer = LearnedOptimizer([param])
+    param.grad = torch.randn(8)
+    optimizer.step()
+    param.data = torch.cat([param.data, torch.zeros(1000)])
+    param.grad = torch.ones(1008)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        optimizer.step()
+
+
+@needs_compiler
+def test_betas_near_one_are_those_of_the_plain_rule():
+    rule = random_lstm()
+    rule.betas = (0.9, 1 - 1e-8)
+    fused, plain = twins([(50,)], rule, lr=0.1)
+    walk((fused, plain), steps=3)
+    assert_same(fused, plain, atol=1e-6)
+
+
+@needs_compiler
+def test_a_step_may_be_compiled_or_begun_in_inference_mode():
+    fused, plain = twins([(5,)])
+    (param,), (twin,) = params_of(fused), params_of(plain)
+    param.grad, twin.grad = torch.ones(5), torch.ones(5)
+    torch.compile(lambda: fused.step(), backend="eager")()
+    plain.step()
+    assert_same(fused, plain, atol=1e-7)
+    begun = LearnedOptimizer([param])
+    with torch.inference_mode():
+        begun.step()
+    begun.step()
+
+
+@pytest.mark.parametrize("compiler", ["", '"gcc'])
+def test_an_odd_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)

@@ -306,9 +306,7 @@ def test_a_compiled_model_is_stepped_as_the_plain_one():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     twin = copy.deepcopy(plain)
-    compiled = torch.compile(
-        twin, backend="aot_eager"
-    )  # a real graph, no C++ needed
+    compiled = torch.compile(twin, backend="aot_eager")  # a real graph, no C++ needed
     for model, module in ((plain, plain), (compiled, twin)):
         optimizer = LearnedOptimizer(module.parameters(), random_lstm())
         for step in range(5):
@@ -317,3 +315,29 @@ def test_a_compiled_model_is_stepped_as_the_plain_one():
             optimizer.step()
     for one, other in zip(plain.parameters(), twin.parameters()):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_first_group_without_parameters_is_no_hindrance():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer([{"params": []}, {"params": [param]}])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert (param != 1).all()
+
+
+def test_a_parameter_given_twice_is_refused():
+    param = torch.ones(3, requires_grad=True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="in this group twice"):
+        LearnedOptimizer([param, param])
+
+
+def test_a_pickle_without_the_newer_options_steps():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm())
+    state = optimizer.__getstate__()
+    older = {name: value for name, value in state.items() if name not in ("fused", "state_dtype")}
+    revived = LearnedOptimizer.__new__(LearnedOptimizer)
+    revived.__setstate__(older)
+    param.grad = torch.ones(3)
+    revived.step()
+    assert (param != 1).all()

@@ -398,3 +398,35 @@ def test_frozen_weights_are_refused(order):
     optimizer = LearnedOptimizer(net.parameters())  # the shipped rule
     with pytest.raises(InputError, match=r"frozen, .* call rule.requires_grad_\(\)"):
         unroll(net, optimizer, support, query, UnrollSettings(steps=1, order=order))
+
+
+class Delayed(nn.Module):
+    """Its memory depends on the weights from the second step on only."""
+
+    step_size = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def init_state(self, param):
+        zeros = torch.zeros(param.numel(), dtype=param.dtype)
+        return {"h": zeros, "before": zeros.clone()}
+
+    def forward(self, grad, state, param):
+        h = self.weight * (state["h"] + grad)
+        return -0.1 * (h + state["before"]), {"h": h, "before": state["h"]}
+
+
+def test_memory_that_depends_on_the_weights_later_on_has_its_part_in_the_meta_gradient():
+    net, support, query = problem()
+    _, ours = meta_gradient(net, Delayed(), support, query, UnrollSettings(steps=4))
+    rule = Delayed()
+    with higher.innerloop_ctx(net, LearnedOptimizer(net.parameters(), rule)) as (fmodel, stepper):
+        stepper.first_order = True
+        total = 0
+        for t in range(4):
+            stepper.step(support(fmodel, t))
+            total = total + query(fmodel, t)
+        total.backward()
+    assert ours["weight"].item() == pytest.approx(rule.weight.grad.item(), rel=1e-10)
