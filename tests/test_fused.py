@@ -93,8 +93,9 @@ def test_any_shapes_and_sizes_of_gradient(shapes, scale, cut):
 
 
 @needs_compiler
-def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory():
-    fused, _ = twins([(40, 48)])
+@pytest.mark.parametrize("width", [48, 7])  # whole vectors of the kernel, and parts of them
+def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory(width):
+    fused, _ = twins([(40, width)])
     (param,) = params_of(fused)
     before = param.detach().clone()
 
@@ -105,7 +106,24 @@ def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory():
     assert torch.equal(param[1:30], before[1:30])
     assert (param[0] != before[0]).all()
     for name in ("m", "v", "hidden", "cell"):
-        assert not fused.state[param][name].reshape(-1, 40, 48)[:, 1:30].any()
+        assert not fused.state[param][name].reshape(-1, 40, width)[:, 1:30].any()
+
+
+@needs_compiler
+def test_a_coordinate_whose_gradient_is_not_finite_keeps_value_and_memory_to_the_bit():
+    fused, _ = twins([(40,)], weight_decay=0.1)
+    (param,) = params_of(fused)
+    walk((fused,), steps=2)
+    before = {name: leaf.clone() for name, leaf in fused.state[param].items()}
+    value = param.detach().clone()
+    param.grad = torch.randn(40)
+    odd = torch.tensor([0, 5, 17, 39])
+    param.grad[odd] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")])
+    fused.step()
+    assert torch.equal(param[odd], value[odd])
+    assert param.isfinite().all() and (param != value).sum() == 36
+    for name in ("m", "v", "hidden", "cell"):
+        assert torch.equal(fused.state[param][name][..., odd], before[name][..., odd])
 
 
 @needs_compiler
