@@ -140,7 +140,7 @@ def _add_meta_train(commands: Any) -> None:
         type=int,
         metavar="C",
         help="first order: how many coordinates carry the meta-gradient, a random sample [as many "
-        "as fit into 128 MiB]",
+        "as fit into 72 MiB]",
     )
     parser.add_argument(
         "--query-weight", type=float, default=1.0, help="of the query loss in the meta-loss [1]"

@@ -149,6 +149,7 @@ def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
     return library
 
 
+@functools.cache
 def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
     """`Tensor` of cell.c."""
     numbers = ("m_debt", "v_debt", "grad_rms", "param_rms", "rate", "decay")

@@ -93,6 +93,11 @@ class UnrollSettings:
         """Weight of the losses after step number `step` (from 0)."""
         return 1.0 if self.step_weights is None else self.step_weights[step]
 
+    @property
+    def kept_steps(self) -> int:
+        """The longest run of steps whose graph is held at once."""
+        return min(self.truncation or self.steps, self.steps)
+
     def cut_after(self, step: int) -> bool:
         """Whether the graph ends after step number `step` (from 0)."""
         done = step + 1
@@ -184,7 +189,7 @@ def _first_order(
     The inner products are sums over coordinates, which a sample of them estimates.
     """
     groups, tensors = zip(*trainable(optimizer))
-    runner = _runner(optimizer, groups, tensors)
+    runner = _runner(optimizer, tensors)
     states = [runner.state[param] for param in tensors]
     samples = draw_samples(tensors, states, _coordinates(runner, settings), seed)
     segment = _Segment(len(tensors))
@@ -225,9 +230,7 @@ def _step(
     return changes
 
 
-def _runner(
-    optimizer: LearnedOptimizer, groups: Sequence[dict[str, Any]], tensors: Sequence[Tensor]
-) -> LearnedOptimizer:
+def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOptimizer:
     """A twin that steps the same parameters from a copy of the optimizer's state."""
     runner = LearnedOptimizer(
         list(tensors),
@@ -248,8 +251,7 @@ def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
         return settings.coordinates
     param, state = next(iter(runner.state.items()))
     memory = sum(leaf.nbytes for leaf in state.values()) / max(param.numel(), 1)
-    kept = min(settings.truncation or settings.steps, settings.steps)
-    return int(GRAPH_BYTES / (kept * (memory + _OTHER_BYTES)))
+    return int(GRAPH_BYTES / (settings.kept_steps * (memory + _OTHER_BYTES)))
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,7 @@ def _second_order(
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
     device = next(model.parameters()).device
-    before, kept = used_bytes(device), min(settings.truncation or settings.steps, settings.steps)
+    before = used_bytes(device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         segment: list[Tensor] = []
         for t in range(settings.steps):
@@ -351,7 +353,7 @@ def _second_order(
             meta_loss += float(term.detach())
             segment.append(term)
             if t == 0:
-                warn_if_too_large(before, kept - 1, device)
+                warn_if_too_large(before, settings.kept_steps - 1, device)
             if settings.cut_after(t):
                 if weights:  # a classical rule has none, and can be unrolled all the same
                     torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)
