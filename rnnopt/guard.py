@@ -1,8 +1,8 @@
 """A sense of its own limits: undo a step that ruined the model, and go on carefully.
 
-A torch optimizer does not see the loss, but it sees the gradient at both ends of a step, and so how
-far the loss fell or rose on the way, by the trapezoidal rule: (g_before + g_after) . step / 2, exact
-where the loss is a parabola.
+A torch optimizer does not see the loss, but it sees the gradient at both ends of a step, and so
+how far the loss fell or rose on the way, by the trapezoidal rule:
+``(g_before + g_after) . step / 2``, exact where the loss is a parabola.
 """
 
 from __future__ import annotations
