@@ -7,9 +7,9 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import safetensors
 import torch
@@ -26,7 +26,9 @@ RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 # The rules that a file can hold.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
-_KINDS = {f"rnnopt.{kind.__name__}.1": kind for kind in (CoordinateLSTM, MetaSGD, SGD, Adam)}
+_KINDS: dict[str, Callable[..., SavedRule]] = {
+    f"rnnopt.{kind.__name__}.1": kind for kind in (CoordinateLSTM, MetaSGD, SGD, Adam)
+}
 _ABOUT = "rnnopt"
 
 
@@ -150,7 +152,7 @@ def load_rule(path: str | os.PathLike[str]) -> SavedRule:
             "this version"
         )
     try:
-        rule = cast(SavedRule, _KINDS[about["format"]](**about["config"]))
+        rule = _KINDS[about["format"]](**about["config"])
         for dtype in {leaf.dtype for leaf in tensors.values()}:
             rule.to(dtype)
         rule.load_state_dict(tensors)

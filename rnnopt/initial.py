@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.start import Head, prototype_head
+from rnnopt.start import prototype_head
 from rnnopt.task import Task
 from rnnopt.text import Classifier
 
@@ -46,32 +46,32 @@ class InitialValues(nn.Module):
         """The parameters by their names in the classifier."""
         return {name: self.get_parameter(_key(name)) for name in self._pretrained}
 
-    def accumulate(
-        self, gradient: Mapping[str, Tensor], classifier: Classifier, task: Task, head: Head
-    ) -> None:
-        """Add one task's meta-gradient.
-
-        A prototype head is a function of the initial values; what is meant for it is passed on to
-        them, exactly, whatever the order of the meta-gradient.
-
-        Args:
-            gradient: by name, see `rnnopt.unroll.UnrollSettings.initial`.
-            classifier: at the task's start.
-            task: the task.
-            head: how its head was made.
-        """
+    def add(self, gradient: Mapping[str, Tensor]) -> None:
+        """Add one task's meta-gradient, by name, see `rnnopt.unroll.UnrollSettings.initial`."""
         for name, value in self.values().items():
             _add(value, gradient[name])
-        if head != "prototype":
-            return
+
+    def add_through_head(
+        self, gradient: Mapping[str, Tensor], classifier: Classifier, task: Task
+    ) -> None:
+        """Add what reaches the initial values through a task's prototype head.
+
+        The head is a function of them, so their meta-gradient has a second part, the head's own
+        pulled back through `rnnopt.start.prototype_head`: exactly, whatever the order.
+
+        Args:
+            gradient: one task's meta-gradient, by name.
+            classifier: at the task's start.
+            task: the task.
+        """
         names = [f"{classifier.output_name}.{part}" for part in ("weight", "bias")]
         made = prototype_head(classifier, task.support)
         params = [(name, p) for name, p in classifier.trainable() if name in self._pretrained]
-        passed = torch.autograd.grad(
+        slopes = torch.autograd.grad(
             made, [param for _, param in params], [gradient[name] for name in names],
             allow_unused=True,
         )  # fmt: skip
-        for (name, _), slope in zip(params, passed):
+        for (name, _), slope in zip(params, slopes):
             if slope is not None:
                 _add(self.get_parameter(_key(name)), slope)
 
@@ -88,14 +88,13 @@ class InitialValues(nn.Module):
     @torch.no_grad()
     def distance(self) -> float:
         """|theta_0 - pretrained|, the Euclidean norm over all values."""
-        return float(
-            norm(value - self._pretrained[name] for name, value in self.values().items())
-        )
+        return float(norm(value - self._pretrained[name] for name, value in self.values().items()))
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """The Euclidean norm over all elements."""
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _add(value: Tensor, gradient: Tensor) -> None:

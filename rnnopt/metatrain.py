@@ -11,25 +11,32 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rnnopt.checkpoint import RULE_FILE, save_rule
+from rnnopt.baselines import SGD, Adam
+from rnnopt.checkpoint import RULE_FILE, SavedRule, save_rule
 from rnnopt.errors import InputError
 from rnnopt.folder import RunFolder
+from rnnopt.init_folder import INIT_FOLDER, save_init
+from rnnopt.initial import Init, InitialValues
 from rnnopt.lstm import CoordinateLSTM
-from rnnopt.optimizer import LearnedOptimizer
+from rnnopt.metasgd import MetaSGD
+from rnnopt.start import Adapted, Head, Start
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
+from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
 _VALIDATION_HEADS = 1_000_000_000
+InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
+INNER_LR: dict[InnerRule, float] = {"lstm": 1e-3, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,14 @@ class MetaTrainSettings:
         meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
         clip: bound on the norm of the meta-gradient (per step and task).
         hidden_size: of the rule.
+        inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights.
+        inner_lr: its step size, at first; None for `INNER_LR`.
+        init: which initial values: pretrained ones, or such as are meta-learned, see
+            `rnnopt.initial`.
+        init_lr: Adam's learning rate on the initial values, falling like meta_lr.
+        init_penalty: see `rnnopt.initial.InitialValues.add_penalty`.
+        head: how each task's output layer begins, see `rnnopt.start.Start`.
+        adapted: what the inner loop steps, see there.
         seed: of everything random.
         validate_every: meta-steps between validations; one more at the end.
         validation_tasks: tasks of one validation, always the same ones.
@@ -58,6 +73,13 @@ class MetaTrainSettings:
     meta_lr: float = 5e-3
     clip: float = 1.0
     hidden_size: int = 8
+    inner: InnerRule = "lstm"
+    inner_lr: float | None = None
+    init: Init = "pretrained"
+    init_lr: float = 1e-4
+    init_penalty: float = 0.0
+    head: Head = "random"
+    adapted: Adapted = "all"
     seed: int = 0
     validate_every: int = 50
     validation_tasks: int = 8
@@ -86,9 +108,40 @@ class MetaTrainSettings:
                 f"step_weights {tuple(weights)} are all 0 within the shortest unroll of "
                 f"{self.shortest} steps: nothing to learn from"
             )
-        for name in ("meta_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
+        for name in ("meta_lr", "clip", "inner_lr", "init_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}={value}: must be positive and finite")
+        if not 0 <= self.init_penalty < math.inf:
+            raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
+        self._check_what_is_learned()
+
+    def _check_what_is_learned(self) -> None:
+        if self.init == "pretrained":
+            if self.inner in ("sgd", "adam"):
+                raise InputError(
+                    f"--inner {self.inner} with --init pretrained: neither has anything to learn; "
+                    "use --inner lstm or meta-sgd, or --init maml or reptile"
+                )
+            if self.adapted == "head":
+                raise InputError(
+                    "--adapt-only head with --init pretrained: nothing but the head would ever "
+                    "move; use --tune head, or --init maml"
+                )
+        if self.init == "reptile" and self.adapted == "head":
+            raise InputError(
+                "--init reptile with --adapt-only head: it moves initial values to where "
+                "adaptation ends, and those would stay where they are; use --init maml"
+            )
+        # its other conflicts are found here and not at the first unroll
+        self.unrolled()
+
+    def unrolled(self) -> UnrollSettings:
+        """`unroll` with what the initial values need."""
+        kinds: dict[str, Literal["gradient", "displacement"] | None] = {
+            "pretrained": None, "maml": "gradient", "reptile": "displacement",
+        }  # fmt: skip
+        return replace(self.unroll, initial=kinds[self.init])
 
 
 @dataclass
@@ -106,7 +159,8 @@ class MetaTraining:
     """One run of meta-training in its folder.
 
     The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
-    config and `training` facts), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
+    config and `training` facts), ``init`` (the initial values that go with it, if they are learned,
+    see `rnnopt.init_folder`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
     team's processes rank 0 alone reads and writes it.
 
     Args:
@@ -142,16 +196,22 @@ class MetaTraining:
         self.device = train.classifier.device
         self.settings, self.training, self.team = settings, training, team
         self.folder = RunFolder(folder)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.rule = CoordinateLSTM(hidden_size=settings.hidden_size)
-        self.rule.to(self.device)
-        self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=settings.meta_lr)
-        self.best = {name: leaf.clone() for name, leaf in self.rule.state_dict().items()}
+        self.start = Start(settings.head, settings.adapted)
+        self.rule = inner_rule(settings, self.start, train.classifier).to(self.device)
+        self.learned = nn.ModuleDict({"rule": self.rule})  # all that is meta-trained
+        self.initial: InitialValues | None = None
+        groups = [{"params": list(self.rule.parameters())}]
+        if settings.init != "pretrained":
+            self.initial = InitialValues(train.classifier)
+            self.learned["init"] = self.initial
+            self.start = replace(self.start, values=self.initial.values())
+            groups.append({"params": list(self.initial.parameters())})
+        self.meta_optimizer = torch.optim.Adam(groups, lr=settings.meta_lr)
+        self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
         self.progress = _Progress()
         self._open(json.loads(json.dumps({**asdict(settings), **facts})), resume)
 
-    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> CoordinateLSTM:
+    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> SavedRule:
         """Meta-train to the end.
 
         Args:
@@ -173,7 +233,9 @@ class MetaTraining:
             self._log({**record, "seconds": round(self.progress.seconds, 2)}, report)
             if last or done % self.settings.checkpoint_every == 0:
                 self._save()
-        self.rule.load_state_dict(self.best)
+        self.learned.load_state_dict(self.best)
+        if self.initial is not None and not (self.folder.path / INIT_FOLDER).exists():
+            self._save_best()  # a crash came between the old folder and the new one
         return self.rule
 
     def _meta_step(self) -> dict[str, Any]:
@@ -184,14 +246,18 @@ class MetaTraining:
         results, terms = zip(*(self._term(first + k) for k in shared))
         meta_loss, steps = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
         # all that follows, a skip too, depends on pooled values only: everyone decides alike
-        for weight in self.rule.parameters():
+        for weight in self.learned.parameters():
             cast(Tensor, weight.grad).mul_(1 / steps)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.rule.parameters(), settings.clip))
+        if self.initial is not None and settings.init_penalty:
+            self.initial.add_penalty(settings.init_penalty)
+        norm = self._clip()
         meta_loss *= 1 / steps
         finite = math.isfinite(norm) and math.isfinite(meta_loss)
         if finite:
-            for group in self.meta_optimizer.param_groups:
-                group["lr"] = self._meta_lr()
+            for group, share in zip(
+                self.meta_optimizer.param_groups, (1.0, settings.init_lr / settings.meta_lr)
+            ):
+                group["lr"] = share * self._meta_lr()
             self.meta_optimizer.step()
         else:
             progress.skipped += 1
@@ -202,7 +268,20 @@ class MetaTraining:
             "query_losses": finite_or_none(results[0].query_losses.tolist()),
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped": progress.skipped,
+            **({} if self.initial is None else {"init_distance": self.initial.distance()}),
         }
+
+    def _clip(self) -> float:
+        """Bound the meta-gradient of rule and initial values, each by itself: their scales differ.
+
+        Returns:
+            The norm of all of it before.
+        """
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
+            for group in self.meta_optimizer.param_groups
+        ]
+        return math.hypot(*map(float, norms))
 
     def _term(self, number: int) -> tuple[Unrolled, Tensor]:
         """Unroll task `number`; what it adds to the sums of the meta-step.
@@ -214,35 +293,41 @@ class MetaTraining:
         self.meta_optimizer.zero_grad()
         result = self._unroll(number)
         # a task that doesn't depend on the rule leaves no gradient, which is one of zero
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.rule.parameters()]
+        weights = self.learned.parameters()
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         plain = torch.tensor([result.meta_loss, len(result.query_losses)], dtype=torch.float64)
         vectors = [*(grad.flatten().double() for grad in grads), plain.to(grads[0].device)]
         return result, torch.cat(vectors)
 
     def _take(self, total: Tensor) -> list[float]:
         """Take the meta-gradient from the sums (see `_term`); the other two."""
-        weights = list(self.rule.parameters())
+        weights = list(self.learned.parameters())
         *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 2])
         for weight, part in zip(weights, parts):
             weight.grad = part.view_as(weight).to(weight.dtype)
         return plain.tolist()
 
     def _unroll(self, number: int) -> Unrolled:
-        """Unroll task `number`, adding to the rule's meta-gradient."""
+        """Unroll task `number`, adding to the meta-gradient of all that is learned."""
         settings = self.settings
         task, classifier = self.train.load(number), self.train.classifier_of(number)
-        classifier.reset(task.ways, seed=settings.seed + number)
+        self.start.begin(classifier, task.support, task.ways, seed=settings.seed + number)
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
-        return unroll(
+        result = unroll(
             classifier.model,
-            LearnedOptimizer([param for _, param in classifier.trainable()], self.rule),
+            self.start.optimizer(classifier, self.rule),
             task.support_loss(classifier),
             task.query_loss(classifier),
-            settings.unroll.shortened(int(generator.integers(shortest, longest + 1))),
+            settings.unrolled().shortened(int(generator.integers(shortest, longest + 1))),
             seed=number,
         )
+        if self.initial is not None:
+            self.initial.add(result.initial)
+            if settings.init == "maml" and settings.head == "prototype":
+                self.initial.add_through_head(result.initial, classifier, task)
+        return result
 
     def _meta_lr(self) -> float:
         """From meta_lr to a tenth of it along half a cosine."""
@@ -256,17 +341,17 @@ class MetaTraining:
         table = torch.zeros(self.settings.validation_tasks, len(budgets), 2, dtype=torch.float64)
         for number in self.team.share(self.settings.validation_tasks):
             task, classifier = self.validation.load(number), self.validation.classifier_of(number)
-            classifier.reset(task.ways, seed=_VALIDATION_HEADS + number)
-            params = [param for _, param in classifier.trainable()]
-            optimizer = LearnedOptimizer(params, self.rule)
+            seed = _VALIDATION_HEADS + number
+            self.start.begin(classifier, task.support, task.ways, seed)
+            optimizer = self.start.optimizer(classifier, self.rule)
             scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
             table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
         loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step = score, self.progress.meta_step
-            self.best = {name: leaf.clone() for name, leaf in self.rule.state_dict().items()}
-            self._save_rule()
+            self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
+            self._save_best()
         return {
             "validation": {
                 "score": score,
@@ -276,10 +361,16 @@ class MetaTraining:
             }
         }
 
-    def _save_rule(self) -> None:
+    def _save_best(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
         if self.team.rank == 0:
             save_rule(self.rule, self.folder.path / RULE_FILE, training)
+            if self.initial is not None:
+                values = self.initial.values()
+                save_init(
+                    self.folder.path / INIT_FOLDER, self.train.classifier, values, self.start,
+                    training,
+                )  # fmt: skip
 
     # -- the folder
 
@@ -303,7 +394,7 @@ class MetaTraining:
     def _save(self) -> None:
         if self.team.rank > 0:
             return
-        tensors = {f"rule.{name}": leaf for name, leaf in self.rule.state_dict().items()}
+        tensors = dict(self.learned.state_dict())
         tensors |= {f"best.{name}": leaf for name, leaf in self.best.items()}
         for index, state in self.meta_optimizer.state_dict()["state"].items():
             tensors |= {f"meta.{index}.{name}": leaf for name, leaf in state.items()}
@@ -311,7 +402,7 @@ class MetaTraining:
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.progress = _Progress(**progress)
-        self.rule.load_state_dict(_under("rule.", tensors))
+        self.learned.load_state_dict({name: tensors[name] for name in self.learned.state_dict()})
         self.best = {name: leaf.to(self.device) for name, leaf in _under("best.", tensors).items()}
         state: dict[int, dict[str, Tensor]] = {}
         for name, leaf in _under("meta.", tensors).items():
@@ -324,6 +415,20 @@ class MetaTraining:
         if self.team.rank == 0:
             self.folder.log(record)
             report(record)
+
+
+def inner_rule(settings: MetaTrainSettings, start: Start, classifier: Classifier) -> SavedRule:
+    """The inner rule of a run, at its beginning."""
+    lr = INNER_LR[settings.inner] if settings.inner_lr is None else settings.inner_lr
+    if settings.inner == "sgd":
+        return SGD(lr)
+    if settings.inner == "adam":
+        return Adam(lr)
+    if settings.inner == "meta-sgd":
+        return MetaSGD(list(start.params(classifier)), lr)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return CoordinateLSTM(hidden_size=settings.hidden_size, step_size=lr)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,8 +63,9 @@ class Start:
                 for param in output.parameters():
                     param.zero_()
             elif self.head == "prototype":
-                for param, value in zip(_with_bias(output), prototype_head(classifier, support)):
-                    param.copy_(value)
+                made = prototype_head(classifier, support)
+                for tensor, value in zip(_with_bias(output), made):
+                    tensor.copy_(value)
 
     def optimizer(
         self, classifier: Classifier, rule: UpdateRule, lr: float = 1.0
@@ -126,7 +127,7 @@ def prototype_head(classifier: Classifier, support: LabelledTexts) -> tuple[Tens
     return weight, bias
 
 
-def _with_bias(output: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
+def _with_bias(output: nn.Linear) -> tuple[Tensor, Tensor]:
     if output.bias is None:
         raise InputError(
             "head 'prototype': this encoder's output layer has no bias to hold the prototypes' "

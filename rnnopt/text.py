@@ -56,6 +56,7 @@ class Classifier:
         ways: C, the classes of the current head.
         device: where the model is.
         precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
+        kind: JSON-compatible facts that two classifiers with the same trainable parameters share.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class Classifier:
             or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
         ]
         self.fingerprint = encoder_fingerprint(model.base_model, tokenizer)
+        self.kind = {
+            "encoder_weights": self.fingerprint,
+            "pooling": "mean" if isinstance(model, MeanPooled) else "model",
+            "tune": tune,
+            "lora_rank": lora_rank if tune == "lora" else None,
+            "top_layers": top_layers,
+        }
         self._prefix: Prefix | None = None
         self._choose_what_trains(tune, lora_rank, top_layers)
         self._start = {
@@ -195,7 +203,7 @@ class Classifier:
 
     @property
     def output(self) -> nn.Linear:
-        """The layer that makes the logits; another object's parameters after `reset` to new ways."""
+        """The layer that makes the logits; `reset` to other ways gives it new parameters."""
         return cast(nn.Linear, self.model.get_submodule(self._output))
 
     @property

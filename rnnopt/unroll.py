@@ -181,7 +181,7 @@ def unroll(
         result = _first_order(model, optimizer, support_loss, query_loss, settings, seed)
         if settings.initial == "displacement":
             moved = dict(zip(map(id, tensors), initial))
-            for name, param in _named(model):
+            for name, param in _named(model).items():
                 result.initial[name] = moved.get(id(param), param.detach()) - param.detach()
         return result
     finally:
@@ -190,9 +190,9 @@ def unroll(
                 param.copy_(value)
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _named(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that take a gradient, by name."""
-    return [pair for pair in model.named_parameters() if pair[1].requires_grad]
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def _check_weights(rule: UpdateRule) -> None:
@@ -260,9 +260,12 @@ class _InitialGradient:
     def __init__(
         self, model: nn.Module, stepped: Sequence[Tensor], settings: UnrollSettings
     ) -> None:
-        self._named = _named(model) if settings.initial == "gradient" else []
+        self._named = _named(model) if settings.initial == "gradient" else {}
         known = set(map(id, stepped))
-        self.tensors = [*stepped, *(param for _, param in self._named if id(param) not in known)]
+        self.tensors = [
+            *stepped,
+            *(param for param in self._named.values() if id(param) not in known),
+        ]
         self._sums = [torch.zeros_like(param) for param in self.tensors if self._named]
 
     def add(self, slopes: Sequence[Tensor | None]) -> None:
@@ -272,7 +275,7 @@ class _InitialGradient:
 
     def named(self) -> dict[str, Tensor]:
         sums = dict(zip(map(id, self.tensors), self._sums))
-        return {name: sums[id(param)].detach() for name, param in self._named}
+        return {name: sums[id(param)].detach() for name, param in self._named.items()}
 
 
 def _step(
