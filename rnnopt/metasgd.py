@@ -68,17 +68,21 @@ class MetaSGD(nn.Module):
                 "--rule"
             )
         for name, param in params.items():
-            number = torch.tensor(self.names.index(name), device=param.device)
-            optimizer.state[param] = {"number": number}
+            optimizer.state[param] = {"number": _number(self.names.index(name), param)}
 
     def init_state(self, param: Tensor) -> State:
-        """``number``: 0-d, whole; M, none of the names', before `assign`."""
-        return {"number": torch.tensor(len(self.names), device=param.device)}
+        """``number``: 0-d float32, whole; M, that of none of the names, before `assign`."""
+        return {"number": _number(len(self.names), param)}
 
     def forward(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """See `rnnopt.rule.UpdateRule.__call__`."""
         factors = self.log_factor.to(grad.device)
         factors = torch.cat([factors, factors.mean(dim=0, keepdim=True)])  # (M + 1,)
         # indexing by a tensor of one element and not by a number: nothing waits for a GPU
-        rate = self.step_size * torch.exp(factors[state["number"].reshape(1)])  # (1,)
+        rate = self.step_size * torch.exp(factors[state["number"].long().reshape(1)])  # (1,)
         return -rate.to(arithmetic_dtype(param)) * grad.to(arithmetic_dtype(param)), state
+
+
+def _number(number: int, param: Tensor) -> Tensor:
+    """A float like every other memory of a rule."""
+    return torch.tensor(float(number), dtype=torch.float32, device=param.device)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,8 @@ def sine_task(seed: int, number: int, support: int, query: int) -> tuple[Points,
     generator = np.random.default_rng([seed, number])
     amplitude, phase = generator.uniform(0.1, 5.0), generator.uniform(0, np.pi)
     x = generator.uniform(-5, 5, size=(support + query, 1))
-    x, y = (
-        torch.tensor(value, dtype=torch.float32) for value in (x, amplitude * np.sin(x + phase))
-    )
+    y = amplitude * np.sin(x + phase)
+    x, y = (torch.tensor(value, dtype=torch.float32) for value in (x, y))
     return (x[:support], y[:support]), (x[support:], y[support:])
 
 
@@ -122,9 +121,7 @@ def pretrain(net: nn.Module, *, iterations: int, tasks: int, seed: int = 0) -> N
         optimizer.step()
 
 
-def errors(
-    net: nn.Module, rule: nn.Module, numbers: Iterator[int] | range, seed: int
-) -> np.ndarray:
+def errors(net: nn.Module, rule: nn.Module, numbers: range, seed: int) -> np.ndarray:
     """Mean square error on new curves after each of `BUDGETS` steps, (tasks, budgets)."""
     start = [param.detach().clone() for param in net.parameters()]
     rows = []
@@ -192,9 +189,8 @@ def main() -> None:
         write_atomically(Path(options.json), (json.dumps(result, indent=2) + "\n").encode())
     print(f"mean square error at {TEST_SHOTS} points after " + ", ".join(map(str, BUDGETS)))
     for name, cells in result.items():
-        print(
-            f"{name}: " + ", ".join(f"{c['mean']:.2f} +- {c['ci95']:.2f}" for c in cells.values())
-        )
+        figures = [f"{cell['mean']:.2f} +- {cell['ci95']:.2f}" for cell in cells.values()]
+        print(f"{name}: {', '.join(figures)}")
 
 
 if __name__ == "__main__":
