@@ -1,0 +1,168 @@
+"""Initial values through the command, as a user types it."""
+
+import json
+
+import pytest
+import torch
+from rules import random_lstm
+from test_team import checkpoint, free_port, furthest, results, start
+
+from rnnopt import SGD, MetaSGD, load_rule, save_rule
+from rnnopt.cli import main
+
+
+def run(command, *more):
+    return main([str(word) for word in (*command.split(), *more)])
+
+
+def options(csv_file, encoder):
+    return f"--data {csv_file} --encoder {encoder} --lora-rank 2 "
+
+
+def meta_train(csv_file, encoder, folder, more=""):
+    return (
+        f"meta-train {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
+        f"--meta-steps 4 --validate-every 2 --validation-tasks 2 --device cpu --init maml "
+        f"--init-lr 1e-3 --output {folder} {more}"
+    )
+
+
+def fails(command, capsys):
+    """Run a command that must fail as a user's mistake does; its one line."""
+    assert run(command) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(csv_file, encoder, tmp_path_factory):
+    """A finished run: Meta-SGD and initial values, from prototype heads."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert run(meta_train(csv_file, encoder, folder, "--inner meta-sgd --head prototype")) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--inner sgd --order 2 --inner-lr 0.01 --step-weights 0 1",
+        "--inner meta-sgd --order 2 --adapt-only head --head prototype --tune full",
+        "--inner adam --init reptile --head zero --tune full --pooling mean",
+        "--inner lstm --init-penalty 0.01 --data stdlib --ways 2 3 --head prototype",
+    ],
+)
+def test_every_kind_of_meta_training_leaves_a_rule_and_initial_values(
+    csv_file, encoder, tmp_path, capsys, more
+):
+    assert run(meta_train(csv_file, encoder, tmp_path / "run", more)) == 0
+    load_rule(tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "init" / "init.json").read_text())
+    assert facts["training"]["classes"]
+    assert "the initial values that go with it" in capsys.readouterr().out
+
+
+def test_adapt_starts_from_the_initial_values_and_the_head_that_go_with_them(
+    csv_file, encoder, run_folder, tmp_path
+):
+    first = {}
+    for name, more in (
+        ("learned", f"--init {run_folder}"),
+        ("other head", f"--init {run_folder / 'init'} --head random"),
+        ("prototypes alone", "--head prototype"),
+    ):
+        command = f"adapt {options(csv_file, encoder)} --rule {run_folder} --steps 1 {more}"
+        assert run(command, "--output", tmp_path / name) == 0
+        first[name] = json.loads((tmp_path / name / "adapt.json").read_text())["losses"][0]
+    assert len(set(first.values())) == 3
+
+
+def test_compare_starts_every_method_there_and_keeps_its_runs_apart(
+    csv_file, encoder, run_folder, tmp_path, capsys
+):
+    command = (
+        f"compare {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
+        f"--episodes 2 --tuning-episodes 2 --baselines adamw --rule {run_folder} "
+        f"--json {tmp_path / 'result.json'}"
+    )
+    assert run(f"{command} --init {run_folder}") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["setting"]["head"] == "prototype"
+    assert "init: " in fails(command, capsys)  # the journal is that of other starts
+
+
+def test_compare_refuses_classes_that_the_initial_values_have_seen(
+    csv_file, encoder, run_folder, tmp_path, capsys
+):
+    save_rule(random_lstm(), tmp_path / "rule")  # which remembers nothing
+    command = (
+        f"compare {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 1 "
+        f"--episodes 2 --tuning-episodes 2 --baselines adamw --rule {tmp_path / 'rule'} "
+        f"--init {run_folder} --seed 3 --json {tmp_path / 'result.json'}"
+    )
+    assert "was meta-trained on classes that it would be judged by" in fails(command, capsys)
+    assert run(f"{command} --allow-overlap") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--lora-rank 4", "lora_rank: 2 there, 4 here"),
+        ("--tune full", "tune: 'lora' there, 'full' here"),
+        ("--init nowhere", "--init nowhere: no init.json"),
+    ],
+)
+def test_an_init_that_does_not_fit_is_refused(
+    csv_file, encoder, run_folder, tmp_path, capsys, more, message
+):
+    command = f"adapt {options(csv_file, encoder)} --init {run_folder} --output {tmp_path / 'out'} "
+    assert message in fails(command + more, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_rates_for_other_tensors_are_refused(
+    csv_file, encoder, run_folder, tmp_path, capsys
+):
+    command = f"adapt {options(csv_file, encoder)} --tune full --rule {run_folder} "
+    message = fails(f"{command} --output {tmp_path / 'out'}", capsys)
+    assert "the rule has learned rates for" in message
+    assert "and none for bert.embeddings" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--tune lora full", "one kind of classifier, and these are 2; give one --tune"),
+        ("--tune head", "only the output layer trains"),
+        ("--order 2 --truncation 1", "nothing from beyond a cut would reach the initial values"),
+        ("--init pretrained --inner sgd", "neither has anything to learn"),
+        ("--init-penalty nan", "init_penalty=nan: must be finite"),
+    ],
+)
+def test_bad_options_of_meta_train(csv_file, encoder, tmp_path, capsys, more, message):
+    assert message in fails(meta_train(csv_file, encoder, tmp_path / "out", more), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_learn_the_values_of_one(csv_file, encoder, tmp_path):
+    folders, port = [tmp_path / name for name in ("one", "two", "elsewhere")], free_port()
+    more = "--tasks 3 --inner meta-sgd --head prototype --shortest 1"
+    commands = [meta_train(csv_file, encoder, folder, more).split() for folder in folders]
+    members = [start(rank, [(port, commands[1 + rank])]) for rank in (0, 1)]
+    assert main(commands[0]) == 0
+    assert [results(member)[0] for member in members] == [[0], [0]]
+    assert any(name.startswith("init.") for name in checkpoint(folders[0]))
+    assert furthest(*folders[:2]) < 1e-5  # Adam divides by the root of small second moments
+    assert (folders[1] / "init" / "init.json").exists()
+    assert not folders[2].exists()
+
+
+@pytest.mark.parametrize("make", [SGD, lambda lr: MetaSGD(["a", "b"], lr)])
+def test_other_rules_come_back_from_their_file(tmp_path, make):
+    rule = make(0.3)
+    for weight in rule.parameters():
+        weight.data.add_(torch.randn_like(weight))
+    save_rule(rule, tmp_path / "rule")
+    again = load_rule(tmp_path / "rule")
+    assert type(again) is type(rule)
+    assert again.config == rule.config
+    assert all(map(torch.equal, rule.parameters(), again.parameters()))
