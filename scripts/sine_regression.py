@@ -74,13 +74,14 @@ def maml(
     iterations: int,
     tasks: int,
     order: int = 2,
+    meta_lr: float = META_LR,
     seed: int = 0,
     tick: Callable[[int, float], None] = lambda iteration, loss: None,
 ) -> None:
     """Meta-learn the net's initial values, and the rule's weights if it has any, in place."""
     settings = UnrollSettings(1, order=order, initial="gradient")
     params = dict(net.named_parameters())
-    meta_optimizer = torch.optim.Adam([*params.values(), *rule.parameters()], lr=META_LR)
+    meta_optimizer = torch.optim.Adam([*params.values(), *rule.parameters()], lr=meta_lr)
     for iteration in range(iterations):
         meta_optimizer.zero_grad()
         total = {name: torch.zeros_like(param) for name, param in params.items()}
