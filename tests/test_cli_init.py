@@ -1,6 +1,7 @@
 """Initial values through the command, as a user types it."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from test_team import checkpoint, free_port, furthest, results, start
 
 from rnnopt import SGD, MetaSGD, load_rule, save_rule
 from rnnopt.cli import main
+from rnnopt.init_folder import save_init
+from rnnopt.options import choose_start
+from rnnopt.start import Start
+from rnnopt.text import Classifier
 
 
 def run(command, *more):
@@ -78,15 +83,38 @@ def test_adapt_starts_from_the_initial_values_and_the_head_that_go_with_them(
 def test_compare_starts_every_method_there_and_keeps_its_runs_apart(
     csv_file, encoder, run_folder, tmp_path, capsys
 ):
-    command = (
-        f"compare {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
-        f"--episodes 2 --tuning-episodes 2 --baselines adamw --rule {run_folder} "
-        f"--json {tmp_path / 'result.json'}"
+    losses = {"learned": set(), "adamw": set()}
+    starts = (
+        "--head zero",
+        f"--init {run_folder} --head zero",
+        f"--init {run_folder}",
+        f"--init {run_folder} --adapt-only head",
     )
-    assert run(f"{command} --init {run_folder}") == 0
-    result = json.loads((tmp_path / "result.json").read_text())
+    for number, more in enumerate(starts):
+        command = (
+            f"compare {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
+            f"--episodes 2 --tuning-episodes 2 --baselines adamw --rule {run_folder} "
+            f"--json {tmp_path / str(number)} {more}"
+        )
+        assert run(command) == 0
+        result = json.loads((tmp_path / str(number)).read_text())
+        for name, found in losses.items():
+            found.add(result["methods"][name]["loss"]["2"]["mean"])
+    assert {name: len(found) for name, found in losses.items()} == {"learned": 4, "adamw": 4}
     assert result["setting"]["head"] == "prototype"
-    assert "init: " in fails(command, capsys)  # the journal is that of other starts
+    other = command.replace(f"--init {run_folder}", "")
+    assert "init: " in fails(other, capsys)  # the journal is that of other starts
+
+
+def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(encoder, tmp_path):
+    classifier = Classifier.load(encoder, lora_rank=2, ways=2, device=torch.device("cpu"))
+    start = Start("prototype", "head", classifier.start)
+    save_init(tmp_path / "init", classifier, start.values, start, {})
+    for head, expected in ((None, "prototype"), ("zero", "zero")):
+        chosen = Namespace(init=tmp_path, head=head, adapt_only=None)
+        found = choose_start(chosen, classifier)
+        assert (found.head, found.adapted) == (expected, "head")
+    assert choose_start(Namespace(init=None, head=None, adapt_only=None), classifier) == Start()
 
 
 def test_compare_refuses_classes_that_the_initial_values_have_seen(

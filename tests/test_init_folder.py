@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from encoders import TEXTS, tiny_bert, tiny_distilbert
+from safetensors.torch import load_file
 
 from rnnopt import InputError
 from rnnopt.init_folder import read_init, read_init_training, save_init
@@ -57,6 +58,7 @@ def test_a_full_init_is_a_text_classifier_of_transformers(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full")
     start = Start(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start.values, start, {"note": 1})
+    assert not any("classifier" in key for key in load_file(tmp_path / "init/model.safetensors"))
     expected = begun(classifier, start)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "init", num_labels=3
@@ -73,6 +75,8 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
     classifier = load(encoder)
     start = Start(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start.values, start, {})
+    config = json.loads((tmp_path / "init" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == (["pre_classifier"] if make is tiny_distilbert else None)
     expected = begun(classifier, start)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "init")

@@ -138,6 +138,15 @@ def test_the_initial_gradients_of_tasks_are_averaged_over_their_steps(sources, t
         torch.testing.assert_close(both, (one + other) / 2)
 
 
+@pytest.mark.parametrize("head", ["random", "prototype"])
+def test_reptile_moves_the_values_by_the_displacement_alone(sources, tmp_path, head):
+    """No part of it passes through a prototype head: nothing is differentiated."""
+    run = training(sources, tmp_path, settings(init="reptile", inner="sgd", head=head))
+    result = run._unroll(0)
+    for key, value in run.initial.values().items():
+        assert torch.equal(value.grad, result.initial[key])
+
+
 def test_rule_and_initial_values_are_clipped_each_by_itself(sources, tmp_path):
     run = training(sources, tmp_path, settings(2, init="maml", clip=1e-6))
     run.run()
