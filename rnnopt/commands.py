@@ -31,6 +31,7 @@ from rnnopt.files import read_corpus
 from rnnopt.folder import LOG_FILE
 from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
+from rnnopt.learned import LearnedSettings
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.options import (
     choose_device,
@@ -145,7 +146,7 @@ def _watch(run: MetaTraining) -> None:
     if run.progress.skipped:
         print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
     print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
-    if run.initial is not None:
+    if run.learned.init is not None:
         print(f"the initial values that go with it: {folder / INIT_FOLDER}")
 
 
@@ -166,13 +167,15 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         tasks_per_meta_step=options.tasks,
         meta_lr=options.meta_lr,
         hidden_size=options.hidden_size,
-        inner=options.inner,
-        inner_lr=options.inner_lr,
-        init=options.init,
-        init_lr=options.init_lr,
-        init_penalty=options.init_penalty,
-        head=options.head or "random",
-        adapted=options.adapt_only or "all",
+        learned=LearnedSettings(
+            inner=options.inner,
+            inner_lr=options.inner_lr,
+            init=options.init,
+            init_lr=options.init_lr,
+            init_penalty=options.init_penalty,
+            head=options.head or "random",
+            adapted=options.adapt_only or "all",
+        ),
         seed=options.seed,
         validate_every=options.validate_every,
         validation_tasks=options.validation_tasks,

@@ -26,11 +26,7 @@ _FORMAT = "rnnopt.init.1"
 
 
 def save_init(
-    folder: Path,
-    classifier: Classifier,
-    values: Mapping[str, Tensor],
-    start: Start,
-    training: Mapping[str, Any],
+    folder: Path, classifier: Classifier, start: Start, training: Mapping[str, Any]
 ) -> None:
     """Write initial values as a folder that `transformers` or `peft` loads, and ``init.json``.
 
@@ -40,13 +36,13 @@ def save_init(
     Args:
         folder: where to.
         classifier: whose values they are.
-        values: by name.
-        start: how tasks began in meta-training; its head and what it adapts are kept.
+        start: how tasks began in meta-training: its values, its head and what it adapts.
         training: JSON-compatible facts on the meta-training.
 
     Raises:
         InputError: it can't be written.
     """
+    values = start.values or {}
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
     for stale in (partial, old):
         shutil.rmtree(stale, ignore_errors=True)

@@ -11,32 +11,25 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rnnopt.baselines import SGD, Adam
 from rnnopt.checkpoint import RULE_FILE, SavedRule, save_rule
 from rnnopt.errors import InputError
 from rnnopt.folder import RunFolder
 from rnnopt.init_folder import INIT_FOLDER, save_init
-from rnnopt.initial import Init, InitialValues
-from rnnopt.lstm import CoordinateLSTM
-from rnnopt.metasgd import MetaSGD
-from rnnopt.start import Adapted, Head, Start
+from rnnopt.learned import Learned, LearnedSettings
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
-from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
 _VALIDATION_HEADS = 1_000_000_000
-InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
-INNER_LR: dict[InnerRule, float] = {"lstm": 1e-3, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -52,14 +45,7 @@ class MetaTrainSettings:
         meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
         clip: bound on the norm of the meta-gradient (per step and task).
         hidden_size: of the rule.
-        inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights.
-        inner_lr: its step size, at first; None for `INNER_LR`.
-        init: which initial values: pretrained ones, or such as are meta-learned, see
-            `rnnopt.initial`.
-        init_lr: Adam's learning rate on the initial values, falling like meta_lr.
-        init_penalty: see `rnnopt.initial.InitialValues.add_penalty`.
-        head: how each task's output layer begins, see `rnnopt.start.Start`.
-        adapted: what the inner loop steps, see there.
+        learned: the inner rule, the initial values, and how tasks start.
         seed: of everything random.
         validate_every: meta-steps between validations; one more at the end.
         validation_tasks: tasks of one validation, always the same ones.
@@ -73,13 +59,7 @@ class MetaTrainSettings:
     meta_lr: float = 5e-3
     clip: float = 1.0
     hidden_size: int = 8
-    inner: InnerRule = "lstm"
-    inner_lr: float | None = None
-    init: Init = "pretrained"
-    init_lr: float = 1e-4
-    init_penalty: float = 0.0
-    head: Head = "random"
-    adapted: Adapted = "all"
+    learned: LearnedSettings = field(default_factory=LearnedSettings)
     seed: int = 0
     validate_every: int = 50
     validation_tasks: int = 8
@@ -108,40 +88,10 @@ class MetaTrainSettings:
                 f"step_weights {tuple(weights)} are all 0 within the shortest unroll of "
                 f"{self.shortest} steps: nothing to learn from"
             )
-        for name in ("meta_lr", "clip", "inner_lr", "init_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}={value}: must be positive and finite")
-        if not 0 <= self.init_penalty < math.inf:
-            raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
-        self._check_what_is_learned()
-
-    def _check_what_is_learned(self) -> None:
-        if self.init == "pretrained":
-            if self.inner in ("sgd", "adam"):
-                raise InputError(
-                    f"--inner {self.inner} with --init pretrained: neither has anything to learn; "
-                    "use --inner lstm or meta-sgd, or --init maml or reptile"
-                )
-            if self.adapted == "head":
-                raise InputError(
-                    "--adapt-only head with --init pretrained: nothing but the head would ever "
-                    "move; use --tune head, or --init maml"
-                )
-        if self.init == "reptile" and self.adapted == "head":
-            raise InputError(
-                "--init reptile with --adapt-only head: it moves initial values to where "
-                "adaptation ends, and those would stay where they are; use --init maml"
-            )
-        # its other conflicts are found here and not at the first unroll
-        self.unrolled()
-
-    def unrolled(self) -> UnrollSettings:
-        """`unroll` with what the initial values need."""
-        kinds: dict[str, Literal["gradient", "displacement"] | None] = {
-            "pretrained": None, "maml": "gradient", "reptile": "displacement",
-        }  # fmt: skip
-        return replace(self.unroll, initial=kinds[self.init])
+        for name in ("meta_lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
+        self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
 
 
 @dataclass
@@ -196,17 +146,11 @@ class MetaTraining:
         self.device = train.classifier.device
         self.settings, self.training, self.team = settings, training, team
         self.folder = RunFolder(folder)
-        self.start = Start(settings.head, settings.adapted)
-        self.rule = inner_rule(settings, self.start, train.classifier).to(self.device)
-        self.learned = nn.ModuleDict({"rule": self.rule})  # all that is meta-trained
-        self.initial: InitialValues | None = None
-        groups = [{"params": list(self.rule.parameters())}]
-        if settings.init != "pretrained":
-            self.initial = InitialValues(train.classifier)
-            self.learned["init"] = self.initial
-            self.start = replace(self.start, values=self.initial.values())
-            groups.append({"params": list(self.initial.parameters())})
-        self.meta_optimizer = torch.optim.Adam(groups, lr=settings.meta_lr)
+        self.learned = Learned(
+            settings.learned, train.classifier, settings.hidden_size, settings.seed
+        ).to(self.device)
+        self.rule, self.start = self.learned.rule, self.learned.start
+        self.meta_optimizer = torch.optim.Adam(self.learned.groups(settings.meta_lr))
         self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
         self.progress = _Progress()
         self._open(json.loads(json.dumps({**asdict(settings), **facts})), resume)
@@ -234,7 +178,7 @@ class MetaTraining:
             if last or done % self.settings.checkpoint_every == 0:
                 self._save()
         self.learned.load_state_dict(self.best)
-        if self.initial is not None and not (self.folder.path / INIT_FOLDER).exists():
+        if self.learned.init is not None and not (self.folder.path / INIT_FOLDER).exists():
             self._save_best()  # a crash came between the old folder and the new one
         return self.rule
 
@@ -248,16 +192,12 @@ class MetaTraining:
         # all that follows, a skip too, depends on pooled values only: everyone decides alike
         for weight in self.learned.parameters():
             cast(Tensor, weight.grad).mul_(1 / steps)
-        if self.initial is not None and settings.init_penalty:
-            self.initial.add_penalty(settings.init_penalty)
-        norm = self._clip()
+        norm = self.learned.clip(settings.clip)
         meta_loss *= 1 / steps
         finite = math.isfinite(norm) and math.isfinite(meta_loss)
         if finite:
-            for group, share in zip(
-                self.meta_optimizer.param_groups, (1.0, settings.init_lr / settings.meta_lr)
-            ):
-                group["lr"] = share * self._meta_lr()
+            for group in self.meta_optimizer.param_groups:
+                group["lr"] = self._meta_lr(group["peak"])
             self.meta_optimizer.step()
         else:
             progress.skipped += 1
@@ -268,20 +208,8 @@ class MetaTraining:
             "query_losses": finite_or_none(results[0].query_losses.tolist()),
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped": progress.skipped,
-            **({} if self.initial is None else {"init_distance": self.initial.distance()}),
+            **self.learned.report(),
         }
-
-    def _clip(self) -> float:
-        """Bound the meta-gradient of rule and initial values, each by itself: their scales differ.
-
-        Returns:
-            The norm of all of it before.
-        """
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
-            for group in self.meta_optimizer.param_groups
-        ]
-        return math.hypot(*map(float, norms))
 
     def _term(self, number: int) -> tuple[Unrolled, Tensor]:
         """Unroll task `number`; what it adds to the sums of the meta-step.
@@ -315,24 +243,22 @@ class MetaTraining:
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
+        unrolled = settings.learned.unrolled(settings.unroll)
         result = unroll(
             classifier.model,
             self.start.optimizer(classifier, self.rule),
             task.support_loss(classifier),
             task.query_loss(classifier),
-            settings.unrolled().shortened(int(generator.integers(shortest, longest + 1))),
+            unrolled.shortened(int(generator.integers(shortest, longest + 1))),
             seed=number,
         )
-        if self.initial is not None:
-            self.initial.add(result.initial)
-            if settings.init == "maml" and settings.head == "prototype":
-                self.initial.add_through_head(result.initial, classifier, task)
+        self.learned.accumulate(result, classifier, task)
         return result
 
-    def _meta_lr(self) -> float:
-        """From meta_lr to a tenth of it along half a cosine."""
+    def _meta_lr(self, peak: float) -> float:
+        """From the highest learning rate to a tenth of it along half a cosine."""
         done = self.progress.meta_step / self.settings.meta_steps
-        return self.settings.meta_lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def _validate(self) -> dict[str, Any]:
         """Score the rule on the validation tasks: mean query loss over all steps; keep the best."""
@@ -365,12 +291,9 @@ class MetaTraining:
         training = {**self.training, "meta_step": self.progress.best_step}
         if self.team.rank == 0:
             save_rule(self.rule, self.folder.path / RULE_FILE, training)
-            if self.initial is not None:
-                values = self.initial.values()
-                save_init(
-                    self.folder.path / INIT_FOLDER, self.train.classifier, values, self.start,
-                    training,
-                )  # fmt: skip
+            if self.learned.init is not None:
+                folder = self.folder.path / INIT_FOLDER
+                save_init(folder, self.train.classifier, self.start, training)
 
     # -- the folder
 
@@ -415,20 +338,6 @@ class MetaTraining:
         if self.team.rank == 0:
             self.folder.log(record)
             report(record)
-
-
-def inner_rule(settings: MetaTrainSettings, start: Start, classifier: Classifier) -> SavedRule:
-    """The inner rule of a run, at its beginning."""
-    lr = INNER_LR[settings.inner] if settings.inner_lr is None else settings.inner_lr
-    if settings.inner == "sgd":
-        return SGD(lr)
-    if settings.inner == "adam":
-        return Adam(lr)
-    if settings.inner == "meta-sgd":
-        return MetaSGD(list(start.params(classifier)), lr)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return CoordinateLSTM(hidden_size=settings.hidden_size, step_size=lr)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

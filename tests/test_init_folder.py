@@ -57,7 +57,7 @@ def theirs(model, folder, output):
 def test_a_full_init_is_a_text_classifier_of_transformers(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full")
     start = Start(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start.values, start, {"note": 1})
+    save_init(tmp_path / "init", classifier, start, {"note": 1})
     assert not any("classifier" in key for key in load_file(tmp_path / "init/model.safetensors"))
     expected = begun(classifier, start)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -74,7 +74,7 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
     encoder = make(tmp_path / "encoder")
     classifier = load(encoder)
     start = Start(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start.values, start, {})
+    save_init(tmp_path / "init", classifier, start, {})
     config = json.loads((tmp_path / "init" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == (["pre_classifier"] if make is tiny_distilbert else None)
     expected = begun(classifier, start)
@@ -87,7 +87,7 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
 def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full", pooling="mean")
     start = Start(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start.values, start, {})
+    save_init(tmp_path / "init", classifier, start, {})
     again = load(tmp_path / "init", tune="head", pooling="mean")
     torch.testing.assert_close(begun(again, Start("zero")), begun(classifier, Start("zero")))
     body = dict(again.model.named_parameters())
@@ -111,7 +111,7 @@ def test_values_head_and_what_is_adapted_come_back(tmp_path, options):
     start = Start("prototype", "head", learned(classifier))
     run = tmp_path / "run"
     run.mkdir()
-    save_init(run / "init", classifier, start.values, start, {"note": 1})
+    save_init(run / "init", classifier, start, {"note": 1})
     for path in (run, run / "init"):
         found = read_init(path, load(encoder, seed=3, **options))
         assert (found.head, found.adapted) == ("prototype", "head")
@@ -126,7 +126,7 @@ def test_a_later_init_takes_the_place_of_an_earlier_one(tmp_path):
     (tmp_path / ".init.new" / "left").write_text("by a crash")
     for seed in (0, 1):
         values = learned(classifier, seed)
-        save_init(tmp_path / "init", classifier, values, Start(), {})
+        save_init(tmp_path / "init", classifier, Start(values=values), {})
     found = read_init(tmp_path, classifier).values
     assert all(torch.equal(found[name], value) for name, value in values.items())
     assert sorted(os.listdir(tmp_path)) == ["bert", "init"]
@@ -137,7 +137,7 @@ def saved(tmp_path_factory):
     """A LoRA init of rank 2 for a BERT."""
     folder = tmp_path_factory.mktemp("saved")
     classifier = load(tiny_bert(folder / "bert"))
-    save_init(folder / "init", classifier, learned(classifier), Start(), {})
+    save_init(folder / "init", classifier, Start(values=learned(classifier)), {})
     return folder
 
 
@@ -172,7 +172,7 @@ def test_no_init_and_a_damaged_one_are_refused(saved, tmp_path):
     with pytest.raises(InputError, match=r"holds 'rnnopt\.init\.0', expected 'rnnopt\.init\.1'"):
         read_init(tmp_path, classifier)
     start = Start(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start.values, start, {})
+    save_init(tmp_path / "init", classifier, start, {})
     facts = json.loads((tmp_path / "init" / "init.json").read_text())
     changed = json.dumps({**facts, "values": "0" * 12})
     (tmp_path / "init" / "init.json").write_text(changed)

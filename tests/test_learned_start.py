@@ -1,7 +1,7 @@
 """Meta-training of initial values: it learns, resumes bit for bit, and keeps the best."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from rnnopt import SGD, Adam, CoordinateLSTM, InputError, MetaSGD, load_rule
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.files import read_corpus
 from rnnopt.init_folder import read_init
+from rnnopt.learned import LearnedSettings
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.splits import divide_classes
 from rnnopt.start import Start
@@ -44,8 +45,10 @@ def sources(encoder, csv_file):
 
 def settings(meta_steps=4, order=1, **options):
     chosen = {"validate_every": 2, "validation_tasks": 2, "checkpoint_every": 2, **options}
-    chosen.setdefault("init_lr", 1e-3)
-    return MetaTrainSettings(meta_steps, UnrollSettings(2, order=order), shortest=1, **chosen)
+    names = {field.name for field in fields(LearnedSettings)} & chosen.keys()
+    learned = LearnedSettings(**{"init_lr": 1e-3, **{name: chosen.pop(name) for name in names}})
+    unrolled = UnrollSettings(2, order=order)
+    return MetaTrainSettings(meta_steps, unrolled, shortest=1, learned=learned, **chosen)
 
 
 def training(sources, folder, chosen, resume=False):
@@ -121,7 +124,7 @@ def test_meta_learned_values_lower_the_validation_loss_and_the_best_are_kept(
     best = load_file(tmp_path / "checkpoint.safetensors")
     for key, value in saved.values.items():
         assert torch.equal(value, best["best.init." + key.replace(".", "/")])
-        assert torch.equal(value, run.initial.values()[key])
+        assert torch.equal(value, run.learned.init.values()[key])
 
 
 def test_the_initial_gradients_of_tasks_are_averaged_over_their_steps(sources, tmp_path):
@@ -133,7 +136,7 @@ def test_the_initial_gradients_of_tasks_are_averaged_over_their_steps(sources, t
         run = training(sources, tmp_path / f"{tasks}{first}", chosen)
         run.progress.meta_step = first
         steps.append(len(run._meta_step()["query_losses"]))
-        gradients.append([value.grad.clone() for value in run.initial.parameters()])
+        gradients.append([value.grad.clone() for value in run.learned.init.parameters()])
     for one, other, both in zip(*gradients):
         torch.testing.assert_close(both, (one + other) / 2)
 
@@ -143,14 +146,14 @@ def test_reptile_moves_the_values_by_the_displacement_alone(sources, tmp_path, h
     """No part of it passes through a prototype head: nothing is differentiated."""
     run = training(sources, tmp_path, settings(init="reptile", inner="sgd", head=head))
     result = run._unroll(0)
-    for key, value in run.initial.values().items():
+    for key, value in run.learned.init.values().items():
         assert torch.equal(value.grad, result.initial[key])
 
 
 def test_rule_and_initial_values_are_clipped_each_by_itself(sources, tmp_path):
     run = training(sources, tmp_path, settings(2, init="maml", clip=1e-6))
     run.run()
-    for learned in run.learned.values():
+    for learned in (run.learned.rule, run.learned.init):
         squares = [weight.grad.square().sum() for weight in learned.parameters()]
         assert 0.9e-6 <= float(torch.stack(squares).sum().sqrt()) <= 1.01e-6
 

@@ -167,7 +167,7 @@ def test_the_meta_gradient_is_clipped_and_the_meta_lr_falls_to_a_tenth(sources, 
     assert rates[1] == 0.01
     assert rates[1:] == sorted(rates[1:], reverse=True)
     run.progress.meta_step = 5
-    assert run._meta_lr() == pytest.approx(0.001)
+    assert run._meta_lr(0.01) == pytest.approx(0.001)
 
 
 def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
