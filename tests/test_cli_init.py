@@ -52,12 +52,18 @@ def run_folder(csv_file, encoder, tmp_path_factory):
         "--inner sgd --order 2 --inner-lr 0.01 --step-weights 0 1",
         "--inner meta-sgd --order 2 --adapt-only head --head prototype --tune full",
         "--inner adam --init reptile --head zero --tune full --pooling mean",
-        "--inner lstm --init-penalty 0.01 --data stdlib --ways 2 3 --head prototype",
+        "--inner lstm --init-penalty 0.01 --data FOLDER --ways 2 3 --head prototype",
     ],
 )
 def test_every_kind_of_meta_training_leaves_a_rule_and_initial_values(
     csv_file, encoder, tmp_path, capsys, more
 ):
+    lines = csv_file.read_text().splitlines()[1:]
+    for part, classes in {"train": (0, 5), "val": (5, 9), "test": (9, 10)}.items():
+        rows = lines[24 * classes[0] : 24 * classes[1]]  # 24 texts a class
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{part}.csv").write_text("\n".join(["text,label", *rows]))
+    more = more.replace("FOLDER", str(tmp_path / "data"))
     assert run(meta_train(csv_file, encoder, tmp_path / "run", more)) == 0
     load_rule(tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "init" / "init.json").read_text())

@@ -42,7 +42,6 @@ def uneven_rates():
 
 INNER = {
     "sgd": lambda: SGD(RATE),
-    "momentum": lambda: SGD(RATE, momentum=0.9),
     "meta-sgd": uneven_rates,
     "lstm": lambda: random_lstm(torch.float64),
 }

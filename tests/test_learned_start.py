@@ -107,7 +107,7 @@ def test_meta_learned_values_lower_the_validation_loss_and_the_best_are_kept(
         for corpus in (splits.train, splits.validation)
     ]
     chosen = settings(
-        40, init="maml", inner="sgd", head="prototype", init_lr=3e-3, validate_every=10,
+        20, init="maml", inner="sgd", head="prototype", init_lr=5e-3, validate_every=5,
         inner_lr=0.01, validation_tasks=8,
     )  # fmt: skip
     run = training(sources, tmp_path, chosen)
