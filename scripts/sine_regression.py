@@ -19,8 +19,8 @@ Options: --inner meta-sgd learns a rate for each tensor too, --order 1 is first-
 Measured with the defaults, before, after one and after ten steps (600 curves, 95 % intervals): MAML
 2.88 +- 0.23, 0.68 +- 0.06, 0.33 +- 0.04; pretrained, at its best step sizes, 2.87 +- 0.23, 2.38 +-
 0.19, 2.03 +- 0.19.
-Time: 37 minutes on one core of a server processor that three jobs shared; alone a task takes 3.4 ms,
-15 minutes in all. Memory: 0.34 GiB.
+Time: 37 minutes on one core of a server processor that three jobs shared; alone a task takes 3.4
+ms, 15 minutes in all. Memory: 0.34 GiB.
 Last line: the pretrained net's figures.
 """
 
