@@ -11,6 +11,7 @@ from rnnopt.baselines import SGD, Adam, AdamW
 from rnnopt.checkpoint import load_rule, save_rule
 from rnnopt.errors import InputError
 from rnnopt.lstm import CoordinateLSTM
+from rnnopt.metasgd import MetaSGD
 from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.rule import State, UpdateRule
 
@@ -23,6 +24,7 @@ __all__ = [
     "CoordinateLSTM",
     "InputError",
     "LearnedOptimizer",
+    "MetaSGD",
     "State",
     "UpdateRule",
     "load_rule",

@@ -93,6 +93,22 @@ def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
             yield order[start : start + batch_size]
 
 
+def in_batches(
+    classifier: Classifier, texts: Sequence[str], labels: np.ndarray, batch_size: int = 64
+) -> LabelledTexts:
+    """All texts, ready for a classifier in pieces that fit a GPU whatever their number."""
+    parts = [
+        LabelledTexts.read(
+            classifier,
+            texts[start : start + batch_size],
+            labels[start : start + batch_size].tolist(),
+            again=False,
+        )
+        for start in range(0, len(texts), batch_size)
+    ]
+    return LabelledTexts(tuple(piece for part in parts for piece in part.pieces), len(texts))
+
+
 @torch.no_grad()
 def predict(classifier: Classifier, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """The most likely class of each text, (B,)."""

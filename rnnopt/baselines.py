@@ -7,6 +7,7 @@ or unroll can swap one for the other.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class SGD(nn.Module):
         super().__init__()
         self.step_size = step_size
         self.momentum = momentum
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values."""
+        return {"step_size": self.step_size, "momentum": self.momentum}
 
     def init_state(self, param: Tensor) -> State:
         """``momentum``: (N,), zeros; absent without momentum."""
@@ -89,6 +95,11 @@ class Adam(AdamW):
         self, step_size: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         super().__init__(step_size, betas, eps, weight_decay=0.0)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values."""
+        return {"step_size": self.step_size, "betas": list(self.betas), "eps": self.eps}
 
 
 def init_moments(param: Tensor, dtype: torch.dtype) -> State:

@@ -7,9 +7,9 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors
 import torch
@@ -17,12 +17,19 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
+from rnnopt.baselines import SGD, Adam
 from rnnopt.errors import InputError
 from rnnopt.lstm import CoordinateLSTM
+from rnnopt.metasgd import MetaSGD
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
-_FORMAT = "rnnopt.CoordinateLSTM.2"
+# The rules that a file can hold. A number rises when a rule's arithmetic changes.
+SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
+_KINDS: dict[str, Callable[..., SavedRule]] = {
+    "rnnopt.CoordinateLSTM.2": CoordinateLSTM,
+    **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
+}
 _ABOUT = "rnnopt"
 
 
@@ -109,7 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-def save_rule(rule: CoordinateLSTM, path: Path, training: Mapping[str, Any] | None = None) -> None:
+def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:
     """Write a rule with its config, and what it was meta-trained on, to one file.
 
     Args:
@@ -120,11 +127,12 @@ def save_rule(rule: CoordinateLSTM, path: Path, training: Mapping[str, Any] | No
     Raises:
         InputError: see `write_atomically`.
     """
-    about = {"format": _FORMAT, "config": rule.config, "training": dict(training or {})}
+    format_ = next(name for name, kind in _KINDS.items() if kind is type(rule))
+    about = {"format": format_, "config": rule.config, "training": dict(training or {})}
     save_tensors(path, rule.state_dict(), about)
 
 
-def load_rule(path: str | os.PathLike[str]) -> CoordinateLSTM:
+def load_rule(path: str | os.PathLike[str]) -> SavedRule:
     """Read a rule. Nothing in the file is ever run.
 
     Args:
@@ -138,14 +146,17 @@ def load_rule(path: str | os.PathLike[str]) -> CoordinateLSTM:
     """
     file = rule_path(path)
     tensors, about = read_tensors(file)
-    if about.get("format") != _FORMAT:
+    if about.get("format") not in _KINDS:
         raise InputError(
-            f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected {_FORMAT!r}; "
-            "name a file that `rnnopt meta-train` wrote with this version"
+            f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected "
+            f"{' or '.join(map(repr, _KINDS))}; name a file that `rnnopt meta-train` wrote with "
+            "this version"
         )
     try:
-        rule = CoordinateLSTM(**about["config"])
-        rule.to(tensors["gate_weight"].dtype).load_state_dict(tensors)
+        rule = _KINDS[about["format"]](**about["config"])
+        for dtype in {leaf.dtype for leaf in tensors.values()}:
+            rule.to(dtype)
+        rule.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{file}: weights and config do not fit together ({str(error).splitlines()[0]}); the "
@@ -165,7 +176,7 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(read_tensors(rule_path(path))[1].get("training", {}))
 
 
-def rule_fingerprint(rule: CoordinateLSTM) -> str:
+def rule_fingerprint(rule: SavedRule) -> str:
     """12 hexadecimal digits that tell one rule from another by its weights and config."""
     digest = hashlib.sha256(json.dumps(rule.config).encode())
     for weight in rule.parameters():

@@ -98,9 +98,10 @@ def _add_meta_train(commands: Any) -> None:
     parser = commands.add_parser(
         "meta-train",
         help="learn an update rule over many tasks",
-        description="Learn an update rule over many tasks. The output folder gets "
-        "rule.safetensors (the best by validation classes), log.jsonl, learning.png, run.json and "
-        "a checkpoint from which --resume continues.",
+        description="Learn an update rule over many tasks, initial values, or both. The output "
+        "folder gets rule.safetensors (the best by validation classes), with --init also init (the "
+        "initial values), log.jsonl, learning.png, run.json and a checkpoint from which --resume "
+        "continues.",
     )
     _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
     _add_encoder(parser, several=True)
@@ -158,6 +159,7 @@ def _add_meta_train(commands: Any) -> None:
         "bears clipped gradients and losses of other scales [1]",
     )
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
+    _add_initial_values(parser)
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
     parser.add_argument(
         "--coordinates",
@@ -199,6 +201,7 @@ def _add_adapt(commands: Any) -> None:
     # transformers' pipeline could not load a classifier with mean pooling
     parser.set_defaults(pooling="model")
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
+    _add_start(parser)
     parser.add_argument("--steps", type=int, default=20, help="steps of adaptation [20]")
     parser.add_argument("--batch-size", type=int, default=64, help="texts a step [64]")
     parser.add_argument("--lr", type=float, default=1.0, help="multiplies the learned step [1]")
@@ -219,6 +222,7 @@ def _add_compare(commands: Any) -> None:
     _add_pooling(parser)
     _add_episodes(parser, several=False)
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
+    _add_start(parser)
     parser.add_argument("--episodes", type=int, default=100, help="test episodes [100]")
     parser.add_argument(
         "--tuning-episodes",
@@ -231,6 +235,55 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--json", required=True, help="file for the figures")
     parser.add_argument("--plot", help="PNG file for the curves")
     parser.set_defaults(run=_compare)
+
+
+def _add_initial_values(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inner",
+        choices=("lstm", "sgd", "meta-sgd", "adam"),
+        default="lstm",
+        help="rule of the inner loop: the LSTM and Meta-SGD (a learned rate for each tensor) are "
+        "learned, the others need --init [lstm]",
+    )
+    parser.add_argument(
+        "--inner-lr", type=float, metavar="LR", help="its step size [lstm, adam 1e-3; others 0.1]"
+    )
+    parser.add_argument(
+        "--init",
+        choices=("pretrained", "maml", "reptile"),
+        default="pretrained",
+        help="also learn the initial values of what trains: by their meta-gradient, of --order 1 "
+        "or 2, or by Reptile [pretrained: no]",
+    )
+    parser.add_argument(
+        "--init-lr", type=float, default=1e-4, help="of the meta-optimizer on them [1e-4]"
+    )
+    parser.add_argument(
+        "--init-penalty",
+        type=float,
+        default=0.0,
+        metavar="L",
+        help="pull them back: L/2 times their squared distance from the pretrained ones [0]",
+    )
+    _add_head(parser, "random")
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--init", metavar="DIR", help="folder of learned initial values")
+    _add_head(parser, "as --init was meta-trained, else random")
+
+
+def _add_head(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--head",
+        choices=("zero", "random", "prototype"),
+        help=f"how a task's output layer begins; prototype: made of class means [{default}]",
+    )
+    parser.add_argument(
+        "--adapt-only",
+        choices=("head",),
+        help="step only what lies outside the encoder (ANIL)",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser, use: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
+from rnnopt.adapt import classification_metrics, fit, in_batches, label_numbers, predict
 from rnnopt.checkpoint import (
     RULE_FILE,
     SHIPPED_RULE,
@@ -29,17 +29,20 @@ from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
 from rnnopt.folder import LOG_FILE
+from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
+from rnnopt.learned import LearnedSettings
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
-from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.options import (
     choose_device,
+    choose_start,
     episode_sampler,
     load_classifier,
     load_kinds,
     own_device,
     read_data,
     require_at_least,
+    require_one_kind,
 )
 from rnnopt.plot import plot_comparison, plot_learning, plot_losses
 from rnnopt.splits import (
@@ -48,6 +51,7 @@ from rnnopt.splits import (
     overlapping_classes,
     stratified_holdout,
 )
+from rnnopt.start import Start
 from rnnopt.task import TaskSource
 from rnnopt.team import Team
 from rnnopt.text import Classifier
@@ -74,6 +78,8 @@ def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSourc
     if team.size > 1 and device.type == "cuda":
         device = own_device(team.local_rank)
     classifiers = load_kinds(options, device)
+    if options.init != "pretrained":
+        require_one_kind(classifiers)
     train = TaskSource(samplers[0], classifiers, options.batch_size)
     return settings, train, TaskSource(samplers[1], classifiers)
 
@@ -140,6 +146,8 @@ def _watch(run: MetaTraining) -> None:
     if run.progress.skipped:
         print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
     print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
+    if run.learned.init is not None:
+        print(f"the initial values that go with it: {folder / INIT_FOLDER}")
 
 
 def _settings(options: Namespace) -> MetaTrainSettings:
@@ -161,6 +169,15 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         judged=options.judged,
         loss_scale=options.loss_scale,
         hidden_size=options.hidden_size,
+        learned=LearnedSettings(
+            inner=options.inner,
+            inner_lr=options.inner_lr,
+            init=options.init,
+            init_lr=options.init_lr,
+            init_penalty=options.init_penalty,
+            head=options.head or "random",
+            adapted=options.adapt_only or "all",
+        ),
         seed=options.seed,
         validate_every=options.validate_every,
         validation_tasks=options.validation_tasks,
@@ -187,10 +204,12 @@ def adapt(options: Namespace) -> None:
     rule = load_rule(options.rule or SHIPPED_RULE)
     classifier = load_classifier(options, len(names), choose_device(options.device))
     rule.to(classifier.device)
+    start = choose_start(options, classifier)
+    support = in_batches(classifier, train.texts, train_labels)
+    start.begin(classifier, support, len(names), options.seed)
+    optimizer = start.optimizer(classifier, rule, lr=options.lr)
     folder = Path(options.output)
     claim_folder(folder)
-    params = [param for _, param in classifier.trainable()]
-    optimizer = LearnedOptimizer(params, rule, lr=options.lr)
     print(f"training: {summary(train)}\nheld out: {summary(test)}")
     started = time.perf_counter()
     with tqdm(total=options.steps, unit="step") as bar:
@@ -251,12 +270,17 @@ def compare(options: Namespace) -> None:
     rule = load_rule(rule_file)
     splits = read_data(options)
     overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
+    if options.init:
+        known = read_init_training(options.init)
+        overlap += _seen_classes(known, splits.test, options.allow_overlap)
+        overlap = list(dict.fromkeys(overlap))
     samplers = [episode_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways, choose_device(options.device))
     rule.to(classifier.device)
+    start = choose_start(options, classifier)
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
-    facts = _facts(options, splits, classifier)
+    facts = _facts(options, splits, classifier, start)
     journal = Journal(out.with_name(out.name + ".runs"), facts)
     baselines = [name.strip() for name in options.baselines.split(",") if name.strip()]
     with tqdm(unit="run") as bar:
@@ -270,6 +294,7 @@ def compare(options: Namespace) -> None:
             baselines,
             journal,
             tick=lambda name: bar.update(),
+            start=start,
         )
         bar.total = comparison.runs_at_most(options.episodes, options.tuning_episodes)
         result = comparison.run(options.episodes, options.tuning_episodes)
@@ -287,13 +312,18 @@ def compare(options: Namespace) -> None:
     print(comparison_table(result, budgets))
 
 
-def _facts(options: Namespace, splits: Splits, classifier: Classifier) -> dict[str, Any]:
+def _facts(
+    options: Namespace, splits: Splits, classifier: Classifier, start: Start
+) -> dict[str, Any]:
     """All that a run of a comparison depends on, beside method, rate and task number."""
     return {
         "encoder": encoder_name(options.encoder),
         "encoder_weights": classifier.fingerprint,
         "device": classifier.device.type,
         "precision": classifier.precision,
+        "init": None if start.values is None else fingerprint(start.values),
+        "head": start.head,
+        "adapted": start.adapted,
         "data": [splits.validation.fingerprint(), splits.test.fingerprint()],
         **{
             name: getattr(options, name)

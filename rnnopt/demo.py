@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rnnopt.checkpoint import claim_folder, write_atomically
+from rnnopt.checkpoint import SavedRule, claim_folder, write_atomically
 from rnnopt.commands import comparison_table
 from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
@@ -22,7 +22,6 @@ from rnnopt.encoder import small_bert
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import BASELINES, Comparison, default_budgets
 from rnnopt.journal import Journal
-from rnnopt.lstm import CoordinateLSTM
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison
 from rnnopt.splits import class_sketches
@@ -99,9 +98,7 @@ def _options(seed: int) -> dict[str, Any]:
     }
 
 
-def _meta_train(
-    train: TaskSource, validation: TaskSource, folder: Path, seed: int
-) -> CoordinateLSTM:
+def _meta_train(train: TaskSource, validation: TaskSource, folder: Path, seed: int) -> SavedRule:
     run = MetaTraining(
         train,
         validation,

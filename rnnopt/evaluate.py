@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rnnopt.errors import InputError
 from rnnopt.journal import Journal
-from rnnopt.optimizer import LearnedOptimizer
 from rnnopt.rule import UpdateRule
+from rnnopt.start import Start
 from rnnopt.task import Adaptation, TaskSource, adapt_and_judge
 from rnnopt.text import Classifier
 
@@ -81,6 +81,7 @@ class Comparison:
         baselines: names in `BASELINES`.
         journal: keeps finished runs.
         tick: called after each run with its name.
+        start: where every method starts on a task, and what it steps.
 
     Raises:
         InputError: a baseline that does not exist.
@@ -97,6 +98,7 @@ class Comparison:
         baselines: Sequence[str],
         journal: Journal,
         tick: Callable[[str], None] = lambda name: None,
+        start: Start = Start(),  # noqa: B008  # immutable
     ) -> None:
         unknown = [name for name in baselines if name not in BASELINES]
         if unknown:
@@ -104,7 +106,7 @@ class Comparison:
         self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
         self.tuning, self.report = tuning, report
         self.budgets, self.baselines = budgets, baselines
-        self.journal, self.tick = journal, tick
+        self.journal, self.tick, self.start = journal, tick, start
 
     def run(self, episodes: int, tuning_episodes: int) -> dict[str, Any]:
         """Tune on validation tasks, then run every method on the same test tasks.
@@ -207,7 +209,7 @@ class Comparison:
             number,
             self.report,
             self.budgets,
-            lambda params: LearnedOptimizer(params, self.rule),
+            lambda: self.start.optimizer(self.classifier, self.rule),
         )
 
     def _baseline(
@@ -219,7 +221,7 @@ class Comparison:
             number,
             source,
             budgets,
-            lambda params: BASELINES[name].build(params, lr),
+            lambda: BASELINES[name].build(self.start.params(self.classifier).values(), lr),
         )
 
     def _adapt(
@@ -228,16 +230,15 @@ class Comparison:
         number: int,
         source: TaskSource,
         budgets: Sequence[int],
-        build: Callable[[list[Tensor]], torch.optim.Optimizer],
+        build: Callable[[], torch.optim.Optimizer],
     ) -> Adaptation:
         """One method on one task, from the head that belongs to the task."""
 
         def adapt() -> Adaptation:
             task = source.load(number)
             heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
-            self.classifier.reset(task.ways, seed=heads + number)
-            params: list[Tensor] = [param for _, param in self.classifier.trainable()]
-            return adapt_and_judge(self.classifier, build(params), task, budgets)
+            self.start.begin(self.classifier, task.support, task.ways, heads + number)
+            return adapt_and_judge(self.classifier, build(), task, budgets)
 
         done = self.journal.run(run, budgets, adapt)
         self.tick(run)

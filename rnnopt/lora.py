@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from rnnopt.checkpoint import save_tensors
 from rnnopt.encoder import first_line
 from rnnopt.errors import InputError
 
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's name for it
 # Query and value projections, as peft's own defaults have them, of encoders that peft leaves out.
 LORA_TARGETS = {
     "albert": ["query", "value"],
@@ -63,3 +67,32 @@ def add_lora(encoder: Any, rank: int, without: Sequence[nn.Module] = ()) -> Any:
         raise InputError(
             f"no LoRA for {kind} models ({first_line(error)}); use --tune head or --tune full"
         ) from error
+
+
+def save_adapter(adapter: Any, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+    """Write values of what trains beside a frozen encoder in peft's own format.
+
+    Args:
+        adapter: what `add_lora` returned.
+        model: the whole classifier, or what else the names start from.
+        folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+        values: by name in `model`: factors, and parameters of head layers.
+    """
+    layers = [name.rpartition(".")[0] for name in values if not is_factor(name)]
+    config = copy.deepcopy(adapter.peft_config["default"])
+    config.modules_to_save = list(dict.fromkeys(layers)) or None
+    config.base_model_name_or_path = getattr(model.config, "name_or_path", None)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    tensors = {adapter_key(name): value for name, value in values.items()}
+    save_tensors(folder / ADAPTER_FILE, tensors, {})
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of this name is a LoRA factor."""
+    return any(part in name for part in (".lora_A.", ".lora_B."))
+
+
+def adapter_key(name: str) -> str:
+    """A parameter's name in peft's files: without the adapter's own, which they don't store."""
+    return "base_model.model." + (name.replace(".default.", ".") if is_factor(name) else name)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.checkpoint import RULE_FILE, save_rule
+from rnnopt.checkpoint import RULE_FILE, SavedRule, save_rule
 from rnnopt.errors import InputError
 from rnnopt.folder import RunFolder
-from rnnopt.lstm import CoordinateLSTM
-from rnnopt.optimizer import LearnedOptimizer
+from rnnopt.init_folder import INIT_FOLDER, save_init
+from rnnopt.learned import Learned, LearnedSettings
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
@@ -51,6 +51,7 @@ class MetaTrainSettings:
         loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
             1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
         hidden_size: of the rule.
+        learned: the inner rule, the initial values, and how tasks start.
         seed: of everything random.
         validate_every: meta-steps between validations; one more at the end.
         validation_tasks: tasks of one validation, always the same ones.
@@ -66,6 +67,7 @@ class MetaTrainSettings:
     judged: float = 1.0
     loss_scale: float = 1.0
     hidden_size: int = 8
+    learned: LearnedSettings = field(default_factory=LearnedSettings)
     seed: int = 0
     validate_every: int = 50
     validation_tasks: int = 8
@@ -101,6 +103,7 @@ class MetaTrainSettings:
             raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
         if not 1 <= self.loss_scale < math.inf:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
+        self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
 
 
 @dataclass
@@ -118,7 +121,8 @@ class MetaTraining:
     """One run of meta-training in its folder.
 
     The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
-    config and `training` facts), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
+    config and `training` facts), ``init`` (the initial values that go with it, if they are learned,
+    see `rnnopt.init_folder`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
     team's processes rank 0 alone reads and writes it.
 
     Args:
@@ -154,16 +158,16 @@ class MetaTraining:
         self.device = train.classifier.device
         self.settings, self.training, self.team = settings, training, team
         self.folder = RunFolder(folder)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.rule = CoordinateLSTM(hidden_size=settings.hidden_size)
-        self.rule.to(self.device)
-        self.meta_optimizer = torch.optim.Adam(self.rule.parameters(), lr=settings.meta_lr)
-        self.best = {name: leaf.clone() for name, leaf in self.rule.state_dict().items()}
+        self.learned = Learned(
+            settings.learned, train.classifier, settings.hidden_size, settings.seed
+        ).to(self.device)
+        self.rule, self.start = self.learned.rule, self.learned.start
+        self.meta_optimizer = torch.optim.Adam(self.learned.groups(settings.meta_lr))
+        self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
         self.progress = _Progress()
         self._open(json.loads(json.dumps({**asdict(settings), **facts})), resume)
 
-    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> CoordinateLSTM:
+    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> SavedRule:
         """Meta-train to the end.
 
         Args:
@@ -185,7 +189,9 @@ class MetaTraining:
             self._log({**record, "seconds": round(self.progress.seconds, 2)}, report)
             if last or done % self.settings.checkpoint_every == 0:
                 self._save()
-        self.rule.load_state_dict(self.best)
+        self.learned.load_state_dict(self.best)
+        if self.learned.init is not None and not (self.folder.path / INIT_FOLDER).exists():
+            self._save_best()  # a crash came between the old folder and the new one
         return self.rule
 
     def _meta_step(self) -> dict[str, Any]:
@@ -198,7 +204,7 @@ class MetaTraining:
         meta_loss, norm, finite = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
         if finite:
             for group in self.meta_optimizer.param_groups:
-                group["lr"] = self._meta_lr()
+                group["lr"] = self._meta_lr(group["peak"])
             self.meta_optimizer.step()
         progress.skipped += settings.tasks_per_meta_step - finite
         progress.meta_step += 1
@@ -208,6 +214,7 @@ class MetaTraining:
             "query_losses": finite_or_none(results[0].query_losses.tolist()),
             "gradient_norm": norm if finite else None,
             "skipped": progress.skipped,
+            **self.learned.report(),
         }
 
     def _term(self, number: int) -> tuple[Unrolled, Tensor]:
@@ -222,13 +229,13 @@ class MetaTraining:
         self.meta_optimizer.zero_grad()
         result, ways = self._unroll(number)
         # a task that doesn't depend on the rule leaves no gradient, which is one of zero
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.rule.parameters()]
+        weights = list(self.learned.parameters())
         unit = len(result.query_losses) * math.log(ways)
-        gradient = torch.cat([grad.flatten().double() for grad in grads]) / unit
-        norm, meta_loss = float(gradient.norm()), result.meta_loss / unit
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad.div_(unit) for w in weights]
+        norm, meta_loss = self.learned.clip(self.settings.clip), result.meta_loss / unit
+        gradient = torch.cat([grad.flatten().double() for grad in grads])
         if not (math.isfinite(norm) and math.isfinite(meta_loss)):
             return result, gradient.new_zeros(len(gradient) + 3)
-        gradient *= min(1.0, self.settings.clip / max(norm, 1e-30))
         return result, torch.cat([gradient, gradient.new_tensor([meta_loss, norm, 1.0])])
 
     def _take(self, total: Tensor) -> tuple[float, float, int]:
@@ -237,39 +244,42 @@ class MetaTraining:
         Returns:
             Meta-loss and norm, means as well, and the number of tasks.
         """
-        weights = list(self.rule.parameters())
+        weights = list(self.learned.parameters())
         *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 3])
         meta_loss, norm, finite = plain.tolist()
         tasks = max(finite, 1.0)
         for weight, part in zip(weights, parts):
             weight.grad = (part / tasks).view_as(weight).to(weight.dtype)
+        self.learned.add_penalty()
         return meta_loss / tasks, norm / tasks, round(finite)
 
     def _unroll(self, number: int) -> tuple[Unrolled, int]:
-        """Unroll task `number`, adding to the rule's meta-gradient; its ways as well."""
+        """Unroll task `number`, adding to the meta-gradient of all that is learned; its ways."""
         settings = self.settings
         task, classifier = self.train.load(number), self.train.classifier_of(number)
-        classifier.reset(task.ways, seed=settings.seed + number)
+        self.start.begin(classifier, task.support, task.ways, seed=settings.seed + number)
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
         steps = int(generator.integers(shortest, longest + 1))
         scale = settings.loss_scale ** generator.uniform(-1, 1)
         support = task.support_loss(classifier)
+        unrolled = settings.learned.unrolled(settings.unroll).shortened(steps)
         result = unroll(
             classifier.model,
-            LearnedOptimizer([param for _, param in classifier.trainable()], self.rule),
+            self.start.optimizer(classifier, self.rule),
             lambda module, step: scale * support(module, step),
             task.query_loss(classifier),
-            _thinned(settings.unroll.shortened(steps), settings.judged, generator),
+            _thinned(unrolled, settings.judged, generator),
             seed=number,
         )
+        self.learned.accumulate(result, classifier, task)
         return result, task.ways
 
-    def _meta_lr(self) -> float:
-        """From meta_lr to a tenth of it along half a cosine."""
+    def _meta_lr(self, peak: float) -> float:
+        """From the highest learning rate to a tenth of it along half a cosine."""
         done = self.progress.meta_step / self.settings.meta_steps
-        return self.settings.meta_lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def _validate(self) -> dict[str, Any]:
         """Score the rule on the validation tasks: mean query loss over all steps; keep the best."""
@@ -278,17 +288,17 @@ class MetaTraining:
         table = torch.zeros(self.settings.validation_tasks, len(budgets), 2, dtype=torch.float64)
         for number in self.team.share(self.settings.validation_tasks):
             task, classifier = self.validation.load(number), self.validation.classifier_of(number)
-            classifier.reset(task.ways, seed=_VALIDATION_HEADS + number)
-            params = [param for _, param in classifier.trainable()]
-            optimizer = LearnedOptimizer(params, self.rule)
+            seed = _VALIDATION_HEADS + number
+            self.start.begin(classifier, task.support, task.ways, seed)
+            optimizer = self.start.optimizer(classifier, self.rule)
             scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
             table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
         loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step = score, self.progress.meta_step
-            self.best = {name: leaf.clone() for name, leaf in self.rule.state_dict().items()}
-            self._save_rule()
+            self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
+            self._save_best()
         return {
             "validation": {
                 "score": score,
@@ -298,10 +308,13 @@ class MetaTraining:
             }
         }
 
-    def _save_rule(self) -> None:
+    def _save_best(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
         if self.team.rank == 0:
             save_rule(self.rule, self.folder.path / RULE_FILE, training)
+            if self.learned.init is not None:
+                folder = self.folder.path / INIT_FOLDER
+                save_init(folder, self.train.classifier, self.start, training)
 
     # -- the folder
 
@@ -325,7 +338,7 @@ class MetaTraining:
     def _save(self) -> None:
         if self.team.rank > 0:
             return
-        tensors = {f"rule.{name}": leaf for name, leaf in self.rule.state_dict().items()}
+        tensors = dict(self.learned.state_dict())
         tensors |= {f"best.{name}": leaf for name, leaf in self.best.items()}
         for index, state in self.meta_optimizer.state_dict()["state"].items():
             tensors |= {f"meta.{index}.{name}": leaf for name, leaf in state.items()}
@@ -333,7 +346,7 @@ class MetaTraining:
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.progress = _Progress(**progress)
-        self.rule.load_state_dict(_under("rule.", tensors))
+        self.learned.load_state_dict({name: tensors[name] for name in self.learned.state_dict()})
         self.best = {name: leaf.to(self.device) for name, leaf in _under("best.", tensors).items()}
         state: dict[int, dict[str, Tensor]] = {}
         for name, leaf in _under("meta.", tensors).items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from rnnopt.corpus import Corpus
 from rnnopt.embedded import stdlib_splits
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
+from rnnopt.init_folder import read_init
 from rnnopt.splits import Splits, read_splits
+from rnnopt.start import Start
 from rnnopt.text import Classifier
 
 EMBEDDED = "stdlib"
@@ -100,6 +104,27 @@ def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
             )
         kinds.append(loaded[kind])
     return kinds
+
+
+def require_one_kind(kinds: Sequence[Classifier]) -> None:
+    """Refuse to meta-learn the initial values of several kinds of classifier at once."""
+    if any(kind is not kinds[0] for kind in kinds):
+        raise InputError(
+            "--init learns the initial values of one kind of classifier, and these are "
+            f"{len(set(map(id, kinds)))}; give one --tune, --lora-rank, --top-layers and --pooling"
+        )
+
+
+def choose_start(options: Namespace, classifier: Classifier) -> Start:
+    """Where tasks start: as --init was meta-trained, but for what --head and --adapt-only say."""
+    start = Start()
+    if options.init:
+        start = read_init(options.init, classifier)
+    return replace(
+        start,
+        head=options.head or start.head,
+        adapted=options.adapt_only or start.adapted,
+    )
 
 
 def choose_device(name: str) -> torch.device:

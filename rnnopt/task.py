@@ -86,18 +86,24 @@ class Task:
     """One episode, ready for a classifier.
 
     Attributes:
-        support: the support set in minibatches, which the steps of adaptation take in turn.
+        batches: the support set in minibatches, which the steps of adaptation take in turn.
         query: the query set.
         ways: classes.
     """
 
-    support: tuple[LabelledTexts, ...]
+    batches: tuple[LabelledTexts, ...]
     query: LabelledTexts
     ways: int
 
+    @property
+    def support(self) -> LabelledTexts:
+        """The whole support set."""
+        pieces = tuple(piece for batch in self.batches for piece in batch.pieces)
+        return LabelledTexts(pieces, sum(batch.count for batch in self.batches))
+
     def support_loss(self, classifier: Classifier) -> LossFunction:
         """The loss that adaptation descends."""
-        return lambda module, step: self.support[step % len(self.support)].loss(classifier, module)
+        return lambda module, step: self.batches[step % len(self.batches)].loss(classifier, module)
 
     def query_loss(self, classifier: Classifier) -> LossFunction:
         """The loss that judges it."""
@@ -149,11 +155,11 @@ class TaskSource:
             return LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
 
         pieces = self._pieces(index, len(episode.support))
-        support = zip(  # shuffled already, so that any division is random
+        batches = zip(  # shuffled already, so that any division is random
             np.array_split(episode.support, pieces), np.array_split(episode.support_labels, pieces)
         )
         return Task(
-            tuple(read(*batch) for batch in support),
+            tuple(read(*batch) for batch in batches),
             read(episode.query, episode.query_labels),
             len(episode.classes),
         )

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +35,7 @@ from rnnopt.encoder import (
 )
 from rnnopt.errors import InputError
 from rnnopt.layers import freeze_below, top_and_lower
-from rnnopt.lora import add_lora
+from rnnopt.lora import add_lora, save_adapter
 from rnnopt.prefix import Prefix, find_prefix
 from rnnopt.tokens import Batch, TokenCache
 
@@ -56,6 +56,7 @@ class Classifier:
         ways: C, the classes of the current head.
         device: where the model is.
         precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
+        kind: JSON-compatible facts that two classifiers with the same trainable parameters share.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class Classifier:
             or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
         ]
         self.fingerprint = encoder_fingerprint(model.base_model, tokenizer)
+        self.kind = {
+            "encoder_weights": self.fingerprint,
+            "pooling": "mean" if isinstance(model, MeanPooled) else "model",
+            "tune": tune,
+            "lora_rank": lora_rank if tune == "lora" else None,
+            "top_layers": top_layers,
+        }
         self._prefix: Prefix | None = None
         self._choose_what_trains(tune, lora_rank, top_layers)
         self._start = {
@@ -183,6 +191,36 @@ class Classifier:
         """Logits (B, C) of a batch."""
         return self.forward(self.model, batch)
 
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the output layer reads of each text, (B, H), differentiable."""
+        # the output layer hands on its input: what becomes of the logits later on, the choice of
+        # a decoder's last token, say, happens to the features
+        hook = self.output.register_forward_hook(lambda layer, args, output: args[0])
+        try:
+            return self.logits(batch)
+        finally:
+            hook.remove()
+
+    @property
+    def output(self) -> nn.Linear:
+        """The layer that makes the logits; `reset` to other ways gives it new parameters."""
+        return cast(nn.Linear, self.model.get_submodule(self._output))
+
+    @property
+    def output_name(self) -> str:
+        """Of the output layer, in the model."""
+        return self._output
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The values that `reset` restores, by name: of all that trains but the output layer."""
+        return dict(self._start)
+
+    def head_names(self) -> list[str]:
+        """Names of the parameters that train outside the encoder, output layer included."""
+        body = {id(param) for param in self.model.base_model.parameters()}
+        return [name for name, param in self.trainable() if id(param) not in body]
+
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that train, in the model's order."""
         return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
@@ -255,6 +293,48 @@ class Classifier:
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def save_start(self, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write the model with other starting values, as an encoder that can be loaded again.
+
+        Under LoRA the folder holds the factors, and head layers that train, as peft's
+        `PeftModel.from_pretrained(model, folder)` loads them; else the whole model, as
+        `AutoModelForSequenceClassification.from_pretrained(folder)` does (`AutoModel` with mean
+        pooling). There is no output layer in it: each task has its own.
+
+        Args:
+            folder: absent or empty.
+            values: by name, those of `start`.
+
+        Raises:
+            InputError: the folder can't be written.
+        """
+        claim_folder(folder)
+        try:
+            with silence():
+                if self._adapter is not None:
+                    save_adapter(self._adapter, self.model, folder, values)
+                else:
+                    self._save_whole(folder, values)
+                self.tokens.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"can't write {folder}: {first_line(error)}; choose another --output"
+            ) from error
+
+    def _save_whole(self, folder: Path, values: Mapping[str, Tensor]) -> None:
+        model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if name in values:
+                    param.copy_(values[name])
+        model = model.encoder if isinstance(model, MeanPooled) else model
+        kept = {
+            name: leaf
+            for name, leaf in model.state_dict().items()
+            if name.rpartition(".")[0] != self._output
+        }
+        model.eval().save_pretrained(folder, state_dict=kept)
 
     def _check_save(self, label_names: Sequence[str]) -> None:
         if isinstance(self.model, MeanPooled):

@@ -3,15 +3,16 @@
 The meta-loss is the recurrent learner's cumulative loss,
 ``sum_t weight_t * (query_weight * query_loss(theta_t) + support_weight * support_loss(theta_t))``
 over the parameters theta_1 .. theta_T after each step. Its gradient is *added* to ``.grad`` of the
-rule's weights, so tasks sum up as they do in ordinary training.
+rule's weights, so tasks sum up as they do in ordinary training. On demand it is also taken with
+respect to the initial parameters theta_0, as MAML does, and returned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ class UnrollSettings:
         query_weight: weight of the query loss, what adaptation is for.
         support_weight: weight of the support loss.
         step_weights: weight of each of the T steps; None weighs all by 1.
+        initial: what an unroll returns of theta_0, the values of all parameters of the model that
+            take a gradient, also of those that the optimizer leaves as they are (ANIL, Raghu et al.
+            2020). ``"gradient"``: the meta-gradient; with order 2 exact (MAML, Finn et al. 2017,
+            arXiv:1703.03400); with order 1 the sum over steps of the meta-loss's slope at theta_t,
+            d theta_t / d theta_0 being taken for the identity (first-order MAML, where the last
+            step alone has a weight). ``"displacement"``: theta_0 - theta_T (Reptile, Nichol et al.
+            2018, arXiv:1803.02999), 0 for what the optimizer leaves. None: nothing.
     """
 
     steps: int
@@ -56,6 +64,7 @@ class UnrollSettings:
     query_weight: float = 1.0
     support_weight: float = 0.0
     step_weights: Sequence[float] | None = None
+    initial: Literal["gradient", "displacement"] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -66,10 +75,22 @@ class UnrollSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: at least 1, or None")
+        if self.initial not in (None, "gradient", "displacement"):
+            raise InputError(f"initial={self.initial!r}: 'gradient', 'displacement' or None")
+        if self.initial == "displacement" and self.order == 2:
+            raise InputError(
+                "initial='displacement' (Reptile) with order 2: it differentiates through nothing; "
+                "use order 1"
+            )
         if self.coordinates is not None and self.order == 2:
             raise InputError(
                 f"coordinates={self.coordinates} with order 2: second order needs all of them, "
                 "since the model connects them; leave coordinates out"
+            )
+        if self.initial == "gradient" and self.order == 2 and self.kept_steps < self.steps:
+            raise InputError(
+                f"truncation={self.truncation} of {self.steps} steps: with order 2 nothing from "
+                "beyond a cut would reach the initial values; leave truncation out, or use order 1"
             )
         if self.step_weights is not None and len(self.step_weights) != self.steps:
             raise InputError(
@@ -113,11 +134,13 @@ class Unrolled:
         query_losses: (T,) after each step; NaN where query_weight is 0, and in first order where
             the step's weight is.
         meta_loss: the weighted sum that was differentiated.
+        initial: see `UnrollSettings.initial`, by the parameter's name in the model.
     """
 
     support_losses: Tensor
     query_losses: Tensor
     meta_loss: float
+    initial: dict[str, Tensor] = field(default_factory=dict)
 
 
 def unroll(
@@ -156,11 +179,21 @@ def unroll(
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:
-        return _first_order(model, optimizer, support_loss, query_loss, settings, seed)
+        result = _first_order(model, optimizer, support_loss, query_loss, settings, seed)
+        if settings.initial == "displacement":
+            moved = dict(zip(map(id, tensors), initial))
+            for name, param in _named(model).items():
+                result.initial[name] = moved.get(id(param), param.detach()) - param.detach()
+        return result
     finally:
         with torch.no_grad():
             for param, value in zip(tensors, initial):
                 param.copy_(value)
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that take a gradient, by name."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def _check_weights(rule: UpdateRule) -> None:
@@ -194,15 +227,17 @@ def _first_order(
     states = [runner.state[param] for param in tensors]
     samples = draw_samples(tensors, states, _coordinates(runner, settings), seed)
     segment = _Segment(len(tensors))
+    initial = _InitialGradient(model, tensors, settings)
     support_losses, query_losses, meta_loss = [], [], 0.0
     for t in range(settings.steps):
         loss = support_loss(model, t)
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
         support_losses.append(loss.detach())
         changes = _step(runner, groups, tensors, grads, samples)
-        judged = _judge(model, tensors, support_loss, query_loss, settings, t)
+        judged = _judge(model, initial.tensors, support_loss, query_loss, settings, t)
         query_losses.append(judged.query)
         meta_loss += judged.value
+        initial.add(judged.slopes)
         slopes = [sample.scaled(slope) for sample, slope in zip(samples, judged.slopes)]
         segment.append(changes, slopes)
         if settings.cut_after(t):
@@ -210,7 +245,38 @@ def _first_order(
             segment = _Segment(len(tensors))
             for sample in samples:
                 sample.cut()
-    return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)
+    return Unrolled(
+        torch.stack(support_losses), torch.stack(query_losses), meta_loss, initial.named()
+    )
+
+
+class _InitialGradient:
+    """The first-order meta-gradient of the initial values: the sum of the slopes.
+
+    Attributes:
+        tensors: whose slopes are wanted: those that are stepped, then, if the initial gradient is
+            asked for, those that only the model has.
+    """
+
+    def __init__(
+        self, model: nn.Module, stepped: Sequence[Tensor], settings: UnrollSettings
+    ) -> None:
+        self._named = _named(model) if settings.initial == "gradient" else {}
+        known = set(map(id, stepped))
+        self.tensors = [
+            *stepped,
+            *(param for param in self._named.values() if id(param) not in known),
+        ]
+        self._sums = [torch.zeros_like(param) for param in self.tensors if self._named]
+
+    def add(self, slopes: Sequence[Tensor | None]) -> None:
+        for total, slope in zip(self._sums, slopes):
+            if slope is not None:
+                total += slope
+
+    def named(self) -> dict[str, Tensor]:
+        sums = dict(zip(map(id, self.tensors), self._sums))
+        return {name: sums[id(param)].detach() for name, param in self._named.items()}
 
 
 def _step(
@@ -348,6 +414,13 @@ def _second_order(
     before = used_bytes(device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         segment: list[Tensor] = []
+        # `higher` keeps its parameters in the model's order
+        initial = {
+            name: start
+            for (name, _), start in zip(model.named_parameters(), fmodel.fast_params)
+            if settings.initial and start.requires_grad
+        }
+        inputs = [*weights, *initial.values()]
         for t in range(settings.steps):
             loss = support_loss(fmodel, t)
             support_losses.append(loss.detach())
@@ -359,11 +432,15 @@ def _second_order(
             if t == 0:
                 warn_if_too_large(before, settings.kept_steps - 1, device)
             if settings.cut_after(t):
-                if weights:  # a classical rule has none, and can be unrolled all the same
-                    torch.autograd.backward(torch.stack(segment).sum(), inputs=weights)
+                if inputs:  # a classical rule has none, and can be unrolled all the same
+                    torch.autograd.backward(torch.stack(segment).sum(), inputs=inputs)
                 segment = []
                 _cut(fmodel, stepper)
-    return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss)
+        gradient = {
+            name: torch.zeros_like(start) if start.grad is None else start.grad
+            for name, start in initial.items()
+        }
+    return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss, gradient)
 
 
 def _cut(fmodel: Any, stepper: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, UpdateRule
+from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, MetaSGD, UpdateRule
 
 
 def random_lstm(
@@ -25,5 +25,6 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "momentum": lambda: SGD(0.1, momentum=0.9),
     "adam": lambda: Adam(0.01),
     "adamw": lambda: AdamW(0.01, weight_decay=0.1),
+    "meta-sgd": lambda: MetaSGD(["weight", "bias"]),
     "lstm": random_lstm,
 }

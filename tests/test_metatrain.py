@@ -142,7 +142,7 @@ class InfiniteTask(Task):
 class SecondIsInfinite(TaskSource):
     def load(self, index):
         task = super().load(index)
-        return InfiniteTask(task.support, task.query, task.ways) if index == 1 else task
+        return InfiniteTask(task.batches, task.query, task.ways) if index == 1 else task
 
 
 def test_a_non_finite_meta_loss_skips_the_meta_step_and_is_counted(sources, tmp_path):
@@ -167,7 +167,7 @@ def test_the_meta_gradient_is_clipped_and_the_meta_lr_falls_to_a_tenth(sources, 
     assert rates[1] == 0.01
     assert rates[1:] == sorted(rates[1:], reverse=True)
     run.progress.meta_step = 5
-    assert run._meta_lr() == pytest.approx(0.001)
+    assert run._meta_lr(0.01) == pytest.approx(0.001)
 
 
 def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
