@@ -203,7 +203,35 @@ def _add_compare(commands: Any) -> None:
         metavar="E",
         help="validation episodes for each learning rate [10]",
     )
-    parser.add_argument("--baselines", default="adamw,sgd", help="[adamw,sgd]")
+    parser.add_argument(
+        "--tuned-steps",
+        type=int,
+        metavar="T",
+        help="steps of the baselines that are tuned [--steps]",
+    )
+    parser.add_argument(
+        "--baselines",
+        default="adamw,sgd",
+        help="tuned: adamw, sgd, muon; as documented: adamw-default, muon-default, prodigy, "
+        "schedulefree, dadapt; without steps: nearest-mean, logistic [adamw,sgd]",
+    )
+    parser.add_argument(
+        "--report-on",
+        choices=("test", "val", "all"),
+        default="test",
+        help="whose classes make the figures; val and all need --tuning-data [test]",
+    )
+    parser.add_argument(
+        "--tuning-data",
+        nargs="+",
+        metavar="PATH",
+        help="tune by the validation classes of these, as --data [--data]",
+    )
+    parser.add_argument(
+        "--fewer-ways",
+        action="store_true",
+        help="where there are fewer classes than --ways, take as many as there are",
+    )
     parser.add_argument("--json", required=True, help="file for the figures")
     parser.add_argument("--plot", help="PNG file for the curves")
     parser.set_defaults(run=_compare)

@@ -56,17 +56,19 @@ def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
             budgets = [int(b) for b in method[metric]]
             mean = [cell["mean"] for cell in method[metric].values()]
             half = [cell["ci95"] for cell in method[metric].values()]
-            label = name if name == "learned" else f"{name}, learning rate tuned per budget"
-            (line,) = axes.plot(budgets, mean, marker="o", markersize=3, label=label)
+            label = f"{name}, learning rate tuned per budget" if "tuned" in method else name
+            style = {"linestyle": "--"} if "frozen" in method else {"marker": "o", "markersize": 3}
+            (line,) = axes.plot(budgets, mean, label=label, **style)
             low = [m - h for m, h in zip(mean, half)]
             high = [m + h for m, h in zip(mean, half)]
             axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2)
+        marks = sorted({int(b) for method in result["methods"].values() for b in method[metric]})
         axes.set_xscale("log")
-        axes.set_xticks(budgets, [str(b) for b in budgets])
+        axes.set_xticks(marks, [str(b) for b in marks])
         axes.minorticks_off()
         axes.set(xlabel="steps", ylabel=_LABELS[metric])
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    panels[0].legend(fontsize="small")
     figure.suptitle(title)
     _write(figure, path)
 

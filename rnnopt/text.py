@@ -183,6 +183,17 @@ class Classifier:
         """Logits (B, C) of a batch."""
         return self.forward(self.model, batch)
 
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the output layer reads of a batch, (B, D)."""
+        read: list[Tensor] = []
+        layer = self.model.get_submodule(self._output)
+        hook = layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+        try:
+            self.logits(batch)
+        finally:
+            hook.remove()
+        return read[0]
+
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that train, in the model's order."""
         return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
