@@ -247,6 +247,8 @@ def compare(options: Namespace) -> None:
     require_at_least(2, options, "episodes")  # one has no interval
     require_at_least(1, options, "tuning_episodes")
     budgets = default_budgets(options.steps)
+    if options.tuned_steps is not None:
+        require_at_least(1, options, "tuned_steps")
     tuned_budgets = default_budgets(options.tuned_steps or options.steps)
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
