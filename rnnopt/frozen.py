@@ -7,14 +7,15 @@ task hasn't). Shapes: B texts, D features, C ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from rnnopt.task import LabelledTexts, Score, Task, bounded_loss
+from rnnopt.task import Score, Task, bounded_loss
 from rnnopt.text import Classifier
+from rnnopt.tokens import Batch
 
 ITERATIONS = 200  # of L-BFGS; the loss is convex and a task small, so it ends long before
 PENALTY = 1.0  # of the squared weights against the *sum* of the losses: scikit-learn's C = 1
@@ -75,7 +76,7 @@ def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
         task: the task.
     """
     (features, labels), (query, truth) = (
-        _features(classifier, texts) for texts in (task.support, task.query)
+        _features(classifier, texts.pieces) for texts in (task.support, task.query)
     )
     centre = features.mean(dim=0)
     features, query = (normalize(rows - centre, dim=1) for rows in (features, query))
@@ -85,8 +86,10 @@ def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
 
 
 @torch.no_grad()
-def _features(classifier: Classifier, texts: LabelledTexts) -> tuple[Tensor, Tensor]:
+def _features(
+    classifier: Classifier, pieces: Sequence[tuple[Batch, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Features (B, D) in float64, and labels (B,)."""
-    read = [classifier.features(batch) for batch, _ in texts.pieces]
-    labels = torch.cat([labels for _, labels in texts.pieces])
+    read = [classifier.features(batch) for batch, _ in pieces]
+    labels = torch.cat([labels for _, labels in pieces])
     return torch.cat(read).double(), labels

@@ -102,8 +102,10 @@ def _figures(results: Mapping[str, Result]) -> str:
 
 def _title(name: str, result: Result) -> str:
     setting, notes = result["setting"], []
-    if "ways_used" in setting:
-        notes.append(f"{setting['ways_used']['report']} ways, all it has")
+    used = setting.get("ways_used", {"report": setting["ways"], "tuning": setting["ways"]})
+    for part, words in (("report", "ways, all it has"), ("tuning", "ways to tune by")):
+        if used[part] < setting["ways"]:
+            notes.append(f"{used[part]} {words}")
     if setting["seen_classes"]:
         notes.append(f"{len(setting['seen_classes'])} classes seen in meta-training")
     notes.append(f"{result['episodes']} episodes")
