@@ -76,6 +76,7 @@ CORE_SETS = ("clinc150", "stackoverflow20")
 SHAPES = ((5, 1), (10, 5))  # ways, shots
 EVERY = (*BASELINES, *FROZEN)
 FEW = ("adamw", "schedulefree")
+SAME = ("queries", "steps", "max_length")  # options that a finished cell was run with
 # of a step with all weights, by one core
 COST = {"head": 0.02, "lora": 0.7, "full": 1.0}
 
@@ -141,8 +142,10 @@ class Cell:
         if not self.file(options).exists():
             return False
         result = json.loads(self.file(options).read_text())
+        setting = result["setting"]
         return (
-            result["setting"]["rule"] == rule
+            setting["rule"] == rule
+            and all(setting[name] == getattr(options, name) for name in SAME)
             and result["episodes"] >= options.episodes
             and set(options.baselines or self.baselines) <= result["methods"].keys()
         )

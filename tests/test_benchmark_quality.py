@@ -100,6 +100,27 @@ def test_when_the_time_is_up_it_stops_and_the_next_run_goes_on(quality, capsys):
     assert "2 of 2 cells are finished" in capsys.readouterr().out
 
 
+def test_a_cell_of_other_options_is_neither_taken_nor_overwritten(quality, tmp_path, capsys):
+    cell = SMALL[:2]
+    assert quality(*cell) == 0
+    before = (tmp_path / "cells" / f"{cell[1]}.json").read_bytes()
+    assert quality(*cell, "--queries", "2") == 2
+    out = capsys.readouterr()
+    assert "another comparison (queries: 1 there, 2 here)" in out.err
+    assert "0 of 1 cells are finished" in out.out
+    assert (tmp_path / "cells" / f"{cell[1]}.json").read_bytes() == before
+
+
+def test_more_episodes_go_on_from_those_that_are_there(quality, tmp_path):
+    cell = SMALL[:2]
+    file = tmp_path / "cells" / f"{cell[1]}.json"
+    assert quality(*cell) == 0
+    before = json.loads(file.read_text())["values"]["sgd"]["loss"]["1"]
+    assert quality(*cell, "--episodes", "3") == 0
+    after = json.loads(file.read_text())["values"]["sgd"]["loss"]["1"]
+    assert len(after) == 3 and after[:2] == before
+
+
 def test_a_refused_cell_does_not_stop_the_others(quality, data, capsys, tmp_path):
     cells = ("--cells", "core-*-head-5way-1shot", "--baselines", "nearest-mean")
     assert quality(*cells) == 2  # there is no stackoverflow20
