@@ -189,6 +189,12 @@ def test_the_targets_are_computed_from_the_figures(script):
     assert "cell, 5 steps, prodigy: -0.050 ± 0.000, **missed by 0.040**" in text
 
 
+def test_what_lies_beyond_20_steps_is_no_bad_surprise(script):
+    learned, sgd = {1: 0.8, 20: 0.8, 40: 0.5}, {1: 0.7, 20: 0.7, 40: 0.9}
+    text = script("quality_table").quality_table({"cell": made_result(learned, sgd=sgd)})
+    assert "100.0% of 2 cells and budgets" in text
+
+
 def test_a_target_that_is_missed_says_by_how_much(script):
     table = script("quality_table").quality_table
     flat = {1: 0.8, 3: 0.8, 5: 0.8, 10: 0.8}

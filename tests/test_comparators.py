@@ -127,9 +127,9 @@ def test_tuned_muon_steps_as_large_as_adamw(classifier):
     optimizer.step()
     kinds = tensor_kinds(classifier)
     for key, value in values(classifier).items():
-        if kinds[key] == "attention matrix":
+        if kinds[key].endswith("matrix"):  # square ones, tall ones, wide ones
             rms = (value - before[key]).square().mean().sqrt()
-            assert 0.5 < rms / (0.2 * 1e-2) < 1.5
+            assert 0.6 < rms / (0.2 * 1e-2) < 1.4, key
 
 
 @pytest.mark.skipif(not installed("schedulefree"), reason="schedulefree isn't installed")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.files import read_corpus
-from rnnopt.frozen import FROZEN, PENALTY, judge_frozen, logistic, nearest_mean
+from rnnopt.frozen import FROZEN, PENALTY, _features, judge_frozen, logistic, nearest_mean
 from rnnopt.task import Task, TaskSource
 from rnnopt.text import Classifier
 
@@ -62,6 +62,21 @@ def test_a_task_is_judged_by_its_embeddings_and_nothing_is_changed(name, tune, e
     assert seen.accuracy > 0.6  # chance is 1 / 3
     assert seen.loss < score.loss
     assert all(param.grad is None for _, param in classifier.trainable())
+
+
+def test_features_are_taken_from_the_mean_of_the_support_set_and_have_length_1(encoder, csv_file):
+    """A [CLS] vector has a large part that all texts share."""
+    classifier = Classifier.load(encoder, tune="head", ways=3, device=torch.device("cpu"))
+    sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=3, queries=3, seed=0)
+    task = TaskSource(sampler, classifier).load(0)
+    (features, labels), (query, truth) = (
+        _features(classifier, texts.pieces) for texts in (task.support, task.query)
+    )
+    centred = [rows - features.mean(dim=0) for rows in (features, query)]
+    features, query = (rows / rows.norm(dim=1, keepdim=True) for rows in centred)
+    logits = nearest_mean(features, labels, query, 3)
+    expected = torch.nn.functional.cross_entropy(logits, truth)
+    assert judge_frozen("nearest-mean", classifier, task).loss == pytest.approx(float(expected))
 
 
 def test_features_are_what_the_output_layer_reads(encoder):

@@ -74,6 +74,8 @@ def test_fewer_ways_takes_as_many_as_there_are(whole):
     wide = options(whole, ways=3, fewer_ways=True)
     assert comparison_sampler(wide, splits.test).ways == (3,)
     assert comparison_sampler(wide, splits.validation).ways == (2,)
+    narrow = options(whole, ways=2, fewer_ways=True)
+    assert comparison_sampler(narrow, splits.test).ways == (2,)
     with pytest.raises(InputError, match="lower --ways"):
         comparison_sampler(options(whole, ways=3), splits.validation)
     # a class counts if it has the texts

@@ -102,16 +102,26 @@ def test_the_surface_passes_through_what_the_rule_did(inspected, monkeypatch):
 
     original = module._binned
     monkeypatch.setattr(module, "_binned", spy)
+    monkeypatch.setattr(module, "SAMPLE", 1000)  # of 8 times 1024 coordinates
     inspected(rule, kind="attention matrix", at_step=STEPS)
     assert kept["seen"]
     for one in kept["seen"]:
         stride = math.ceil(one.owner.numel() / one.param.numel())
+        assert stride == 9
         grad = one.owner.grad.reshape(-1)[::stride]
         known = kept["known"][one.owner]
         with torch.no_grad():
             update, _ = module.advance(rule, one.param, grad, one.state, 1.0, 0.0, known)
         after = one.owner.detach().reshape(-1)[::stride]
         torch.testing.assert_close(one.param + update, after, rtol=1e-5, atol=1e-6)
+        # and elsewhere: gradients in units of the whole tensor's RMS, all else as it was
+        rms = one.owner.grad.square().mean().sqrt()
+        responses = one.responses(rule, known)
+        for value, response in zip(GRADIENTS[::8], responses[::8]):
+            there = torch.full_like(one.param, value) * rms
+            with torch.no_grad():
+                update, _ = module.advance(rule, one.param, there, one.state, 1.0, 0.0, known)
+            torch.testing.assert_close(response, update)
 
 
 def test_lora_kinds_and_a_factor_without_gradient(inspected):
