@@ -11,7 +11,7 @@
 #define FEATURES 5
 #define INPUTS (FEATURES + HIDDEN)
 #define OUTPUTS 3
-#define SUMS 6
+#define SUMS 7
 #define LANES 16 /* one AVX-512 register; the compiler splits it where registers are smaller */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -30,6 +30,7 @@ typedef struct {
     float output_shift[OUTPUTS];
     float m_debt, v_debt;      /* 1 - beta^t */
     float grad_rms, param_rms; /* what features are relative to */
+    float scale;               /* reach * step_scale */
     float rate, decay;         /* lr, and lr * step_size * weight_decay */
 } Tensor;
 
@@ -37,7 +38,7 @@ typedef struct {
     float gate_weight[4 * HIDDEN][INPUTS];
     float output_weight[OUTPUTS][HIDDEN];
     float beta1_rest, beta2, beta2_rest; /* rest: 1 - beta */
-    float eps, step_size, log_bound, grad_bound, ratio_floor;
+    float eps, log_bound, grad_bound, ratio_floor;
 } Rule;
 
 typedef struct {
@@ -149,7 +150,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
                  int64_t last, double *partial) {
     for (int64_t k = first; k < last; k++) {
         const Tensor *t = &tensors[blocks[k].tensor];
-        vec pp = {}, gg = {}, mm = {}, mg = {}, touched = {};
+        vec pp = {}, gg = {}, mm = {}, mg = {}, size = {}, touched = {};
         for (int64_t at = blocks[k].begin; at < blocks[k].end; at += LANES) {
             int64_t left = blocks[k].end - at;
             int count = left < LANES ? (int)left : LANES;
@@ -160,6 +161,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
             gg += g * g;
             mm += m * m;
             mg += m * g;
+            size += (vec)((bits)g & INT32_MAX);
             touched += (vec)((bits)splat(1.0f) & (g != 0.0f));
         }
         double *out = partial + SUMS * k;
@@ -169,6 +171,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
         out[3] = total(touched);
         out[4] = total(mm);
         out[5] = total(mg);
+        out[6] = total(size);
     }
 }
 
@@ -228,7 +231,7 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
     vec es = exponential(clamp(-2.0f / bound * outputs[0], -28.0f, 28.0f));
     vec factor = exponential(bound * (1.0f - es) / (1.0f + es));
     vec direction = adam + outputs[1] * relative + (vec)((bits)outputs[2] & live);
-    vec change = t->rate * (-rule->step_size * factor * direction) - t->decay * p;
+    vec change = t->rate * (-t->scale * factor * direction) - t->decay * p;
     store(t->param + at, pick(finite, p + change, p), count);
     store(t->m + at, pick(finite, next_m, m), count);
     store(t->v + at, pick(finite, next_v, v), count);

@@ -22,7 +22,7 @@ from rnnopt.lstm import CoordinateLSTM
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
-_FORMAT = "rnnopt.CoordinateLSTM.1"
+_FORMAT = "rnnopt.CoordinateLSTM.2"
 _ABOUT = "rnnopt"
 
 

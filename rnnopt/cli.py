@@ -120,6 +120,14 @@ def _add_meta_train(commands: Any) -> None:
         help="support texts of a task at most: of the shots those that fit the ways [no bound]",
     )
     parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        metavar="B",
+        help="minibatches of the support set, at most so many texts; several: each task draws one "
+        "[the whole support set at every step]",
+    )
+    parser.add_argument(
         "--shortest",
         type=int,
         metavar="T",
@@ -140,6 +148,22 @@ def _add_meta_train(commands: Any) -> None:
         help="tasks per meta-step, shared out to the processes that torchrun started [1]",
     )
     parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
+    parser.add_argument(
+        "--judged",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="share of the steps, drawn at random, whose query loss is taken: faster and noisier, "
+        "right on average [1]",
+    )
+    parser.add_argument(
+        "--loss-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply each task's support loss by a factor drawn from 1/X .. X, so that the rule "
+        "bears clipped gradients and losses of other scales [1]",
+    )
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
     parser.add_argument(
@@ -319,10 +343,11 @@ def _add_encoder(
     _add_choice(parser, several, "--lora-rank", 8, type=int, metavar="R", help="[8]")
     parser.add_argument(
         "--top-layers",
-        type=int,
+        type=_layers,
         metavar="K",
         nargs="+" if several else None,
-        help="with lora or full: only the top K layers train, what lies below runs once [all]",
+        help="with lora or full: only the top K layers train, what lies below runs once; or the "
+        "word all [all]",
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text [128]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -356,6 +381,10 @@ def _add_choice(
     else:
         options["default"] = default
     parser.add_argument(name, **options)
+
+
+def _layers(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def _seed(text: str) -> int:

@@ -76,8 +76,8 @@ def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSourc
     if team.size > 1 and device.type == "cuda":
         device = own_device(team.local_rank)
     classifiers = load_kinds(options, device)
-    train, validation = (TaskSource(sampler, classifiers) for sampler in samplers)
-    return settings, train, validation
+    train = TaskSource(samplers[0], classifiers, options.batch_size)
+    return settings, train, TaskSource(samplers[1], classifiers)
 
 
 def _run(
@@ -97,7 +97,7 @@ def _run(
             name: getattr(options, name)
             for name in (
                 "ways", "shots", "queries", "most_support", "tune", "lora_rank", "top_layers",
-                "pooling", "max_length",
+                "pooling", "max_length", "batch_size",
             )
         },
     }  # fmt: skip
@@ -160,6 +160,8 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         shortest=options.shortest,
         tasks_per_meta_step=options.tasks,
         meta_lr=options.meta_lr,
+        judged=options.judged,
+        loss_scale=options.loss_scale,
         hidden_size=options.hidden_size,
         seed=options.seed,
         validate_every=options.validate_every,

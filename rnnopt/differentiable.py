@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rnnopt.optimizer import LearnedOptimizer
-from rnnopt.rule import advance
+from rnnopt.rule import advance, related, sums_of
 
 __all__ = ["DifferentiableLearnedOptimizer", "higher"]
 
@@ -43,16 +43,21 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
         self.first_order = False
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        work = []
         for group, states, grads in zip(self.param_groups, self.state, grouped_grads):
             for i, (param, grad) in enumerate(zip(group["params"], grads)):
                 if grad is None:
                     continue
                 seen, slope = (param.detach(), grad.detach()) if self.first_order else (param, grad)
-                state = states[i] or self._init_state(seen)
-                delta, states[i] = advance(
-                    self.rule, seen, slope, state, group["lr"], group["weight_decay"]
-                )
-                group["params"][i] = (param + delta).to(param.dtype)
+                states[i] = states[i] or self._init_state(seen)
+                work.append((group, states, i, seen, slope))
+        sums = [sums_of(self.rule, seen, slope, states[i]) for _, states, i, seen, slope in work]
+        for (group, states, i, seen, slope), known in zip(work, related(self.rule, sums)):
+            delta, states[i] = advance(
+                self.rule, seen, slope, states[i], group["lr"], group["weight_decay"], known
+            )
+            param = group["params"][i]
+            group["params"][i] = (param + delta).to(param.dtype)
 
 
 def _accept_peft() -> None:

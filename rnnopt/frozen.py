@@ -76,7 +76,8 @@ def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
         task: the task.
     """
     (features, labels), (query, truth) = (
-        _features(classifier, texts.pieces) for texts in (task.support, task.query)
+        _features(classifier, [piece for texts in part for piece in texts.pieces])
+        for part in (task.support, (task.query,))
     )
     centre = features.mean(dim=0)
     features, query = (normalize(rows - centre, dim=1) for rows in (features, query))

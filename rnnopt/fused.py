@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.lstm import CoordinateLSTM
-from rnnopt.preprocess import root_mean_squares, tensor_context
+from rnnopt.preprocess import Peaks, root_mean_squares, step_scale, tensor_context
 from rnnopt.rule import State
 
 
@@ -61,7 +61,7 @@ class Piece:
             and all(tensor.is_contiguous() for tensor in (self.param, *leaves))
             and self.state["hidden"].dtype in (torch.float32, torch.bfloat16)
             and self.state["hidden"].dtype == self.state["cell"].dtype
-            and all(self.state[name].dtype == torch.float32 for name in ("m", "v", "peak"))
+            and all(self.state[name].dtype == torch.float32 for name in ("m", "v", *Peaks._fields))
         )
 
 
@@ -97,7 +97,8 @@ class FusedStep:
 
         Args:
             measured: what `measure` returned.
-            sums: of the tensors that they are pieces of, (pieces, 6).
+            sums: what the rule's `related` tells each of the tensors that they are pieces of,
+                (pieces, 13).
         """
         raise NotImplementedError
 
@@ -108,7 +109,7 @@ class Measured:
 
     Attributes:
         pieces: P of them.
-        sums: over each piece, (P, 6).
+        sums: over each piece, (P, 7).
         kept: what the kernel will want again: its tables, and the gradients that they point to.
     """
 
@@ -149,21 +150,21 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: of the whole tensors, (P, 6).
+        sums: what the rule's `related` tells the tensors, (P, 13).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
-        grad_rms, param_rms.
+        grad_rms, param_rms; scale.
     """
     steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
-    peaks = torch.stack([piece.state["peak"] for piece in pieces])
+    peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
     grad_rms, param_rms = root_mean_squares(sums)
-    gates, outputs = rule.shifts(tensor_context(sums, grad_rms, peaks, steps))
+    gates, outputs = rule.shifts(tensor_context(sums, peaks, steps))
+    scale = rule.reach * step_scale(sums, peaks)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
-    torch._foreach_copy_(
-        [piece.state["peak"] for piece in pieces], torch.maximum(peaks, grad_rms).unbind()
-    )
+    for name, values in peaks.after(sums)._asdict().items():
+        torch._foreach_copy_([piece.state[name] for piece in pieces], values.unbind())
     return {
         "gate_shift": gates,
         "output_shift": outputs,
@@ -171,4 +172,5 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
         "v_debt": -torch.expm1(steps * math.log(rule.betas[1])),
         "grad_rms": grad_rms,
         "param_rms": param_rms,
+        "scale": scale,
     }

@@ -152,7 +152,7 @@ def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
 @functools.cache
 def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
     """`Tensor` of cell.c."""
-    numbers = ("m_debt", "v_debt", "grad_rms", "param_rms", "rate", "decay")
+    numbers = ("m_debt", "v_debt", "grad_rms", "param_rms", "scale", "rate", "decay")
     return np.dtype(
         [
             ("pointers", np.int64, 6),
@@ -169,7 +169,7 @@ def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
     """`Rule` of cell.c: float32 all through."""
     constants = (
         # 1 - beta in double: from a beta in float32 the difference would be off
-        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps, rule.step_size,
+        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps,
         LOG_FACTOR_BOUND, GRADIENT_BOUND, RATIO_FLOOR**2,
     )  # fmt: skip
     return np.concatenate(

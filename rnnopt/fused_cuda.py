@@ -113,7 +113,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
         with torch.no_grad():
             step = TritonStep(rule)
             measured = step.measure([Piece(param, param.clone(), state, 1.0, 0.0)])
-            step.take(measured, measured.sums)
+            step.take(measured, rule.related(measured.sums))
     except Exception as error:  # a kind for every part of Triton's tool chain, none documented
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -121,7 +121,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
 
 
 def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tensor:
-    """See `rnnopt.preprocess.tensor_sums`: (P, 6), the same bits at every call."""
+    """See `rnnopt.preprocess.tensor_sums`: (P, 7), the same bits at every call."""
     blocks, starts = _blocks(counts, _SUM_BLOCK, table.device)
     partial = torch.empty(len(blocks), _MEASURED.value, device=table.device, dtype=torch.float32)
     if len(blocks):
@@ -148,7 +148,7 @@ def _step(
     _step_block[(len(blocks),)](
         table, blocks, context,
         rule.gate_weight.detach().contiguous(), rule.output_weight.detach().contiguous(),
-        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps, float(rule.step_size),
+        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps,
         GRADIENT_BOUND, LOG_FACTOR_BOUND, RATIO_FLOOR**2,
         HIDDEN=rule.hidden_size, FEATURES=COORDINATE_FEATURES, OUTPUTS=OUTPUTS,
         BLOCK=block, PARAM=types[0], GRAD=types[1], MEMORY=types[2], **_OPTIONS,
@@ -215,6 +215,7 @@ def _partial_sums(
     tl.store(out + 2, tl.sum((g != 0).to(tl.float32), axis=0))
     tl.store(out + 3, tl.sum(m * m, axis=0))
     tl.store(out + 4, tl.sum(m * g, axis=0))
+    tl.store(out + 5, tl.sum(tl.abs(g), axis=0))
 
 
 @triton.jit
@@ -297,7 +298,7 @@ def _cell(
 @triton.jit
 def _step_live(
     row, context, gate_weight, output_weight, at, mask, finite, params, g, v,
-    m_gain, eps, step_size, log_bound, ratio_floor, decay,
+    m_gain, eps, log_bound, ratio_floor, decay,
     HIDDEN: tl.constexpr, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr,
     PARAM: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +308,7 @@ def _step_live(
     p = tl.load(params, mask=mask, other=0.0).to(tl.float32)
     m += m_gain * (g - m)
     tl.store(ms, m, mask=finite)
-    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, grad_rms, param_rms
+    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, grad_rms, param_rms, scale
     live = v > 0
     scale = tl.sqrt(v / tl.load(common + 1)) + eps
     adam = m / tl.load(common) / scale
@@ -322,14 +323,14 @@ def _step_live(
     factor = tl.exp(log_bound * (1.0 - e) / (1.0 + e))
     direction = adam + a * relative + tl.where(live, b, 0.0)
     rate = tl.load((row + 7).to(tl.pointer_type(tl.float32)))
-    change = rate * (-step_size * factor * direction) - decay * p
+    change = rate * (-tl.load(common + 4) * factor * direction) - decay * p
     tl.store(params, (p + change).to(PARAM), mask=finite)
 
 
 @triton.jit
 def _step_block(
     table, blocks, context, gate_weight, output_weight,
-    m_gain, v_keep, v_gain, eps, step_size, grad_bound, log_bound, ratio_floor,
+    m_gain, v_keep, v_gain, eps, grad_bound, log_bound, ratio_floor,
     HIDDEN: tl.constexpr, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
@@ -348,9 +349,9 @@ def _step_block(
         v = v_keep * v + v_gain * (g * g)
         tl.store(vs + at, v, mask=finite)
         _step_live(
-            row, context + (4 * HIDDEN + OUTPUTS + 4) * tensor, gate_weight, output_weight,
+            row, context + (4 * HIDDEN + OUTPUTS + 5) * tensor, gate_weight, output_weight,
             at, mask, finite, params, g, v,
-            m_gain, eps, step_size, log_bound, ratio_floor, decay,
+            m_gain, eps, log_bound, ratio_floor, decay,
             HIDDEN, FEATURES, OUTPUTS, PARAM, MEMORY,
         )  # fmt: skip
     elif decay != 0:  # never had a gradient: no update, no memory

@@ -6,6 +6,7 @@ K units of the context layer. Matrices act from the left on feature-major arrays
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,15 +19,18 @@ from rnnopt.errors import InputError
 from rnnopt.preprocess import (
     CONTEXT_FEATURES,
     COORDINATE_FEATURES,
+    Peaks,
     coordinate_features,
+    model_sums,
     root_mean_squares,
+    step_scale,
     tensor_context,
     tensor_sums,
 )
 from rnnopt.rule import State
 
-# The learned factor on the step size stays within exp(-6) .. exp(6), about 1/400 .. 400.
-LOG_FACTOR_BOUND = 6.0
+# The learned factor on the step size stays within exp(-4) .. exp(4), about 1/55 .. 55.
+LOG_FACTOR_BOUND = 4.0
 # Larger gradients overflow float32 once squared and summed over a large tensor.
 GRADIENT_BOUND = 1e15
 # Coordinates worked on at once: their gates stay in a core's cache, and the memory of a step does
@@ -42,31 +46,36 @@ class CoordinateLSTM(nn.Module):
     It steers Adam's direction rather than replacing it (source: Andrychowicz et al. 2016,
     arXiv:1606.04474, for the coordinate-wise LSTM; Kingma & Ba 2015 for m and v)::
 
-        update = -step_size * exp(s) * (m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g) + b)
+        update = -reach * scale * exp(s) * (m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g) + b)
 
-    where (s, a, b) are linear in the hidden state and in a small layer over the tensor's context
-    (see `rnnopt.preprocess`), and s is bounded smoothly by `LOG_FACTOR_BOUND`. With the output
-    weights at zero, as they are initialised, the rule *is* Adam with learning rate step_size. A
-    coordinate that never had a gradient keeps a zero state and gets a zero update.
+    where (s, a, b) are linear in the hidden state and in a small layer over the tensor's context,
+    s is bounded smoothly by `LOG_FACTOR_BOUND`, and scale is the tensor's, see
+    `rnnopt.preprocess.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
+    with steps that suit each. With the output weights at zero, as they are initialised, the rule
+    *is* Adam with learning rate reach * scale. A coordinate that never had a gradient keeps a zero
+    state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
     Args:
         hidden_size: H; state per coordinate is 2 H + 2 numbers.
         context_size: K.
-        step_size: Adam's learning rate at zero output.
+        reach: nats by which the loss would fall in the first step at zero output, were it linear.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
 
     Raises:
-        InputError: a size, step size, eps or beta out of range.
+        InputError: a size, reach, eps or beta out of range.
     """
+
+    # The unit of weight decay only: about the learning rate that suits all weights of an encoder.
+    step_size = 1e-3
 
     def __init__(
         self,
         hidden_size: int = 8,
         context_size: int = 16,
-        step_size: float = 1e-3,
+        reach: float = 1.2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -74,14 +83,14 @@ class CoordinateLSTM(nn.Module):
         for name, size in (("hidden_size", hidden_size), ("context_size", context_size)):
             if not 1 <= size <= MOST_UNITS:
                 raise InputError(f"{name}={size}: must lie between 1 and {MOST_UNITS}")
-        for name, value in (("step_size", step_size), ("eps", eps)):
+        for name, value in (("reach", reach), ("eps", eps)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be positive and finite")
         if len(betas) != 2 or not all(0 < beta < 1 for beta in betas):
             raise InputError(f"betas={betas}: two numbers strictly between 0 and 1")
         self.hidden_size = hidden_size
         self.context_size = context_size
-        self.step_size = step_size
+        self.reach = reach
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
         H, K = hidden_size, context_size
@@ -107,9 +116,15 @@ class CoordinateLSTM(nn.Module):
 
     @torch.no_grad()
     def zero_output(self) -> None:
-        """Make the rule exactly Adam with learning rate step_size."""
+        """Make the rule exactly Adam with learning rate reach * scale."""
         for parameter in (self.output_weight, self.output_context, self.output_bias):
             parameter.zero_()
+
+    def careful(self) -> CoordinateLSTM:
+        """See `rnnopt.guard.GuardedRule.careful`: what this rule is with its output at zero."""
+        twin = copy.deepcopy(self)
+        twin.zero_output()
+        return twin
 
     @property
     def config(self) -> dict[str, Any]:
@@ -117,7 +132,7 @@ class CoordinateLSTM(nn.Module):
         return {
             "hidden_size": self.hidden_size,
             "context_size": self.context_size,
-            "step_size": self.step_size,
+            "reach": self.reach,
             "betas": list(self.betas),
             "eps": self.eps,
         }
@@ -126,7 +141,7 @@ class CoordinateLSTM(nn.Module):
         """Zeros.
 
         ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
-        steps taken; ``peak`` 0-d: largest RMS of the gradient so far. All in the dtype of the
+        steps taken; and 0-d each what `rnnopt.preprocess.Peaks` holds. All in the dtype of the
         rule's weights, but for the LSTM's if `memory_dtype` says otherwise: it bears rounding,
         which Adam's moments, slow averages, do not.
         """
@@ -137,36 +152,41 @@ class CoordinateLSTM(nn.Module):
             **init_moments(param, dtype),
             "hidden": memory,
             "cell": memory.clone(),
-            "peak": torch.zeros((), dtype=dtype, device=param.device),
+            **{name: torch.zeros((), dtype=dtype, device=param.device) for name in Peaks._fields},
         }
 
     def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """See `rnnopt.rule.TensorWideRule.sums`."""
         return tensor_sums(self._bounded(grad), state["m"], param.to(self.gate_weight.dtype))
 
+    def related(self, sums: Tensor) -> Tensor:
+        """See `rnnopt.rule.TensorWideRule.related`."""
+        return model_sums(sums)
+
     def forward(
         self, grad: Tensor, state: State, param: Tensor, sums: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """See `rnnopt.rule.TensorWideRule.__call__`."""
         if sums is None:
-            sums = self.sums(grad, state, param)
+            sums = self.related(self.sums(grad, state, param).unsqueeze(0))[0]
         grad, param = self._bounded(grad), param.to(self.gate_weight.dtype)
         moments = next_moments(grad, state, self.betas)
         m_hat, root = debias(moments, self.betas)
         grad_rms, param_rms = root_mean_squares(sums)
-        gates, outputs = self.shifts(tensor_context(sums, grad_rms, state["peak"], moments["step"]))
+        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        gates, outputs = self.shifts(tensor_context(sums, peaks, moments["step"]))
         scale = root + self.eps
         adam, relative = m_hat / scale, grad / grad_rms
         features = coordinate_features(adam, grad / scale, relative, param / param_rms)
         directions = torch.stack([adam, relative, (moments["v"] > 0).to(grad.dtype)])
         memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
-        update, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
-        return update, {
+        direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
+        return -self.reach * step_scale(sums, peaks) * direction, {
             **moments,
             "hidden": hidden.to(state["hidden"].dtype),
             "cell": cell.to(state["cell"].dtype),
-            "peak": torch.maximum(state["peak"], grad_rms),
+            **peaks.after(sums)._asdict(),
         }
 
     def _bounded(self, grad: Tensor) -> Tensor:
@@ -200,8 +220,8 @@ class CoordinateLSTM(nn.Module):
             return self._cell(shifts, arrays)
         pieces = zip(*(array.chunk(math.ceil(size / CHUNK), dim=1) for array in arrays))
         results = [self._cell(shifts, piece) for piece in pieces]
-        update, hidden, cell = (torch.cat(parts, dim=-1) for parts in zip(*results))
-        return update, hidden, cell
+        direction, hidden, cell = (torch.cat(parts, dim=-1) for parts in zip(*results))
+        return direction, hidden, cell
 
     def _cell(
         self, shifts: tuple[Tensor, Tensor], arrays: tuple[Tensor, ...]
@@ -213,7 +233,8 @@ class CoordinateLSTM(nn.Module):
             arrays: features (F, n), directions (3, n), hidden and cell state (H, n).
 
         Returns:
-            The update (n,) and the next hidden and cell state.
+            The direction (n,), which scale turns into an update, and the next hidden and cell
+            state.
         """
         x, directions, h, c = arrays
         adam, relative, live = directions
@@ -223,4 +244,4 @@ class CoordinateLSTM(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         s, a, b = torch.addmm(shifts[1], self.output_weight.to(x.device), h)  # (n,) each
         factor = torch.exp(LOG_FACTOR_BOUND * torch.tanh(s / LOG_FACTOR_BOUND))
-        return -self.step_size * factor * (adam + a * relative + b * live), h, c
+        return factor * (adam + a * relative + b * live), h, c

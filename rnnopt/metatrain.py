@@ -11,9 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +43,13 @@ class MetaTrainSettings:
             always the latter. A rule that has seen one horizon only counts on it.
         tasks_per_meta_step: tasks whose meta-gradients are averaged.
         meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
-        clip: bound on the norm of the meta-gradient (per step and task).
+        clip: bound on the norm of each task's meta-gradient (per step): tasks that a
+            rule ruins have gradients a hundred times as large, and would drown all others.
+        judged: share of the steps whose query loss is taken, drawn for each task, weighted so that
+            the sum stays what it is on average; the last is always among them. 0.5 saves a third
+            of a first-order meta-step.
+        loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
+            1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
         hidden_size: of the rule.
         seed: of everything random.
         validate_every: meta-steps between validations; one more at the end.
@@ -57,6 +63,8 @@ class MetaTrainSettings:
     tasks_per_meta_step: int = 1
     meta_lr: float = 5e-3
     clip: float = 1.0
+    judged: float = 1.0
+    loss_scale: float = 1.0
     hidden_size: int = 8
     seed: int = 0
     validate_every: int = 50
@@ -89,6 +97,10 @@ class MetaTrainSettings:
         for name in ("meta_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
+        if not 0 < self.judged <= 1:
+            raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
+        if not 1 <= self.loss_scale < math.inf:
+            raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
 
 
 @dataclass
@@ -177,72 +189,82 @@ class MetaTraining:
         return self.rule
 
     def _meta_step(self) -> dict[str, Any]:
-        """One step of the meta-optimizer; skipped and counted if anything is not finite."""
+        """One step of the meta-optimizer; a task that is not finite is left out and counted."""
         settings, progress = self.settings, self.progress
         first = progress.meta_step * settings.tasks_per_meta_step
         shared = self.team.share(settings.tasks_per_meta_step)
         results, terms = zip(*(self._term(first + k) for k in shared))
-        meta_loss, steps = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
-        # all that follows, a skip too, depends on pooled values only: everyone decides alike
-        for weight in self.rule.parameters():
-            cast(Tensor, weight.grad).mul_(1 / steps)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.rule.parameters(), settings.clip))
-        meta_loss *= 1 / steps
-        finite = math.isfinite(norm) and math.isfinite(meta_loss)
+        # all that follows depends on pooled values only: everyone decides alike
+        meta_loss, norm, finite = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
         if finite:
             for group in self.meta_optimizer.param_groups:
                 group["lr"] = self._meta_lr()
             self.meta_optimizer.step()
-        else:
-            progress.skipped += 1
+        progress.skipped += settings.tasks_per_meta_step - finite
         progress.meta_step += 1
         return {
             "meta_step": progress.meta_step,
-            "meta_loss": meta_loss if math.isfinite(meta_loss) else None,
+            "meta_loss": meta_loss if finite else None,
             "query_losses": finite_or_none(results[0].query_losses.tolist()),
-            "gradient_norm": norm if math.isfinite(norm) else None,
+            "gradient_norm": norm if finite else None,
             "skipped": progress.skipped,
         }
 
     def _term(self, number: int) -> tuple[Unrolled, Tensor]:
         """Unroll task `number`; what it adds to the sums of the meta-step.
 
-        These are the meta-gradient of all P weights, the meta-loss and the number of steps:
-        (P + 2,), float64, so that their order, which the number of processes decides, is all but
-        lost in rounding to float32.
+        These are its clipped meta-gradient of all P weights, its meta-loss, the norm of its
+        meta-gradient before it was clipped, and 1: all per step and relative to log(ways), the
+        loss of a guess, so that long tasks and those of many classes count like others; or zeros
+        where anything is not finite. (P + 3,), float64, so that their order, which the number of
+        processes decides, is all but lost in rounding to float32.
         """
         self.meta_optimizer.zero_grad()
-        result = self._unroll(number)
+        result, ways = self._unroll(number)
         # a task that doesn't depend on the rule leaves no gradient, which is one of zero
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.rule.parameters()]
-        plain = torch.tensor([result.meta_loss, len(result.query_losses)], dtype=torch.float64)
-        vectors = [*(grad.flatten().double() for grad in grads), plain.to(grads[0].device)]
-        return result, torch.cat(vectors)
+        unit = len(result.query_losses) * math.log(ways)
+        gradient = torch.cat([grad.flatten().double() for grad in grads]) / unit
+        norm, meta_loss = float(gradient.norm()), result.meta_loss / unit
+        if not (math.isfinite(norm) and math.isfinite(meta_loss)):
+            return result, gradient.new_zeros(len(gradient) + 3)
+        gradient *= min(1.0, self.settings.clip / max(norm, 1e-30))
+        return result, torch.cat([gradient, gradient.new_tensor([meta_loss, norm, 1.0])])
 
-    def _take(self, total: Tensor) -> list[float]:
-        """Take the meta-gradient from the sums (see `_term`); the other two."""
+    def _take(self, total: Tensor) -> tuple[float, float, int]:
+        """Take the meta-gradient, a mean over tasks, from the sums (see `_term`).
+
+        Returns:
+            Meta-loss and norm, means as well, and the number of tasks.
+        """
         weights = list(self.rule.parameters())
-        *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 2])
+        *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 3])
+        meta_loss, norm, finite = plain.tolist()
+        tasks = max(finite, 1.0)
         for weight, part in zip(weights, parts):
-            weight.grad = part.view_as(weight).to(weight.dtype)
-        return plain.tolist()
+            weight.grad = (part / tasks).view_as(weight).to(weight.dtype)
+        return meta_loss / tasks, norm / tasks, round(finite)
 
-    def _unroll(self, number: int) -> Unrolled:
-        """Unroll task `number`, adding to the rule's meta-gradient."""
+    def _unroll(self, number: int) -> tuple[Unrolled, int]:
+        """Unroll task `number`, adding to the rule's meta-gradient; its ways as well."""
         settings = self.settings
         task, classifier = self.train.load(number), self.train.classifier_of(number)
         classifier.reset(task.ways, seed=settings.seed + number)
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
-        return unroll(
+        steps = int(generator.integers(shortest, longest + 1))
+        scale = settings.loss_scale ** generator.uniform(-1, 1)
+        support = task.support_loss(classifier)
+        result = unroll(
             classifier.model,
             LearnedOptimizer([param for _, param in classifier.trainable()], self.rule),
-            task.support_loss(classifier),
+            lambda module, step: scale * support(module, step),
             task.query_loss(classifier),
-            settings.unroll.shortened(int(generator.integers(shortest, longest + 1))),
+            _thinned(settings.unroll.shortened(steps), settings.judged, generator),
             seed=number,
         )
+        return result, task.ways
 
     def _meta_lr(self) -> float:
         """From meta_lr to a tenth of it along half a cosine."""
@@ -324,6 +346,17 @@ class MetaTraining:
         if self.team.rank == 0:
             self.folder.log(record)
             report(record)
+
+
+def _thinned(
+    settings: UnrollSettings, share: float, generator: np.random.Generator
+) -> UnrollSettings:
+    """Judge the last step and about `share` of the others, with weights that make up for it."""
+    if share == 1:
+        return settings
+    drawn = generator.random(settings.steps - 1) < share
+    weights = [settings.weight(t) * float(kept) / share for t, kept in enumerate(drawn)]
+    return replace(settings, step_weights=[*weights, settings.weight(settings.steps - 1)])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

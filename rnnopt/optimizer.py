@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 
 from rnnopt.checkpoint import SHIPPED_RULE, load_rule
 from rnnopt.fused import FusedStep, Piece
+from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
 from rnnopt.kernels import fused_step
-from rnnopt.rule import State, UpdateRule, advance, sums_of
+from rnnopt.rule import State, UpdateRule, advance, related, sums_of
 from rnnopt.sharding import add_up, local, local_gradient
 
 
@@ -40,6 +41,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         fused: None takes the kernel where it can; False never; True wants one to be there.
             Parameters that a kernel can't take (another dtype or device than it knows, or memory
             out of order) are stepped plainly beside it.
+        guard: None watches, where the rule knows a careful one, whether the loss climbs by a nat:
+            the step that made it is undone, the careful rule takes over (for the shipped rule: Adam
+            at a scale of its own), and every further time halves the step; see `rnnopt.guard` and
+            `undone`. Costs 2 bytes a coordinate, and one wait for the device a step. The loss is to
+            be a mean in nats. False never; `apply`, and with it the unroll, has no guard.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
@@ -53,6 +59,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     rule: UpdateRule
     state_dtype: torch.dtype | None = None
     fused: bool | None = None
+    guard: bool | None = None
 
     def __init__(
         self,
@@ -63,17 +70,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         state_dtype: torch.dtype | None = None,
         fused: bool | None = None,
+        guard: bool | None = None,
     ) -> None:
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
         self.rule = _resolve_rule(rule)
         self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
         self.fused = fused
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.guard = guard
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "undone": 0, "climbed": 0.0}
+        )
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
             self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
+        self._careful: UpdateRule | None = None
         if fused:
-            self._kernel()
+            self._kernel(self.rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes."""
@@ -94,6 +106,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    @property
+    def undone(self) -> int:
+        """How many steps were undone since they made the loss climb; kept in state_dict."""
+        return max(int(group["undone"]) for group in self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -118,15 +135,38 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.apply(
-            [
-                (group, param, param.grad)
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            ]
-        )
+        work = [
+            (group, param, param.grad)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        if work and self._guards():
+            self._guarded_step(work)
+        else:
+            self.apply(work)
         return loss
+
+    def _guards(self) -> bool:
+        return self.guard is not False and isinstance(self.rule, GuardedRule) and not _is_recorded()
+
+    def _guarded_step(self, work: Work) -> None:
+        _refuse_sparse(work)
+        states = [self._memory(param) for _, param, _ in work]
+        for (_, param, _), state in zip(work, states):
+            if LAST not in state:
+                state.update(init_memory(param))
+        climbed = max(0.0, self.param_groups[0]["climbed"] + rise(work, states))
+        ruined = climbed > MOST_RISE
+        for group in self.param_groups:
+            group["climbed"] = 0.0 if ruined else climbed
+            group["undone"] += ruined
+        if ruined:
+            undo(work, states)
+            return
+        before = [local(param).clone() for _, param, _ in work]
+        self.apply(work)
+        remember(work, [self.state[param] for _, param, _ in work], before)
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
@@ -136,19 +176,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
             work: (param group, parameter, its gradient).
 
         Returns:
-            What the rule knew of each tensor as a whole, see `rnnopt.rule.sums_of`.
+            What the rule knew of each tensor as a whole, see `rnnopt.rule.related`.
 
         Raises:
             TypeError: a gradient is sparse; no parameter has been changed then.
         """
-        for _, param, grad in work:
-            if grad.is_sparse:
-                raise TypeError(
-                    f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
-                    "needs dense gradients; build the embedding with sparse=False"
-                )
-        pieces = [self._piece(*item) for item in work]
-        kernel = self._kernel()
+        _refuse_sparse(work)
+        rule, trust = self._acting()
+        pieces = [self._piece(*item, trust) for item in work]
+        kernel = self._kernel(rule)
         batches: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, piece in enumerate(pieces):
             if kernel is not None and kernel.takes(piece):
@@ -162,43 +198,51 @@ class LearnedOptimizer(torch.optim.Optimizer):
         }
         plain = [i for i in range(len(work)) if i not in sums]
         for i in plain:
-            sums[i] = sums_of(self.rule, pieces[i].param, pieces[i].grad, pieces[i].state)
+            sums[i] = sums_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
         # by whichever way each is stepped here: other processes may choose otherwise
-        known = add_up([sums[i] for i in range(len(work))], [param for _, param, _ in work])
+        known = related(
+            rule,
+            add_up([sums[i] for i in range(len(work))], [param for _, param, _ in work]),
+        )
         for batch, found in measured:
             rows = torch.stack([cast(Tensor, known[i]) for i in batch])
             cast(FusedStep, kernel).take(found, rows)
         for i in plain:
-            self.state[work[i][1]] = self._take_plainly(pieces[i], known[i])
+            self.state[work[i][1]].update(_take_plainly(rule, pieces[i], known[i]))
         return known
 
-    def _take_plainly(self, piece: Piece, sums: Tensor | None) -> State:
-        delta, state = advance(
-            self.rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
-        )
-        piece.param.add_(delta)
-        return state
+    def _acting(self) -> tuple[UpdateRule, float]:
+        """The rule that steps now, and what it is trusted with."""
+        if not self.undone or not isinstance(self.rule, GuardedRule):
+            return self.rule, 1.0
+        if self._careful is None:
+            self._careful = self.rule.careful()
+        return self._careful, 0.5 ** (self.undone - 1)
 
-    def _piece(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Piece:
-        """This process's part of a parameter, as a step sees it."""
+    def _memory(self, param: Tensor) -> State:
+        """A parameter's memory, made if there is none."""
         if not self.state[param]:
             with torch.inference_mode(False):  # or no later step outside could write to it
                 self.state[param] = self.init_state(param)
+        memory: State = self.state[param]
+        return memory
+
+    def _piece(self, group: dict[str, Any], param: Tensor, grad: Tensor, trust: float) -> Piece:
+        """This process's part of a parameter, as a step sees it."""
         return Piece(
-            local(param), local_gradient(grad, param), self.state[param], group["lr"],
+            local(param), local_gradient(grad, param), self._memory(param), trust * group["lr"],
             group["weight_decay"],
         )  # fmt: skip
 
-    def _kernel(self) -> FusedStep | None:
-        """The fast path, if there is one and it is wanted."""
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    def _kernel(self, rule: UpdateRule) -> FusedStep | None:
+        """The fast path of a rule, if there is one and it is wanted."""
         # a graph that is replayed or compiled would hold on to the tables of this step
-        if self.fused is False or capturing or torch.compiler.is_compiling():
+        if self.fused is False or _is_recorded():
             return None
-        kernel = fused_step(self.rule)
+        kernel = fused_step(rule)
         if self.fused and kernel is None:
             raise RuntimeError(
-                f"fused=True, but there is no kernel for {type(self.rule).__name__} here: it takes "
+                f"fused=True, but there is no kernel for {type(rule).__name__} here: it takes "
                 "a CoordinateLSTM with float32 weights, on the CPU and a C compiler, or on a GPU "
                 "and Triton"
             )
@@ -232,8 +276,31 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
-        kept = ("rule", "state_dtype", "fused")
+        kept = ("rule", "state_dtype", "fused", "guard", "_careful")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+
+def _is_recorded() -> bool:
+    """Whether this step is being captured or compiled, to be run again."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return capturing or torch.compiler.is_compiling()
+
+
+def _refuse_sparse(work: Work) -> None:
+    for _, param, grad in work:
+        if grad.is_sparse:
+            raise TypeError(
+                f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
+                "needs dense gradients; build the embedding with sparse=False"
+            )
+
+
+def _take_plainly(rule: UpdateRule, piece: Piece, sums: Tensor | None) -> State:
+    delta, state = advance(
+        rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
+    )
+    piece.param.add_(delta)
+    return state
 
 
 def _first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
@@ -271,6 +338,8 @@ def _checked_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> torch.d
 def _matching_memory(optimizer: LearnedOptimizer, param: Tensor, saved: State) -> State:
     """The saved memory on the parameter's device, if it is this rule's for this parameter."""
     expected = {name: tuple(leaf.shape) for name, leaf in optimizer.init_state(param).items()}
+    if LAST in saved:
+        expected |= {name: tuple(leaf.shape) for name, leaf in init_memory(param).items()}
     found = {name: tuple(leaf.shape) for name, leaf in saved.items()}
     if expected != found:
         raise ValueError(

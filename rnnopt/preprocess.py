@@ -7,25 +7,57 @@ none needs a value on the host, so nothing waits for a GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 COORDINATE_FEATURES = 5
-SUMS = 6
-CONTEXT_FEATURES = 7
+SUMS = 7
+CONTEXT_FEATURES = 12
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
 _GRAD_FLOOR = 1e-10
 _PARAM_FLOOR = 1e-3  # a zero tensor (fresh LoRA factor, bias) must differ from a trained one
 RATIO_FLOOR = 1e-3  # of one gradient coordinate to its tensor's RMS
 _CONTEXT_PARAM_FLOOR = 1e-4  # of a parameter's RMS where its logarithm is taken
-_RATIO_BOUND = 5.0  # on the logarithm of the gradient's RMS against its peak
+_RATIO_BOUND = 5.0  # on the logarithm of a gradient's size against its peak
+_SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model's largest
+# How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
+# much, as Adam does, 1 in proportion to its gradient, as SGD does.
+BALANCE = 0.75
+# In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
+# to next to nothing, from a step without bound.
+_DECREASE_FLOOR = 2.0
 
 # Typical value and spread of each context feature on Hugging Face encoders, for inputs near
-# [-2, 2]; the features are log RMS of the parameter, log RMS of the gradient, log of its ratio to
-# the largest one before, cos(memory, gradient), log N, 1 / step, log step.
-_CONTEXT_SHIFT = (-3.0, -7.0, 0.0, 0.0, 9.0, 0.0, 2.0)
-_CONTEXT_SCALE = (2.0, 3.0, 1.0, 1.0, 3.0, 1.0, 1.5)
+# [-2, 2]. Of the tensor: log RMS of the parameter, log RMS of the gradient, log of its ratio to the
+# largest one before, cos(memory, gradient), log N, 1 / step, log step. Of it in the model: log RMS
+# of the gradient against the largest tensor's. Of the model: log of the decrease that a unit step
+# promises (see `step_scale`) against the largest before, cos(memory, gradient), log N, log of the
+# decrease.
+_CONTEXT_SHIFT = (-3.0, -7.0, 0.0, 0.0, 9.0, 0.0, 2.0, -2.0, 0.0, 0.0, 12.0, 3.0)
+_CONTEXT_SCALE = (2.0, 3.0, 1.0, 1.0, 3.0, 1.0, 1.5, 2.0, 1.0, 1.0, 4.0, 2.0)
+
+
+class Peaks(NamedTuple):
+    """The largest values of earlier steps, (...) each, one for each tensor; 0 at the first.
+
+    Attributes:
+        tensor_peak: of the RMS of the tensor's gradient.
+        model_peak: of the largest RMS of a tensor's gradient in the model.
+        decrease_peak: of the promised decrease, see `model_sums`.
+    """
+
+    tensor_peak: Tensor
+    model_peak: Tensor
+    decrease_peak: Tensor
+
+    def after(self, sums: Tensor) -> Peaks:
+        """Those after a step with these `model_sums`, (..., 13)."""
+        rms, _ = root_mean_squares(sums)
+        now = (rms, sums[..., SUMS], sums[..., SUMS + 1])
+        return Peaks(*(torch.maximum(old, new) for old, new in zip(self, now)))
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
@@ -40,7 +72,7 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
         param: (N,).
 
     Returns:
-        (6,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g.
+        (7,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|.
     """
     one = torch.ones((), dtype=param.dtype, device=param.device)
     return torch.stack(
@@ -51,18 +83,60 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
             torch.count_nonzero(grad).to(param.dtype),
             (memory * memory).sum(),
             (memory * grad).sum(),
+            grad.abs().sum(),
         ]
     )
 
 
+def model_sums(sums: Tensor) -> Tensor:
+    """Tell each tensor what those that are stepped together amount to.
+
+    Args:
+        sums: what `tensor_sums` returned for each of P tensors, (P, 7).
+
+    Returns:
+        (P, 13): beside the seven of the tensor, the same in every row: the largest RMS of a
+        tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
+        (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; and over all
+        coordinates N, sum of g^2, of m^2, of m g.
+    """
+    rms, _ = root_mean_squares(sums)
+    largest = rms.amax()
+    decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
+    size, _, grad_square, _, memory_square, product, _ = sums.sum(dim=0).unbind()
+    shared = torch.stack([largest, decrease, size, grad_square, memory_square, product])
+    return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
+
+
+def step_scale(sums: Tensor, peaks: Peaks) -> Tensor:
+    """How far a coordinate of each tensor moves for each nat that the first step is to bring.
+
+    A model whose gradient is large in many coordinates promises a nat at a small step, a head
+    alone at a large one. The largest gradients so far are the measure, so that a model that has
+    been fitted, whose gradients vanish, comes to rest::
+
+        scale = (RMS(g) / largest RMS so far)^BALANCE / (floor + largest decrease so far)
+
+    Args:
+        sums: what `model_sums` returned, (..., 13).
+        peaks: before this step.
+
+    Returns:
+        (...).
+    """
+    rms, _ = root_mean_squares(sums)
+    peaks = peaks.after(sums)
+    return (rms / peaks.model_peak) ** BALANCE / (_DECREASE_FLOOR + peaks.decrease_peak)
+
+
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS of the gradient and of the parameter, each (...) for sums (..., 6).
+    """RMS of the gradient and of the parameter, each (...) for sums (..., 7 or more).
 
     The gradient's is taken over coordinates whose gradient is not zero: most rows of an embedding
     get none at all, and counting them would make the same gradient look larger the larger the
     vocabulary.
     """
-    size, param_square, grad_square, touched, _, _ = sums.unbind(-1)
+    size, param_square, grad_square, touched = sums[..., :4].unbind(-1)
     return (
         torch.sqrt(grad_square / touched.clamp(min=1) + _GRAD_FLOOR**2),
         torch.sqrt(param_square / size + _PARAM_FLOOR**2),
@@ -93,38 +167,55 @@ def coordinate_features(
     )
 
 
-def tensor_context(sums: Tensor, grad_rms: Tensor, peak: Tensor, step: Tensor) -> Tensor:
-    """What the rule knows of a tensor as a whole.
+def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
+    """What the rule knows of a tensor as a whole, and of its model.
 
-    The RMS of the parameter tells a fresh head or a zero LoRA factor from a pretrained matrix.
-    The gradient's RMS against its peak tells how far adaptation has come, or that it went wrong;
-    its cosine with the memory tells a step that overshoots.
+    The RMS of the parameter tells a fresh head or a zero LoRA factor from a pretrained matrix; the
+    gradient's share and the size of all that trains tell what kind of training this is. A
+    gradient's size against its peak tells how far adaptation has come, or that it went wrong; its
+    cosine with the memory tells a step that overshoots.
 
     Args:
-        sums: what `tensor_sums` returned, (..., 6); the leading dimensions, if any, are tensors.
-        grad_rms: what `root_mean_squares` returned, (...).
-        peak: the largest grad_rms of earlier steps, (...); 0 at the first.
+        sums: what `model_sums` returned, (..., 13); the leading dimensions, if any, are tensors.
+        peaks: before this step.
         step: (...), 1 at the first step.
 
     Returns:
         (..., C), standardised.
     """
-    size, param_square, grad_square, _, memory_square, product = sums.unbind(-1)
-    memory_rms = torch.sqrt(memory_square / size + _GRAD_FLOOR**2)
-    whole_rms = torch.sqrt(grad_square / size + _GRAD_FLOOR**2)
-    ratio = torch.where(peak > 0, torch.log(grad_rms / peak.clamp(min=_GRAD_FLOOR)), 0)
+    size, param_square, grad_square, _, memory_square, product, _ = sums[..., :SUMS].unbind(-1)
+    largest, decrease, model_size, *model = sums[..., SUMS:].unbind(-1)
+    grad_rms, _ = root_mean_squares(sums)
+    share = torch.log(grad_rms / largest)
     step = step.to(sums.dtype)
     raw = (
         torch.log(param_square / size + _CONTEXT_PARAM_FLOOR**2) / 2,
         torch.log(grad_rms),
-        ratio.clamp(-_RATIO_BOUND, _RATIO_BOUND),
-        product / size / (memory_rms * whole_rms),
+        _log_ratio(grad_rms, peaks.tensor_peak),
+        _cosine(size, grad_square, memory_square, product),
         torch.log(size),
         1 / step,
         torch.log(step),
+        share.clamp(min=-_SHARE_BOUND),
+        _log_ratio(decrease, peaks.decrease_peak),
+        _cosine(model_size, *model),
+        torch.log(model_size),
+        torch.log(_DECREASE_FLOOR + decrease),
     )
     # scalar by scalar: a tensor of the constants would be copied to the device, and waited for
     return torch.stack(
         [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)],
         dim=-1,
     )
+
+
+def _log_ratio(value: Tensor, peak: Tensor) -> Tensor:
+    """Of a size to the largest before; 0 where there was none."""
+    ratio = torch.log((value + _GRAD_FLOOR) / peak.clamp(min=_GRAD_FLOOR))
+    return torch.where(peak > 0, ratio, 0).clamp(-_RATIO_BOUND, _RATIO_BOUND)
+
+
+def _cosine(size: Tensor, grad_square: Tensor, memory_square: Tensor, product: Tensor) -> Tensor:
+    """Between gradient and memory; 0 where either is."""
+    rms = [torch.sqrt(square / size + _GRAD_FLOOR**2) for square in (grad_square, memory_square)]
+    return product / size / (rms[0] * rms[1])

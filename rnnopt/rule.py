@@ -11,7 +11,8 @@ Sign: an update is *added* to the parameter.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class UpdateRule(Protocol):
     """The pure function ``(gradient, state, parameter) -> (update, state)``.
 
     A rule writes to none of its inputs. What it computes for one tensor depends on that tensor
-    alone, so the way tensors are grouped changes nothing.
+    alone, but for what `TensorWideRule.related` tells it of the others.
 
     Attributes:
         step_size: what a classical optimizer calls its learning rate; the unit in which decoupled
@@ -56,14 +57,25 @@ class TensorWideRule(UpdateRule, Protocol):
     """A rule in which coordinates of one tensor feel one another, but only through sums.
 
     Where a caller holds a piece of the tensor only (a shard, a sample of the coordinates), it
-    passes the sums of the whole. A rule without `sums` is taken to treat each coordinate by
-    itself.
+    passes the sums of the whole. Tensors that are stepped together may feel one another as well,
+    through `related`. A rule without `sums` is taken to treat each coordinate by itself.
     """
 
     def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """Sums over this piece, (M,): those of all pieces add up to the tensor's.
 
         Arguments as in `__call__`.
+        """
+        ...
+
+    def related(self, sums: Tensor) -> Tensor:
+        """What each tensor is told, of itself and of those that are stepped together with it.
+
+        Args:
+            sums: of P whole tensors, (P, M).
+
+        Returns:
+            (P, K), a row for each; the sums themselves where tensors do not feel one another.
         """
         ...
 
@@ -76,7 +88,8 @@ class TensorWideRule(UpdateRule, Protocol):
             grad: finite gradient, (N,).
             state: what `init_state` or the previous step returned.
             param: the parameter's value, (N,).
-            sums: of the whole tensor, (M,); None if what is given is the whole tensor.
+            sums: this tensor's row of `related`, (K,); None if what is given is the whole tensor,
+                and no other is stepped.
         """
         ...
 
@@ -104,7 +117,7 @@ def advance(
         state: the rule's memory for this tensor.
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
-        sums: for a `TensorWideRule` that is given a piece of a tensor, see `sums_of`.
+        sums: for a `TensorWideRule` what `related` tells this tensor; None if it is alone.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.
@@ -125,8 +138,25 @@ def advance(
     return delta.reshape(param.shape), new_state
 
 
+def related(rule: UpdateRule, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What `advance` wants for each of the tensors that are stepped together.
+
+    Args:
+        rule: the rule.
+        sums: what `sums_of` returned for each, added up over its pieces.
+
+    Returns:
+        (K,) for each, on the device of its sums; None where the rule needs none.
+    """
+    if not isinstance(rule, TensorWideRule) or not sums:
+        return list(sums)
+    rows = [cast(Tensor, row) for row in sums]
+    told = rule.related(torch.stack([row.to(rows[0]) for row in rows]))
+    return [new.to(row) for row, new in zip(rows, told)]
+
+
 def sums_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
-    """The sums that `advance` wants for a piece of this parameter; None if the rule needs none."""
+    """The sums over a piece of this parameter; None if the rule needs none."""
     if not isinstance(rule, TensorWideRule):
         return None
     flat_grad = grad.reshape(-1)

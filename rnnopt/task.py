@@ -5,6 +5,7 @@ Shapes: B texts, S tokens, C ways.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt.episodes import EpisodeSampler
+from rnnopt.errors import InputError
 from rnnopt.text import Classifier
 from rnnopt.tokens import Batch
 from rnnopt.unroll import LossFunction
@@ -24,6 +26,8 @@ from rnnopt.unroll import LossFunction
 DIVERGED_LOSS = 1e3
 # Tells the draw of a task's classifier from that of its episode.
 _CLASSIFIER_STREAM = 1
+# Tells the draw of its batch size from both.
+_BATCH_STREAM = 2
 # Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
 PIECE = 16
 
@@ -80,15 +84,21 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Task:
-    """One episode, ready for a classifier."""
+    """One episode, ready for a classifier.
 
-    support: LabelledTexts
+    Attributes:
+        support: the support set in minibatches, which the steps of adaptation take in turn.
+        query: the query set.
+        ways: classes.
+    """
+
+    support: tuple[LabelledTexts, ...]
     query: LabelledTexts
     ways: int
 
     def support_loss(self, classifier: Classifier) -> LossFunction:
         """The loss that adaptation descends."""
-        return lambda module, step: self.support.loss(classifier, module)
+        return lambda module, step: self.support[step % len(self.support)].loss(classifier, module)
 
     def query_loss(self, classifier: Classifier) -> LossFunction:
         """The loss that judges it."""
@@ -102,15 +112,24 @@ class TaskSource:
         sampler: draws the episodes.
         classifiers: what the tasks adapt; of several each task draws one, uniformly. One may stand
             there more than once, to be drawn more often.
+        batch_sizes: texts of the support set to a minibatch, at most; of several each task draws
+            one. None takes all at once.
 
     Attributes:
         classifier: the first of them.
     """
 
     def __init__(
-        self, sampler: EpisodeSampler, classifiers: Classifier | Sequence[Classifier]
+        self,
+        sampler: EpisodeSampler,
+        classifiers: Classifier | Sequence[Classifier],
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
+        for size in batch_sizes or ():
+            if size < 1:
+                raise InputError(f"batch size {size} (--batch-size): must be at least 1")
         self.sampler = sampler
+        self._batch_sizes = None if batch_sizes is None else tuple(map(int, batch_sizes))
         self._classifiers = (
             [classifiers] if isinstance(classifiers, Classifier) else list(classifiers)
         )
@@ -126,14 +145,27 @@ class TaskSource:
         episode = self.sampler.sample(index)
         classifier = self.classifier_of(index)
         texts = self.sampler.corpus.texts
-        support, query = (
-            LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
-            for rows, labels in (
-                (episode.support, episode.support_labels),
-                (episode.query, episode.query_labels),
-            )
+
+        def read(rows: np.ndarray, labels: np.ndarray) -> LabelledTexts:
+            return LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
+
+        pieces = self._pieces(index, len(episode.support))
+        support = zip(  # shuffled already, so that any division is random
+            np.array_split(episode.support, pieces), np.array_split(episode.support_labels, pieces)
         )
-        return Task(support, query, len(episode.classes))
+        return Task(
+            tuple(read(*batch) for batch in support),
+            read(episode.query, episode.query_labels),
+            len(episode.classes),
+        )
+
+    def _pieces(self, index: int, texts: int) -> int:
+        """How many minibatches the support set of task number `index` is divided into."""
+        if self._batch_sizes is None:
+            return 1
+        generator = np.random.default_rng([self.sampler.seed, index, _BATCH_STREAM])
+        size = self._batch_sizes[generator.integers(len(self._batch_sizes))]
+        return math.ceil(texts / size)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class Unrolled:
 
     Attributes:
         support_losses: (T,) before each step, nats per example.
-        query_losses: (T,) after each step; NaN where query_weight is 0.
+        query_losses: (T,) after each step; NaN where query_weight is 0, and in first order where
+            the step's weight is.
         meta_loss: the weighted sum that was differentiated.
     """
 
@@ -239,9 +240,10 @@ def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOp
         fused=optimizer.fused,
     )
     for param in tensors:
-        known = optimizer.state.get(param)
-        copied = {name: leaf.clone() for name, leaf in known.items()} if known else None
-        runner.state[param] = copied or runner.init_state(param)
+        memory = runner.init_state(param)
+        known = optimizer.state.get(param) or {}
+        # what the guard keeps beside it is no part of the rule
+        runner.state[param] = {name: known.get(name, leaf).clone() for name, leaf in memory.items()}
     return runner
 
 
@@ -271,6 +273,8 @@ def _judge(
     settings: UnrollSettings,
     t: int,
 ) -> _Judgement:
+    if not settings.weight(t):
+        return _Judgement(0.0, torch.tensor(float("nan")), [None] * len(tensors))
     term, query = _meta_term(model, support_loss, query_loss, settings, t)
     slopes = torch.autograd.grad(term, tensors, allow_unused=True)
     return _Judgement(float(term.detach()), query, list(slopes))

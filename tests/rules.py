@@ -8,7 +8,7 @@ from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, UpdateRule
 
 
 def random_lstm(
-    dtype: torch.dtype = torch.float32, seed: int = 0, **options: int
+    dtype: torch.dtype = torch.float32, seed: int = 0, **options: float
 ) -> CoordinateLSTM:
     """A rule with every weight away from zero, output included, so that each of them matters."""
     with torch.random.fork_rng():

@@ -15,7 +15,7 @@ from rules import random_lstm
 from test_fused import assert_same, params_of, twins, walk
 
 from rnnopt import LearnedOptimizer, fused, kernels, optimizer
-from rnnopt.preprocess import tensor_sums
+from rnnopt.preprocess import Peaks, tensor_sums
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,7 +73,7 @@ def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, st
     moved = [(p - q).abs().max() for p, q in zip(params_of(plain), start) if p.numel()]
     assert min(moved) > 3e-5 * steps
     for one, other in zip(params_of(ours)[:2], params_of(plain)[:2]):
-        for name in ("m", "v", "step", "peak"):
+        for name in ("m", "v", "step", *Peaks._fields):
             torch.testing.assert_close(
                 ours.state[one][name], plain.state[other][name], rtol=1e-4, atol=1e-9
             )

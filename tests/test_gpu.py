@@ -9,6 +9,7 @@ from torch import nn
 
 from rnnopt import LearnedOptimizer
 from rnnopt.cli import main
+from rnnopt.preprocess import Peaks
 from rnnopt.unroll import UnrollSettings, unroll
 
 pytestmark = [
@@ -94,7 +95,7 @@ def test_20_steps_of_the_kernel_are_those_of_the_plain_rule(hidden_size, options
     walk((fused, plain), spoil=spoil)
     for ours, theirs in zip(params_of(fused), params_of(plain)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-        for name in ("m", "v", "step", "peak"):
+        for name in ("m", "v", "step", *Peaks._fields):
             one, other = fused.state[ours][name], plain.state[theirs][name]
             if ours.numel():
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)

@@ -13,19 +13,29 @@ from rnnopt.rule import advance
 
 @settings(max_examples=20, deadline=None)
 @given(hidden_size=st.integers(1, 12), seed=st.integers(0, 99))
-def test_zero_output_is_torch_adam_over_20_steps(hidden_size, seed):
+def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
+    """reach (RMS / largest RMS so far)^0.75 / (2 + largest promise so far), worked out here."""
     generator = torch.Generator().manual_seed(seed)
-    rule = random_lstm(hidden_size=hidden_size)
+    rule = random_lstm(hidden_size=hidden_size, reach=0.01)
     rule.zero_output()
-    ours = torch.randn(3, 4, generator=generator).requires_grad_()
-    twin = ours.detach().clone().requires_grad_()
-    optimizer, reference = LearnedOptimizer([ours], rule), torch.optim.Adam([twin], lr=1e-3)
-    for _ in range(20):
-        ours.grad = torch.randn(3, 4, generator=generator)
-        twin.grad = ours.grad.clone()
+    ours = [torch.randn(3, 4, generator=generator), torch.randn(50, generator=generator)]
+    twins = [param.clone().requires_grad_() for param in ours]
+    optimizer = LearnedOptimizer([param.requires_grad_() for param in ours], rule)
+    reference = torch.optim.Adam([{"params": [twin]} for twin in twins])
+    largest, most = 0.0, 0.0
+    for step in range(20):
+        for size, param, twin in zip((5.0, 0.3 + step), ours, twins):
+            param.grad = size * torch.randn(param.shape, generator=generator)
+            twin.grad = param.grad.clone()
+        sizes = [float(twin.grad.square().mean().sqrt()) for twin in twins]
+        shares = [(size / max(sizes)) ** 0.75 for size in sizes]
+        promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
+        largest, most = max(largest, *sizes), max(most, promised)
+        for group, size in zip(reference.param_groups, sizes):
+            group["lr"] = 0.01 * (size / largest) ** 0.75 / (2 + most)
         optimizer.step()
         reference.step()
-    torch.testing.assert_close(ours, twin, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
 
 
 def test_a_new_rule_is_adam():
@@ -83,7 +93,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(scale=st.sampled_from([0.1, 10.0, 1e3]), seed=st.integers(0, 9))
-def test_without_context_the_scale_of_the_loss_does_not_matter(scale, seed):
+def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale, seed):
     rule = random_lstm()
     with torch.no_grad():
         rule.context_weight.zero_()  # the context does know the gradient's RMS
@@ -91,7 +101,8 @@ def test_without_context_the_scale_of_the_loss_does_not_matter(scale, seed):
     param, grad = (torch.randn(20, generator=generator) for _ in range(2))
     plain, _ = advance(rule, param, grad, rule.init_state(param), 1.0, 0.0)
     scaled, _ = advance(rule, param, grad * scale, rule.init_state(param), 1.0, 0.0)
-    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-7)
+    nat = [2 + float(size.abs().sum()) for size in (grad, grad * scale)]
+    torch.testing.assert_close(scaled * nat[1], plain * nat[0], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 3e38])
@@ -118,7 +129,7 @@ def test_every_weight_of_the_rule_has_a_say():
     ("options", "message"),
     [
         ({"hidden_size": 0}, "hidden_size=0: must lie between 1 and 1024"),
-        ({"step_size": 0.0}, "step_size=0.0: must be positive and finite"),
+        ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )

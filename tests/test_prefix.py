@@ -124,7 +124,7 @@ def test_adaptation_is_the_same(
         classifier.reset(3, seed=1)
         optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], SGD(0.1))
         texts = read(classifier, cached)
-        done = adapt_and_judge(classifier, optimizer, Task(texts, texts, 3), (4,))
+        done = adapt_and_judge(classifier, optimizer, Task((texts,), texts, 3), (4,))
         reached.append([p.detach().clone() for _, p in classifier.trainable()])
         reached[-1].append(torch.tensor(done.scores[4].loss))
     assert_same(*reached)
@@ -173,7 +173,7 @@ def test_what_is_kept_outlives_a_reset(folders: dict[str, Path]) -> None:
     classifier = load(folders["bert"], tune="lora", top_layers=1)
     texts = read(classifier)
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], SGD(1.0))
-    adapt_and_judge(classifier, optimizer, Task(texts, texts, 3), (3,))
+    adapt_and_judge(classifier, optimizer, Task((texts,), texts, 3), (3,))
     classifier.reset(5, seed=2)
     assert_same(gradients(classifier, texts), gradients(classifier, read(classifier, False)))
 
@@ -314,7 +314,7 @@ def test_meta_gradients_are_the_same(
     for cached in (True, False):
         rule = random_lstm()
         optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], rule, lr=0.1)
-        task = Task(read(classifier, cached), read(classifier, cached), 3)
+        task = Task((read(classifier, cached),), read(classifier, cached), 3)
         unroll(
             classifier.model,
             optimizer,
@@ -401,7 +401,7 @@ def test_bfloat16_tracks_float32_and_leaves_parameters_alone(
         loss, *grads = gradients(classifier, texts)
         assert {tensor.dtype for tensor in (loss, *grads, *params)} == {torch.float32}
         done = adapt_and_judge(
-            classifier, LearnedOptimizer(params, SGD(0.3)), Task(texts, texts, 3), (5,)
+            classifier, LearnedOptimizer(params, SGD(0.3)), Task((texts,), texts, 3), (5,)
         )
         reached.append(torch.tensor([float(loss.detach()), done.scores[5].loss]))
     assert torch.allclose(*reached, atol=0.02)
@@ -412,7 +412,7 @@ def test_bfloat16_works_at_second_order(folders: dict[str, Path]) -> None:
     classifier = load(folders["bert"], tune="head", precision="bf16", double_backward=True)
     rule = random_lstm()
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], rule, lr=0.1)
-    loss = Task(read(classifier), read(classifier), 3).support_loss(classifier)
+    loss = Task((read(classifier),), read(classifier), 3).support_loss(classifier)
     unroll(classifier.model, optimizer, loss, loss, UnrollSettings(steps=2, order=2))
     assert all(weight.grad.isfinite().all() for weight in rule.parameters())
 

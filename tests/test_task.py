@@ -27,7 +27,7 @@ def task(classifier, csv_file):
 
 
 def test_a_task_holds_its_episode(task):
-    assert (task.support.count, task.query.count, task.ways) == (12, 20, 4)
+    assert (task.support[0].count, task.query.count, task.ways) == (12, 20, 4)
 
 
 def test_each_task_draws_its_classifier_the_same_one_at_every_call(encoder, csv_file):
@@ -64,10 +64,10 @@ def test_adaptation_is_scored_at_each_budget_and_timed(classifier, task):
 
 
 def test_adaptation_lowers_the_support_loss(classifier, task):
-    before = judge(classifier, task.support).loss
+    before = judge(classifier, task.support[0]).loss
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], Adam(1e-3))
     adapt_and_judge(classifier, optimizer, task, (10,))
-    assert judge(classifier, task.support).loss < before
+    assert judge(classifier, task.support[0]).loss < before
 
 
 def test_a_diverged_model_has_a_finite_score(classifier, task):
