@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.kinds import tensor_kinds
 from rnnopt.text import Classifier
 
-# (classifier at its starting values, learning rate, steps of the run) -> optimizer of what trains
-Build = Callable[[Classifier, float, int], torch.optim.Optimizer]
+# (classifier at its starting values, what of it is stepped, by name, learning rate, steps of the
+# run) -> optimizer
+Params = Mapping[str, nn.Parameter]
+Build = Callable[[Classifier, Params, float, int], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,19 @@ class Together(torch.optim.Optimizer):
             part.step()
 
 
-def _params(classifier: Classifier) -> list[Tensor]:
-    return [param for _, param in classifier.trainable()]
+def _adamw(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params.values(), lr=lr)
 
 
-def _adamw(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_params(classifier), lr=lr)
+def _sgd(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params.values(), lr=lr, momentum=0.9)
 
 
-def _sgd(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
-    return torch.optim.SGD(_params(classifier), lr=lr, momentum=0.9)
-
-
-def _adamw_default(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _adamw_default(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
     """What `transformers.Trainer` does if it is told nothing: linear decay to 0, no warm-up."""
-    optimizer = torch.optim.AdamW(_params(classifier), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
     )
@@ -83,28 +83,30 @@ def _adamw_default(classifier: Classifier, lr: float, steps: int) -> torch.optim
     return optimizer
 
 
-def _muon(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _muon(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     """Muon at AdamW's scale, so that one rate serves both parts (Liu et al. 2025,
     arXiv:2502.16982, section 2.2).
     """
     return _muon_and_adamw(
-        classifier, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
+        classifier, params, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
     )
 
 
-def _muon_default(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _muon_default(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
     """The example in the documentation of `torch.optim.Muon`."""
-    return _muon_and_adamw(classifier, {"lr": lr, "momentum": 0.95}, 3e-4)
+    return _muon_and_adamw(classifier, params, {"lr": lr, "momentum": 0.95}, 3e-4)
 
 
 def _muon_and_adamw(
-    classifier: Classifier, options: dict[str, Any], adamw_lr: float
+    classifier: Classifier, params: Params, options: dict[str, Any], adamw_lr: float
 ) -> torch.optim.Optimizer:
     """Muon on matrices, AdamW on the rest and on embeddings, as torch's documentation has it."""
     kinds = tensor_kinds(classifier)
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
-    for name, param in classifier.trainable():
+    for name, param in params.items():
         matrix = param.dim() == 2 and kinds[name] != "embedding"
         (matrices if matrix else rest).append(param)
     parts: list[torch.optim.Optimizer] = []
@@ -115,24 +117,30 @@ def _muon_and_adamw(
     return Together(parts)
 
 
-def _prodigy(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _prodigy(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    return Prodigy(_params(classifier), lr=lr)
+    return Prodigy(params.values(), lr=lr)
 
 
-def _schedule_free(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _schedule_free(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
-    optimizer = AdamWScheduleFree(_params(classifier), lr=lr)
+    optimizer = AdamWScheduleFree(params.values(), lr=lr)
     optimizer.train()
     return optimizer
 
 
-def _d_adaptation(classifier: Classifier, lr: float, steps: int) -> torch.optim.Optimizer:
+def _d_adaptation(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
     from dadaptation import DAdaptAdam
 
-    return DAdaptAdam(_params(classifier), lr=lr)
+    return DAdaptAdam(params.values(), lr=lr)
 
 
 # Half-decades from too small to too large for every kind of parameters that rnnopt tunes: all

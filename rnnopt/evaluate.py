@@ -251,8 +251,15 @@ class Comparison:
 
         def adapt(run: str, budgets: Sequence[int]) -> Adaptation:
             steps = max(budgets)
-            build = lambda: baseline.build(self.classifier, lr, steps)  # noqa: E731
-            return self._adapt(run, number, source, budgets, build)
+            return self._adapt(
+                run,
+                number,
+                source,
+                budgets,
+                lambda: baseline.build(
+                    self.classifier, dict(self.classifier.trainable()), lr, steps
+                ),
+            )
 
         if not baseline.scheduled:
             return adapt(run, budgets)

@@ -54,7 +54,12 @@ def test_every_baseline_moves_every_tensor_that_has_a_gradient(name, classifier,
     classifier.reset(3, seed=0)
     before = values(classifier)
     baseline = BASELINES[name]
-    after = run(classifier, task, baseline.build(classifier, baseline.grid[0], 5), 5)
+    after = run(
+        classifier,
+        task,
+        baseline.build(classifier, dict(classifier.trainable()), baseline.grid[0], 5),
+        5,
+    )
     for key, value in after.items():
         gradient = classifier.model.get_parameter(key).grad
         assert torch.isfinite(value).all()
@@ -68,7 +73,14 @@ def test_a_run_is_a_function_of_its_start(name, classifier, task):
     for _ in range(2):
         classifier.reset(3, seed=0)
         baseline = BASELINES[name]
-        runs.append(run(classifier, task, baseline.build(classifier, baseline.grid[0], 3), 3))
+        runs.append(
+            run(
+                classifier,
+                task,
+                baseline.build(classifier, dict(classifier.trainable()), baseline.grid[0], 3),
+                3,
+            )
+        )
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
@@ -87,7 +99,9 @@ def test_what_is_tuned_has_five_rates_or_more_and_the_rest_one():
 def test_the_usual_adamw_decays_linearly_over_the_steps_of_its_run(steps, classifier):
     """As transformers' linear schedule: step k of T has (1 - (k - 1) / T) of the first's rate."""
     classifier.reset(3, seed=0)
-    optimizer = BASELINES["adamw-default"].build(classifier, 5e-5, steps)
+    optimizer = BASELINES["adamw-default"].build(
+        classifier, dict(classifier.trainable()), 5e-5, steps
+    )
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -101,7 +115,7 @@ def test_the_usual_adamw_decays_linearly_over_the_steps_of_its_run(steps, classi
 @pytest.mark.parametrize("name", ["muon", "muon-default"])
 def test_muon_takes_matrices_and_adamw_embeddings_and_the_rest(name, classifier):
     classifier.reset(3, seed=0)
-    muon, adamw = BASELINES[name].build(classifier, 0.02, 5).parts
+    muon, adamw = BASELINES[name].build(classifier, dict(classifier.trainable()), 0.02, 5).parts
     kinds = tensor_kinds(classifier)
     owners = {
         id(param): part
@@ -121,7 +135,7 @@ def test_tuned_muon_steps_as_large_as_adamw(classifier):
     """0.2 of the rate, RMS, for a gradient of full rank: what Liu et al. see AdamW do."""
     classifier.reset(3, seed=0)
     before = values(classifier)
-    optimizer = BASELINES["muon"].build(classifier, 1e-2, 1)
+    optimizer = BASELINES["muon"].build(classifier, dict(classifier.trainable()), 1e-2, 1)
     for _, param in classifier.trainable():
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -137,11 +151,13 @@ def test_schedule_free_is_judged_at_its_average_and_descends_from_the_other_poin
     """The reference steps without ever being judged; its `eval` point makes the score."""
     build, lr = BASELINES["schedulefree"].build, 0.03
     classifier.reset(3, seed=0)
-    done = adapt_and_judge(classifier, build(classifier, lr, 3), task, (1, 2, 3))
+    done = adapt_and_judge(
+        classifier, build(classifier, dict(classifier.trainable()), lr, 3), task, (1, 2, 3)
+    )
     here = values(classifier)
 
     classifier.reset(3, seed=0)
-    optimizer = build(classifier, lr, 3)
+    optimizer = build(classifier, dict(classifier.trainable()), lr, 3)
     for _ in range(3):
         optimizer.zero_grad()
         task.support_loss(classifier)(classifier.model, 0).backward()
