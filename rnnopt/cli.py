@@ -1,4 +1,4 @@
-"""The `rnnopt` command: meta-train, adapt, compare, demo."""
+"""The `rnnopt` command: meta-train, adapt, compare, inspect, demo."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def _compare(options: argparse.Namespace) -> None:
     compare(options)
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from rnnopt.inspect_command import inspect
+
+    inspect(options)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from rnnopt.demo import demo
 
@@ -85,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_meta_train(commands)
     _add_adapt(commands)
     _add_compare(commands)
+    _add_inspect(commands)
     demo = commands.add_parser(
         "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 4 minutes"
     )
@@ -231,7 +238,35 @@ def _add_compare(commands: Any) -> None:
         metavar="E",
         help="validation episodes for each learning rate [10]",
     )
-    parser.add_argument("--baselines", default="adamw,sgd", help="[adamw,sgd]")
+    parser.add_argument(
+        "--tuned-steps",
+        type=int,
+        metavar="T",
+        help="steps of the baselines that are tuned [--steps]",
+    )
+    parser.add_argument(
+        "--baselines",
+        default="adamw,sgd",
+        help="tuned: adamw, sgd, muon; as documented: adamw-default, muon-default, prodigy, "
+        "schedulefree, dadapt; without steps: nearest-mean, logistic [adamw,sgd]",
+    )
+    parser.add_argument(
+        "--report-on",
+        choices=("test", "val", "all"),
+        default="test",
+        help="whose classes make the figures; val and all need --tuning-data [test]",
+    )
+    parser.add_argument(
+        "--tuning-data",
+        nargs="+",
+        metavar="PATH",
+        help="tune by the validation classes of these, as --data [--data]",
+    )
+    parser.add_argument(
+        "--fewer-ways",
+        action="store_true",
+        help="where there are fewer classes than --ways, take as many as there are",
+    )
     parser.add_argument("--json", required=True, help="file for the figures")
     parser.add_argument("--plot", help="PNG file for the curves")
     parser.set_defaults(run=_compare)
@@ -286,10 +321,36 @@ def _add_head(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, use: str) -> None:
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="what a rule has learned: its update, by gradient, memory, kind of tensor and step",
+        description="Adapt to one task of test classes with a rule, and tell the size of its steps "
+        "and their distance from Adam's direction, by kind of tensor and step, and its update as a "
+        "function of the gradient and m / sqrt(v).",
+    )
+    parser.add_argument("rule", nargs="?", help="rule file or folder [the one that ships]")
+    _add_data(parser, "the task is of test classes; [stdlib]", default=["stdlib"])
+    _add_encoder(parser, required=False)
+    _add_pooling(parser)
+    _add_episodes(parser, several=False)
+    parser.add_argument(
+        "--kind",
+        help="whose update is drawn: embedding, attention matrix, other matrix, layer norm, bias, "
+        "LoRA A, LoRA B or head [what has most coordinates]",
+    )
+    parser.add_argument("--at-step", type=int, metavar="T", help="where [in the middle]")
+    parser.add_argument("--output", metavar="FILE", help=".png for a picture, .json for figures")
+    parser.set_defaults(run=_inspect)
+
+
+def _add_data(
+    parser: argparse.ArgumentParser, use: str, default: Sequence[str] | None = None
+) -> None:
     parser.add_argument(
         "--data",
-        required=True,
+        required=default is None,
+        default=default,
         nargs="+",
         metavar="PATH",
         help="labelled files (CSV, TSV, JSONL, also .gz; their classes are divided 60/20/20 into "
@@ -314,12 +375,15 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", default="label", help="[label]")
 
 
-def _add_encoder(parser: argparse.ArgumentParser, several: bool = False) -> None:
+def _add_encoder(
+    parser: argparse.ArgumentParser, several: bool = False, required: bool = True
+) -> None:
     parser.add_argument(
         "--encoder",
-        required=True,
+        required=required,
         metavar="NAME_OR_PATH",
-        help="Hugging Face text model: hub name or folder (safetensors)",
+        help="Hugging Face text model: hub name or folder (safetensors)"
+        + ("" if required else " [a small BERT with random weights]"),
     )
     _add_choice(
         parser,

@@ -25,10 +25,12 @@ from rnnopt.checkpoint import (
 )
 from rnnopt.corpus import Corpus, summary, text_key
 from rnnopt.encoder import encoder_name
+from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
-from rnnopt.evaluate import METRICS, Comparison, default_budgets
+from rnnopt.evaluate import LEARNED, METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
 from rnnopt.folder import LOG_FILE
+from rnnopt.held_out import comparison_data, comparison_sampler
 from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
 from rnnopt.learned import LearnedSettings
@@ -266,21 +268,24 @@ def compare(options: Namespace) -> None:
     require_at_least(2, options, "episodes")  # one has no interval
     require_at_least(1, options, "tuning_episodes")
     budgets = default_budgets(options.steps)
+    if options.tuned_steps is not None:
+        require_at_least(1, options, "tuned_steps")
+    tuned_budgets = default_budgets(options.tuned_steps or options.steps)
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
-    splits = read_data(options)
+    splits = comparison_data(options)
     overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
     if options.init:
         known = read_init_training(options.init)
         overlap += _seen_classes(known, splits.test, options.allow_overlap)
         overlap = list(dict.fromkeys(overlap))
-    samplers = [episode_sampler(options, part) for part in (splits.validation, splits.test)]
+    samplers = [comparison_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways, choose_device(options.device))
     rule.to(classifier.device)
     start = choose_start(options, classifier)
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
-    facts = _facts(options, splits, classifier, start)
+    facts = _facts(options, splits, classifier, start) | _fewer_ways(options, samplers)
     journal = Journal(out.with_name(out.name + ".runs"), facts)
     baselines = [name.strip() for name in options.baselines.split(",") if name.strip()]
     with tqdm(unit="run") as bar:
@@ -293,10 +298,10 @@ def compare(options: Namespace) -> None:
             budgets,
             baselines,
             journal,
-            tick=lambda name: bar.update(),
             start=start,
+            tick=lambda name: _tick(bar, comparison.planned),
+            tuned_budgets=tuned_budgets,
         )
-        bar.total = comparison.runs_at_most(options.episodes, options.tuning_episodes)
         result = comparison.run(options.episodes, options.tuning_episodes)
     setting = {**facts, "rule": rule_fingerprint(rule), "seen_classes": overlap}
     result = {"setting": setting, **result}
@@ -309,7 +314,20 @@ def compare(options: Namespace) -> None:
         plot_comparison(result, title, Path(options.plot))
     if overlap:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
-    print(comparison_table(result, budgets))
+    if "ways_used" in facts:
+        print(f"fewer classes than ways, so {facts['ways_used']}")
+    print(comparison_table(result))
+
+
+def _tick(bar: Any, planned: int) -> None:
+    bar.total = planned  # it falls as tuned baselines turn out to need fewer runs
+    bar.update()
+
+
+def _fewer_ways(options: Namespace, samplers: Sequence[EpisodeSampler]) -> dict[str, Any]:
+    """A fact where --fewer-ways did something."""
+    used = {name: max(sampler.ways) for name, sampler in zip(("tuning", "report"), samplers)}
+    return {"ways_used": used} if set(used.values()) != {options.ways} else {}
 
 
 def _facts(
@@ -350,18 +368,29 @@ def _seen_classes(
     return pairs
 
 
-def comparison_table(result: dict[str, Any], budgets: Sequence[int]) -> str:
-    """Accuracy and loss of every method at every budget, as Markdown."""
+def comparison_table(result: dict[str, Any]) -> str:
+    """Accuracy and loss of every method at every budget, and what the rule is ahead, as Markdown.
+
+    Args:
+        result: what `rnnopt.evaluate.Comparison.run` returned.
+    """
     lines = []
     for metric in METRICS:
+        rows = {name: method[metric] for name, method in result["methods"].items()}
+        for name, difference in result["paired"].items():
+            rows[f"*{LEARNED} - {name}, paired*"] = difference[metric]
+        budgets = sorted({int(b) for row in rows.values() for b in row})
         lines += [
             f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
             "|---|" + "---|" * len(budgets),
         ]
-        for name, method in result["methods"].items():
-            cells = [method[metric][str(b)] for b in budgets]
-            figures = " | ".join(f"{cell['mean']:.3f} ± {cell['ci95']:.3f}" for cell in cells)
-            lines.append(f"| {name} | {figures} |")
+        for name, row in rows.items():
+            sign = "+" if name.startswith("*") else ""
+            cells = (row.get(str(b)) for b in budgets)
+            figures = (
+                f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}" if cell else "" for cell in cells
+            )
+            lines.append(f"| {name} | " + " | ".join(figures) + " |")
         lines.append("")
     return "\n".join(lines)
 

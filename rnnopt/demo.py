@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from rnnopt.checkpoint import SavedRule, claim_folder, write_atomically
 from rnnopt.commands import comparison_table
+from rnnopt.comparators import BASELINES
 from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
 from rnnopt.encoder import small_bert
 from rnnopt.episodes import EpisodeSampler
-from rnnopt.evaluate import BASELINES, Comparison, default_budgets
+from rnnopt.evaluate import Comparison, default_budgets
 from rnnopt.journal import Journal
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison
@@ -70,7 +71,7 @@ def demo(folder: Path, seed: int = 0) -> None:
         result = comparison.run(EPISODES, TUNING_EPISODES)
     title = f"{WAYS}-way {SHOTS}-shot on modules never seen, {EPISODES} episodes"
     plot_comparison(result, title, folder / "comparison.png")
-    table = comparison_table(result, budgets)
+    table = comparison_table(result)
     minutes = (time.perf_counter() - started) / 60
     rates = len(BASELINES["adamw"].grid)
     report = f"""# rnnopt demo

@@ -1,59 +1,38 @@
-"""A rule against tuned baselines: same episodes, same initial weights, equal steps, intervals.
+"""A rule against baselines: same episodes, same initial weights, equal steps, intervals.
 
-The learned rule has nothing to tune. Each baseline gets the learning rate of its grid that does
-best on tasks of validation classes, chosen anew for every budget of steps, for accuracy and for
-loss separately: every figure it is compared by is one that it was tuned for.
+The learned rule has nothing to tune. Each baseline that is tuned gets the learning rate of its grid
+that does best on tasks of validation classes, chosen anew for every budget of steps, for accuracy
+and for loss separately: every figure it is compared by is one that it was tuned for. Those of
+`rnnopt.comparators` that need no tuning run as documented, and classifiers on frozen embeddings
+(`rnnopt.frozen`) show what a task gives without any step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from rnnopt.comparators import BASELINES, require_baseline
 from rnnopt.errors import InputError
+from rnnopt.frozen import FROZEN, judge_frozen
 from rnnopt.journal import Journal
 from rnnopt.rule import UpdateRule
 from rnnopt.start import Start
-from rnnopt.task import Adaptation, TaskSource, adapt_and_judge
+from rnnopt.task import Adaptation, Task, TaskSource, adapt_and_judge
 from rnnopt.text import Classifier
 
 LEARNED = "learned"
 METRICS = ("accuracy", "loss")
 # Heads drawn for tuning and for the report differ, as their tasks do.
 _TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
+_NO_STEPS = (0,)  # the budgets of a method that takes none
 
-
-@dataclass(frozen=True)
-class Baseline:
-    """A classical optimizer and the learning rates it is tuned over.
-
-    Attributes:
-        build: (parameters, learning rate) -> optimizer.
-        grid: learning rates, from the smallest to the largest.
-    """
-
-    build: Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
-    grid: tuple[float, ...]
-
-
-# Half-decades from too small to too large for every kind of parameters that rnnopt tunes: all
-# weights of a pretrained encoder want about 3e-4 of AdamW, a head alone about 1e-1.
-BASELINES: Mapping[str, Baseline] = {
-    "adamw": Baseline(
-        lambda params, lr: torch.optim.AdamW(params, lr=lr),
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    ),
-    "sgd": Baseline(
-        lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-        (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0),
-    ),
-}
+Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure an episode
 
 
 def default_budgets(steps: int) -> tuple[int, ...]:
@@ -78,13 +57,17 @@ class Comparison:
         tuning: tasks of validation classes, for the baselines' learning rates.
         report: tasks of test classes.
         budgets: numbers of steps to report at.
-        baselines: names in `BASELINES`.
+        baselines: names in `rnnopt.comparators.BASELINES` or `rnnopt.frozen.FROZEN`.
         journal: keeps finished runs.
         tick: called after each run with its name.
         start: where every method starts on a task, and what it steps.
+        tuned_budgets: of the baselines that are tuned; None: as all others.
+
+    Attributes:
+        planned: runs that `run` takes in all: an upper bound until everything is tuned.
 
     Raises:
-        InputError: a baseline that does not exist.
+        InputError: a baseline that does not exist, or needs what is not installed.
     """
 
     def __init__(
@@ -99,14 +82,17 @@ class Comparison:
         journal: Journal,
         tick: Callable[[str], None] = lambda name: None,
         start: Start = Start(),  # noqa: B008  # immutable
+        tuned_budgets: Sequence[int] | None = None,
     ) -> None:
-        unknown = [name for name in baselines if name not in BASELINES]
-        if unknown:
-            raise InputError(f"baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
+        for name in baselines:
+            if name not in FROZEN:
+                require_baseline(name, others=tuple(FROZEN))
         self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
         self.tuning, self.report = tuning, report
         self.budgets, self.baselines = budgets, baselines
+        self.tuned_budgets = budgets if tuned_budgets is None else tuned_budgets
         self.journal, self.tick, self.start = journal, tick, start
+        self.planned = 0
 
     def run(self, episodes: int, tuning_episodes: int) -> dict[str, Any]:
         """Tune on validation tasks, then run every method on the same test tasks.
@@ -119,52 +105,82 @@ class Comparison:
             ``{"episodes", "tuning_episodes", "methods": {name: {"accuracy": {budget: {"mean",
             "ci95"}}, "loss": ..., "seconds_per_step", "tuned": {"lr": {budget: rate},
             "lr_for_loss": {budget: rate}}}}, "paired": {baseline: {metric: {budget: {"mean",
-            "ci95"}}}}}``; ci95 is half the width of a 95 % interval, paired differences are
-            learned minus baseline, loss is in nats per text.
+            "ci95"}}}}, "values": {name: {metric: {budget: [one figure an episode]}}}}``; ci95 is
+            half the width of a 95 % interval, paired differences are learned minus baseline, loss
+            is in nats per text. ``tuned`` is there for what is tuned. A classifier on frozen
+            embeddings has ``"frozen": true``, ``"seconds"`` in place of the time of a step, and
+            the same figures at every budget.
         """
-        rates = {name: self._tune(name, tuning_episodes) for name in self.baselines}
-        runs = {LEARNED: [self._learned(number) for number in range(episodes)]}
-        values = {LEARNED: _values(runs[LEARNED], self.budgets)}
-        methods: dict[str, Any] = {LEARNED: _summary(values[LEARNED])}
-        methods[LEARNED]["seconds_per_step"] = _mean_seconds(runs[LEARNED])
-        paired: dict[str, Any] = {}
-        for name, chosen in rates.items():
+        plan = {
+            name: self._runs_at_most(name, episodes, tuning_episodes) for name in self.baselines
+        }
+        self.planned = episodes + sum(plan.values())
+        values: dict[str, Values] = {}
+        methods: dict[str, dict[str, Any]] = {}
+        runs = [self._learned(number) for number in range(episodes)]
+        values[LEARNED] = _values(runs, self.budgets)
+        methods[LEARNED] = {"seconds_per_step": _mean_seconds(runs)}
+        for name in sorted(self.baselines, key=plan.__getitem__):  # what comes soon comes first
+            if name in FROZEN:
+                values[name], methods[name] = self._frozen_values(name, episodes)
+                continue
+            budgets = self._budgets_of(name)
+            chosen = self._tune(name, tuning_episodes, budgets)
+            rates = len({lr for by_budget in chosen.values() for lr in by_budget.values()})
+            if BASELINES[name].tuned:
+                unused = len(BASELINES[name].grid) - rates
+                self.planned -= unused * episodes
             values[name], seconds = self._tuned_values(name, chosen, episodes)
-            methods[name] = _summary(values[name])
-            methods[name]["seconds_per_step"] = seconds
-            methods[name]["tuned"] = {
-                key: {str(b): chosen[metric][b] for b in self.budgets}
-                for key, metric in (("lr", "accuracy"), ("lr_for_loss", "loss"))
-            }
-            difference = {
-                metric: {
-                    b: values[LEARNED][metric][b] - values[name][metric][b] for b in self.budgets
+            methods[name] = {"seconds_per_step": seconds}
+            if BASELINES[name].tuned:
+                methods[name]["tuned"] = {
+                    key: {str(b): chosen[metric][b] for b in budgets}
+                    for key, metric in (("lr", "accuracy"), ("lr_for_loss", "loss"))
                 }
-                for metric in METRICS
-            }
-            paired[name] = _summary(difference)
+        names = [LEARNED, *self.baselines]
         return {
             "episodes": episodes,
             "tuning_episodes": tuning_episodes,
-            "methods": methods,
-            "paired": paired,
+            "methods": {name: {**_summary(values[name]), **methods[name]} for name in names},
+            "paired": {
+                name: _summary(_difference(values[LEARNED], values[name]))
+                for name in self.baselines
+            },
+            "values": {
+                name: {
+                    metric: {str(b): column.tolist() for b, column in by_budget.items()}
+                    for metric, by_budget in values[name].items()
+                }
+                for name in names
+            },
         }
 
-    def runs_at_most(self, episodes: int, tuning_episodes: int) -> int:
-        """How many runs `run` needs if no two budgets choose the same learning rate."""
-        grids = sum(len(BASELINES[name].grid) for name in self.baselines)
-        return grids * (tuning_episodes + episodes) + episodes
+    def _runs_at_most(self, name: str, episodes: int, tuning_episodes: int) -> int:
+        """How many runs a baseline needs if no two budgets choose the same learning rate."""
+        if name in FROZEN:
+            return episodes
+        baseline = BASELINES[name]
+        lengths = len(self.budgets) if baseline.scheduled else 1
+        tuning = tuning_episodes if baseline.tuned else 0
+        return lengths * len(baseline.grid) * (tuning + episodes)
 
-    def _tune(self, name: str, episodes: int) -> dict[str, dict[int, float]]:
+    def _budgets_of(self, name: str) -> Sequence[int]:
+        return self.tuned_budgets if BASELINES[name].tuned else self.budgets
+
+    def _tune(
+        self, name: str, episodes: int, budgets: Sequence[int]
+    ) -> dict[str, dict[int, float]]:
         """For each metric, the best learning rate at each budget."""
         grid = BASELINES[name].grid
+        if not BASELINES[name].tuned:
+            return {metric: dict.fromkeys(budgets, grid[0]) for metric in METRICS}
         scores = {
             lr: _values(
                 [
-                    self._baseline(name, lr, number, self.tuning, self.budgets)
+                    self._baseline(name, lr, number, self.tuning, budgets)
                     for number in range(episodes)
                 ],
-                self.budgets,
+                budgets,
             )
             for lr in grid
         }
@@ -177,13 +193,13 @@ class Comparison:
             "loss": lambda lr, b: (scores[lr]["loss"][b].mean(),),
         }
         return {
-            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in self.budgets}
+            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in budgets}
             for metric, key in keys.items()
         }
 
     def _tuned_values(
         self, name: str, chosen: dict[str, dict[int, float]], episodes: int
-    ) -> tuple[dict[str, dict[int, np.ndarray]], float]:
+    ) -> tuple[Values, float]:
         """A baseline's test figures, each at the rate chosen for it, and its time per step."""
         wanted: dict[float, set[int]] = {}  # no rate runs longer than it has to
         for by_budget in chosen.values():
@@ -198,10 +214,25 @@ class Comparison:
         }
         at = {lr: _values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
         values = {
-            metric: {b: at[chosen[metric][b]][metric][b] for b in self.budgets}
-            for metric in METRICS
+            metric: {b: at[lr][metric][b] for b, lr in chosen[metric].items()} for metric in METRICS
         }
         return values, _mean_seconds([run for column in runs.values() for run in column])
+
+    def _frozen_values(self, name: str, episodes: int) -> tuple[Values, dict[str, Any]]:
+        """Test figures of a classifier on frozen embeddings, and what a method's entry tells."""
+
+        def fit(task: Task) -> Adaptation:
+            started = time.perf_counter()
+            score = judge_frozen(name, self.classifier, task)
+            return Adaptation({0: score}, time.perf_counter() - started)
+
+        runs = [
+            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, fit)
+            for number in range(episodes)
+        ]
+        found = _values(runs, _NO_STEPS)
+        values = {metric: dict.fromkeys(self.budgets, found[metric][0]) for metric in METRICS}
+        return values, {"frozen": True, "seconds": _mean_seconds(runs)}
 
     def _learned(self, number: int) -> Adaptation:
         return self._adapt(
@@ -216,13 +247,25 @@ class Comparison:
         self, name: str, lr: float, number: int, source: TaskSource, budgets: Sequence[int]
     ) -> Adaptation:
         part = "tuning" if source is self.tuning else "report"
-        return self._adapt(
-            f"{name} {lr:g} {part} {number}",
-            number,
-            source,
-            budgets,
-            lambda: BASELINES[name].build(self.start.params(self.classifier).values(), lr),
-        )
+        run, baseline = f"{name} {lr:g} {part} {number}", BASELINES[name]
+
+        def adapt(run: str, budgets: Sequence[int]) -> Adaptation:
+            steps = max(budgets)
+            return self._adapt(
+                run,
+                number,
+                source,
+                budgets,
+                lambda: baseline.build(
+                    self.classifier, self.start.params(self.classifier), lr, steps
+                ),
+            )
+
+        if not baseline.scheduled:
+            return adapt(run, budgets)
+        runs = [adapt(f"{run} of {budget} steps", (budget,)) for budget in budgets]
+        scores = {budget: done.scores[budget] for budget, done in zip(budgets, runs)}
+        return Adaptation(scores, _mean_seconds(runs))
 
     def _adapt(
         self,
@@ -232,15 +275,32 @@ class Comparison:
         budgets: Sequence[int],
         build: Callable[[], torch.optim.Optimizer],
     ) -> Adaptation:
+        """One optimizer on one task."""
+        return self._run(
+            run,
+            number,
+            source,
+            budgets,
+            lambda task: adapt_and_judge(self.classifier, build(), task, budgets),
+        )
+
+    def _run(
+        self,
+        run: str,
+        number: int,
+        source: TaskSource,
+        budgets: Sequence[int],
+        method: Callable[[Task], Adaptation],
+    ) -> Adaptation:
         """One method on one task, from the head that belongs to the task."""
 
-        def adapt() -> Adaptation:
+        def begin() -> Adaptation:
             task = source.load(number)
             heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
             self.start.begin(self.classifier, task.support, task.ways, heads + number)
-            return adapt_and_judge(self.classifier, build(), task, budgets)
+            return method(task)
 
-        done = self.journal.run(run, budgets, adapt)
+        done = self.journal.run(run, budgets, begin)
         self.tick(run)
         return done
 
@@ -275,14 +335,24 @@ def student_quantile(freedom: int) -> float:
     )
 
 
-def _values(runs: Sequence[Adaptation], budgets: Sequence[int]) -> dict[str, dict[int, np.ndarray]]:
+def _values(runs: Sequence[Adaptation], budgets: Sequence[int]) -> Values:
     return {
         metric: {b: np.array([getattr(run.scores[b], metric) for run in runs]) for b in budgets}
         for metric in METRICS
     }
 
 
-def _summary(values: dict[str, dict[int, np.ndarray]]) -> dict[str, Any]:
+def _difference(ours: Values, theirs: Values) -> Values:
+    """At the budgets that both have."""
+    return {
+        metric: {
+            b: ours[metric][b] - theirs[metric][b] for b in ours[metric] if b in theirs[metric]
+        }
+        for metric in METRICS
+    }
+
+
+def _summary(values: Values) -> dict[str, Any]:
     return {
         metric: {str(b): interval(column) for b, column in by_budget.items()}
         for metric, by_budget in values.items()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from rnnopt.checkpoint import write_atomically
+from rnnopt.inspect_rule import Inspection
 
 matplotlib.use("Agg")  # no window system is needed, or looked for
 
@@ -56,17 +59,19 @@ def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
             budgets = [int(b) for b in method[metric]]
             mean = [cell["mean"] for cell in method[metric].values()]
             half = [cell["ci95"] for cell in method[metric].values()]
-            label = name if name == "learned" else f"{name}, learning rate tuned per budget"
-            (line,) = axes.plot(budgets, mean, marker="o", markersize=3, label=label)
+            label = f"{name}, learning rate tuned per budget" if "tuned" in method else name
+            style = {"linestyle": "--"} if "frozen" in method else {"marker": "o", "markersize": 3}
+            (line,) = axes.plot(budgets, mean, label=label, **style)
             low = [m - h for m, h in zip(mean, half)]
             high = [m + h for m, h in zip(mean, half)]
             axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2)
+        marks = sorted({int(b) for method in result["methods"].values() for b in method[metric]})
         axes.set_xscale("log")
-        axes.set_xticks(budgets, [str(b) for b in budgets])
+        axes.set_xticks(marks, [str(b) for b in marks])
         axes.minorticks_off()
         axes.set(xlabel="steps", ylabel=_LABELS[metric])
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    panels[0].legend(fontsize="small")
     figure.suptitle(title)
     _write(figure, path)
 
@@ -83,6 +88,42 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
     axes.set(xlabel="steps", ylabel="training loss (nats per text)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    _write(figure, path)
+
+
+def plot_inspection(found: Inspection, title: str, path: Path) -> None:
+    """A rule's update over gradient and memory, its step size and its distance from Adam.
+
+    Args:
+        found: what `rnnopt.inspect_rule.inspect_rule` returned.
+        title: above the picture.
+        path: the PNG file to write.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    surface = found.surface
+    update = np.array(surface.update, dtype=float)  # (G, U); None becomes NaN
+    most = np.nanmax(np.abs(update), initial=0) or 1.0
+    mesh = left.pcolormesh(
+        surface.ratios, surface.gradients, update, cmap="RdBu", vmin=-most, vmax=most
+    )
+    left.set_facecolor("lightgray")  # where no coordinate is
+    left.set(
+        xlabel="m / sqrt(v) before the step",
+        ylabel="gradient / RMS of the tensor's",
+        title=f"update of {surface.kind} at step {surface.step}",
+    )
+    figure.colorbar(mesh, ax=left)
+    steps = range(1, len(found.losses) + 1)
+    for kind, sizes in found.step_size.items():
+        distances = [math.nan if d is None else d for d in found.adam_distance[kind]]
+        middle.plot(steps, [s or math.nan for s in sizes], marker="o", markersize=3, label=kind)
+        right.plot(steps, distances, marker="o", markersize=3, label=kind)
+    middle.set(xlabel="step", yscale="log", title="RMS of the update")
+    right.set(xlabel="step", ylim=(0, None), title="distance from Adam's direction, 1 - cosine")
+    for axes in (middle, right):
+        axes.grid(alpha=0.3)
+    middle.legend(fontsize="small")
+    figure.suptitle(title)
     _write(figure, path)
 
 

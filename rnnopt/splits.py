@@ -65,7 +65,7 @@ def read_splits(
     parts: tuple[list[Corpus], list[Corpus], list[Corpus]] = ([], [], [])
     owner: dict[str, Path] = {}
     for path in map(Path, paths):
-        files, domain = _source(path)
+        files, domain = source_files(path)
         read = functools.partial(
             read_corpus,
             text_column=text_column,
@@ -93,8 +93,12 @@ def read_splits(
     return splits
 
 
-def _source(path: Path) -> tuple[dict[str, Path], str]:
-    """({part or "all": its file}, domain) of a file or a folder."""
+def source_files(path: Path) -> tuple[dict[str, Path], str]:
+    """({part or "all": its file}, domain) of a file or a folder.
+
+    Raises:
+        InputError: a folder that can't be listed, without data, or with too much.
+    """
     if not os.path.isdir(path):
         stem = stem_and_suffix(path)[0]
         # train.jsonl is no name for a domain, and two parts of one set must not pass for two sets.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,8 +190,12 @@ def judge(classifier: Classifier, texts: LabelledTexts) -> Score:
         logits = classifier.logits(batch).float()  # (B, C)
         loss += float(cross_entropy(logits, labels, reduction="sum"))
         hits += int((logits.argmax(dim=1) == labels).sum())
-    loss /= texts.count
-    return Score(min(loss, DIVERGED_LOSS) if loss == loss else DIVERGED_LOSS, hits / texts.count)
+    return Score(bounded_loss(loss / texts.count), hits / texts.count)
+
+
+def bounded_loss(loss: float) -> float:
+    """At most `DIVERGED_LOSS`, which stands for NaN too."""
+    return min(loss, DIVERGED_LOSS) if loss == loss else DIVERGED_LOSS
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,8 @@ def adapt_and_judge(
 
     Args:
         classifier: at its starting values for this task; adapted when this returns.
-        optimizer: over the classifier's trainable parameters.
+        optimizer: over the classifier's trainable parameters; one with `eval` and `train` is judged
+            in the state of `eval`.
         task: the task.
         budgets: numbers of steps, 1 or more.
 
@@ -234,5 +240,21 @@ def adapt_and_judge(
             torch.cuda.synchronize()
         seconds += time.perf_counter() - started
         if step in budgets:
-            scores[step] = judge(classifier, task.query)
+            with _judged_point(optimizer):
+                scores[step] = judge(classifier, task.query)
     return Adaptation(scores, seconds / max(budgets))
+
+
+@contextmanager
+def _judged_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let an optimizer show the parameters that it answers for, if they aren't those it steps from.
+
+    Schedule-Free optimizers (Defazio et al. 2024, arXiv:2405.15682) take gradients at one point and
+    judge another, an average; they switch by `eval` and `train`.
+    """
+    switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if switches:
+        optimizer.eval()  # type: ignore[attr-defined]
+    yield
+    if switches:
+        optimizer.train()  # type: ignore[attr-defined]

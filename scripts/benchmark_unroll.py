@@ -136,6 +136,7 @@ def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: 
                 report.add(figure, None, "not installed")
                 continue
             theirs, note = bench.stretched(method, compared, what)
+            theirs = max(theirs, 1)
             words = f"{ours / theirs:.3g}: {mebibytes(ours)} / {mebibytes(theirs)}{note}"
             report.add(figure, ours / theirs, words, target)
     full = bench.peak(OURS, min(LENGTH, last), "full")

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 job=${1:-}
 case $job in
   demo) extras=meta ;;
-  tests) extras=meta,test,dev ;;
+  tests) extras=meta,compare,test,dev ;;
   *) echo "usage: bash scripts/run.sh demo|tests" >&2; exit 2 ;;
 esac
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -182,6 +183,34 @@ def test_compare_writes_the_figures_and_the_picture(csv_file, encoder, rule_file
     assert set(result["methods"]["learned"]["accuracy"]) == {"1", "2"}
     assert plot.read_bytes().startswith(PNG)
     assert "| learned |" in capsys.readouterr().out
+
+
+def test_compare_by_classes_fewer_than_ways_says_so(csv_file, encoder, rule_file, tmp_path, capsys):
+    more = (
+        "--ways 30 --fewer-ways --report-on all --tuning-data stdlib --shots 1 --queries 2 "
+        "--steps 1 --tuned-steps 2 --baselines sgd,nearest-mean,adamw-default"
+    )
+    out = tmp_path / "o.json"
+    assert run(compare(csv_file, encoder, rule_file, out, *more.split())) == 0
+    result = json.loads(out.read_text())
+    ways = result["setting"]["ways_used"]
+    assert ways["report"] == 10 and 2 <= ways["tuning"] < 30
+    printed = capsys.readouterr().out
+    assert f"fewer classes than ways, so {ways}" in printed
+    (row,) = (line for line in printed.splitlines() if line.startswith("| accuracy after"))
+    assert row == "| accuracy after | 1 | 2 |"
+    assert re.search(r"\| \*learned - sgd, paired\* \| [+-]\d\.\d{3} ± \d\.\d{3} \|", printed)
+    (learned, _) = (line for line in printed.splitlines() if line.startswith("| learned |"))
+    assert learned.endswith(" |  |")  # it has no second step, which only the tuned take
+    assert set(result["methods"]["nearest-mean"]["loss"]) == {"1"}
+
+
+def test_compare_without_a_baselines_package(
+    csv_file, encoder, rule_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    command = compare(csv_file, encoder, rule_file, tmp_path / "o.json", "--baselines", "prodigy")
+    assert 'pip install "rnnopt[compare]"' in fails(command, capsys)
 
 
 def test_compare_again_needs_no_new_runs(csv_file, encoder, rule_file, tmp_path):

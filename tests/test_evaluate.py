@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rnnopt import SGD, InputError
+from rnnopt.comparators import BASELINES
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import (
-    BASELINES,
     Comparison,
     default_budgets,
     interval,
@@ -54,10 +54,6 @@ def test_the_result_has_the_promised_shape(sources, tmp_path):
     for name in ("adamw", "sgd"):
         assert set(result["methods"][name]["tuned"]["lr"].values()) <= set(BASELINES[name].grid)
         assert set(result["paired"][name]["accuracy"]) == {"1", "3"}
-
-
-def test_every_grid_has_at_least_five_rates():
-    assert all(len(baseline.grid) >= 5 for baseline in BASELINES.values())
 
 
 def test_every_method_sees_the_same_tasks_from_the_same_weights(sources, tmp_path):
@@ -187,3 +183,55 @@ def test_an_interval_covers_the_mean_95_times_in_100():
         cell = interval(generator.normal(3.0, 2.0, size=8))
         inside += abs(cell["mean"] - 3.0) <= cell["ci95"]
     assert abs(inside / 2000 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_what_needs_no_tuning_is_run_once_and_a_schedule_for_every_budget(sources, tmp_path):
+    journal = Journal(tmp_path / "j", {})
+    names = ("muon-default", "adamw-default", "nearest-mean", "logistic")
+    run = comparison(sources, journal, baselines=names)
+    ticks = []
+    run.tick = ticks.append
+    result = run.run(3, 2)
+    # nothing is tuned: the rule, muon and the two references 3 runs each, the schedule 3 of each
+    assert len(ticks) == run.planned == 3 * 4 + 3 * 2
+    assert not any("tuning" in name for name in ticks)
+    assert [name for name in ticks if name.startswith("adamw-default 5e-05 report 2")] == [
+        "adamw-default 5e-05 report 2 of 1 steps",
+        "adamw-default 5e-05 report 2 of 3 steps",
+    ]
+    assert list(result["methods"]) == ["learned", *names]
+    assert not any("tuned" in result["methods"][name] for name in names)
+    for name in ("nearest-mean", "logistic"):
+        method = result["methods"][name]
+        assert method["frozen"] and method["seconds"] > 0
+        assert method["accuracy"]["1"] == method["accuracy"]["3"]
+
+
+def test_tuned_baselines_may_have_a_longer_horizon(sources, tmp_path):
+    classifier, tuning, report = sources
+    result = Comparison(
+        classifier, SGD(0.5), "rule", tuning, report, (1, 2), ["sgd", "muon-default"],
+        Journal(tmp_path / "j", {}), tuned_budgets=(1, 2, 4),
+    ).run(2, 2)  # fmt: skip
+    assert list(result["methods"]["sgd"]["loss"]) == ["1", "2", "4"]
+    assert list(result["methods"]["sgd"]["tuned"]["lr"]) == ["1", "2", "4"]
+    assert list(result["methods"]["muon-default"]["loss"]) == ["1", "2"]
+    assert list(result["paired"]["sgd"]["loss"]) == ["1", "2"]
+
+
+def test_the_plan_ends_at_the_runs_that_were_needed(sources, tmp_path):
+    run, plans = comparison(sources, Journal(tmp_path / "j", {})), []
+    run.tick = lambda name: plans.append(run.planned)
+    run.run(2, 1)
+    assert len(plans) == plans[-1]
+    assert plans == sorted(plans, reverse=True) and plans[0] > plans[-1]
+
+
+def test_figures_of_every_episode_are_kept_and_pair(sources, tmp_path):
+    result = comparison(sources, Journal(tmp_path / "j", {})).run(3, 1)
+    values = result["values"]
+    for name in ("adamw", "sgd"):
+        for metric in ("accuracy", "loss"):
+            difference = np.subtract(values["learned"][metric]["3"], values[name][metric]["3"])
+            assert len(difference) == 3
+            assert result["paired"][name][metric]["3"] == pytest.approx(interval(difference))

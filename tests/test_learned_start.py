@@ -145,7 +145,7 @@ def test_the_initial_gradients_of_tasks_are_averaged_over_their_steps(sources, t
 def test_reptile_moves_the_values_by_the_displacement_alone(sources, tmp_path, head):
     """No part of it passes through a prototype head: nothing is differentiated."""
     run = training(sources, tmp_path, settings(init="reptile", inner="sgd", head=head))
-    result = run._unroll(0)
+    result, _ = run._unroll(0)
     for key, value in run.learned.init.values().items():
         assert torch.equal(value.grad, result.initial[key])
 

@@ -1,0 +1,62 @@
+"""What `rnnopt inspect` does."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from rnnopt.checkpoint import SHIPPED_RULE, load_rule, write_atomically
+from rnnopt.corpus import Corpus
+from rnnopt.encoder import encoder_name, small_bert
+from rnnopt.errors import InputError
+from rnnopt.inspect_rule import inspect_rule, inspection_text
+from rnnopt.options import (
+    choose_device,
+    episode_sampler,
+    load_classifier,
+    read_data,
+    require_at_least,
+)
+from rnnopt.task import TaskSource
+from rnnopt.text import Classifier
+
+SUFFIXES = (".png", ".json")
+
+
+def inspect(options: Namespace) -> None:
+    """`rnnopt inspect`."""
+    require_at_least(1, options, "steps")
+    output = None if options.output is None else Path(options.output)
+    if output is not None and output.suffix not in SUFFIXES:
+        raise InputError(f"--output {output}: its name must end in {' or '.join(SUFFIXES)}")
+    rule = load_rule(options.rule or SHIPPED_RULE)
+    corpus = read_data(options).test
+    classifier = _classifier(options, corpus)
+    rule.to(classifier.device)
+    task = TaskSource(episode_sampler(options, corpus), classifier).load(0)
+    classifier.reset(task.ways, seed=options.seed)
+    found = inspect_rule(rule, classifier, task, options.steps, options.kind, options.at_step)
+    print(inspection_text(found))
+    if output is None:
+        return
+    if output.suffix == ".json":
+        write_atomically(output, (json.dumps(asdict(found), indent=1) + "\n").encode())
+        return
+    from rnnopt.plot import plot_inspection  # the tables above need no matplotlib
+
+    encoder = "a small random BERT" if options.encoder is None else encoder_name(options.encoder)
+    title = f"{options.ways}-way {options.shots}-shot, {encoder}, {options.tune}"
+    plot_inspection(found, title, output)
+
+
+def _classifier(options: Namespace, corpus: Corpus) -> Classifier:
+    """Of --encoder, or of a random BERT that knows the words."""
+    device = choose_device(options.device)
+    if options.encoder is not None:
+        return load_classifier(options, options.ways, device)
+    with tempfile.TemporaryDirectory() as folder:
+        options = Namespace(**{**vars(options), "encoder": small_bert(corpus.texts, folder=folder)})
+        return load_classifier(options, options.ways, device)

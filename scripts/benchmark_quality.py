@@ -1,0 +1,276 @@
+"""A rule against every baseline, cell by cell, by `rnnopt compare`; and the README's table of it.
+
+    python scripts/benchmark_quality.py --data DATA --encoder MINILM --output quality --rule RULE
+    python scripts/benchmark_quality.py --output quality --table
+
+A cell is a set of texts, what trains, ways, shots and pooling. Core cells have every baseline, wide
+ones AdamW and Schedule-Free AdamW. DATA holds one folder for each of the sets below; MINILM is
+all-MiniLM-L6-v2, a hub name or a folder. --output gets NAME.json, NAME.png and NAME.json.runs for
+each cell. Cheap cells come first; a cell that is finished for this rule is skipped, and one that
+was stopped goes on, so a run may be cut into pieces with --time-limit. Another rule reuses the
+runs of the baselines.
+
+Where a set has fewer classes than ways, all of them are taken, and the table says how many.
+
+Time: on one core of a server processor minutes for a head, hours for each core cell of LoRA or all
+weights; minutes for each on a GPU. Memory: 2 GiB.
+Last line: how many cells are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark import progress
+from quality_table import quality_table
+
+from rnnopt.checkpoint import SHIPPED_RULE, load_rule, rule_fingerprint
+from rnnopt.cli import main as rnnopt
+from rnnopt.comparators import BASELINES
+from rnnopt.frozen import FROZEN
+
+INTERRUPTED = 130
+TUNED_BY = "clinc150"  # tunes baselines for sets that have no validation classes of their own
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A set of texts, in a folder of its name.
+
+    Attributes:
+        words: median length, for the order of the cells.
+        report_on: as `rnnopt compare` has it; all but "test" are tuned by `TUNED_BY`.
+        domain_column: an episode's classes come from one domain.
+    """
+
+    words: int
+    report_on: str = "test"
+    domain_column: str | None = None
+
+
+SETS = {
+    "clinc150": Texts(8),
+    "stackoverflow20": Texts(7),
+    "hwu64": Texts(6),
+    "liu54": Texts(6),
+    "trec28": Texts(10),
+    "huffpost36": Texts(11, "val"),
+    "tnews15_zh": Texts(20, "all"),
+    "agnews_test": Texts(37, "all"),
+    "reuters31": Texts(100),
+    "arsc_sentiment": Texts(68, "test", "domain"),
+    "amazon16_partial": Texts(135),
+    "bbcsport5": Texts(300, "all"),
+}
+CORE_SETS = ("clinc150", "stackoverflow20")
+SHAPES = ((5, 1), (10, 5))  # ways, shots
+EVERY = (*BASELINES, *FROZEN)
+FEW = ("adamw", "schedulefree")
+SAME = ("queries", "steps", "max_length")  # options that a finished cell was run with
+# of a step with all weights, by one core
+COST = {"head": 0.02, "lora": 0.7, "full": 1.0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison.
+
+    Attributes:
+        group: "core", "mean" or "wide".
+        data: a name in `SETS`.
+        tune, ways, shots, pooling: as `rnnopt compare` has them.
+        baselines: their names.
+        tuned_steps: steps of the baselines that are tuned.
+    """
+
+    group: str
+    data: str
+    tune: str
+    ways: int
+    shots: int
+    pooling: str
+    baselines: tuple[str, ...]
+    tuned_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.data}-{self.tune}-{self.ways}way-{self.shots}shot"
+
+    @property
+    def cost(self) -> float:
+        """About how long it takes, in no unit."""
+        methods = sum(len(BASELINES[name].grid) if name in BASELINES else 0 for name in EVERY)
+        share = 1 if self.baselines == EVERY else len(self.baselines) / methods
+        tokens = min(SETS[self.data].words, 60) + 4
+        return COST[self.tune] * tokens * self.ways * self.shots * share
+
+    def arguments(self, options: argparse.Namespace) -> list[str]:
+        """Of `rnnopt compare`."""
+        texts, folder = SETS[self.data], Path(options.data)
+        given = {
+            "data": folder / self.data, "encoder": options.encoder, "rule": options.rule,
+            "tune": self.tune, "ways": self.ways, "shots": self.shots, "pooling": self.pooling,
+            "queries": options.queries, "steps": options.steps,
+            "tuned-steps": max(self.tuned_steps, options.steps),
+            "episodes": options.episodes, "tuning-episodes": options.tuning_episodes,
+            "baselines": ",".join(options.baselines or self.baselines),
+            "max-length": options.max_length, "device": options.device,
+            "report-on": texts.report_on, "domain-column": texts.domain_column,
+            "json": self.file(options), "plot": self.file(options).with_suffix(".png"),
+        }  # fmt: skip
+        if texts.report_on != "test" or texts.domain_column:
+            given["tuning-data"] = folder / TUNED_BY
+        words = [(f"--{key}", str(value)) for key, value in given.items() if value is not None]
+        flags = ["--fewer-ways", *(["--allow-overlap"] if options.allow_overlap else [])]
+        return ["compare", *itertools.chain(*words), *flags]
+
+    def file(self, options: argparse.Namespace) -> Path:
+        return Path(options.output) / f"{self.name}.json"
+
+    def finished(self, options: argparse.Namespace, rule: str) -> bool:
+        """Whether its file has all that is asked for, of this rule."""
+        if not self.file(options).exists():
+            return False
+        result = json.loads(self.file(options).read_text())
+        setting = result["setting"]
+        return (
+            setting["rule"] == rule
+            and all(setting[name] == getattr(options, name) for name in SAME)
+            and result["episodes"] >= options.episodes
+            and set(options.baselines or self.baselines) <= result["methods"].keys()
+        )
+
+
+def all_cells() -> list[Cell]:
+    """Cheap ones first."""
+    cells = [
+        Cell("core", data, tune, ways, shots, "model", EVERY, 40)
+        for data, tune, (ways, shots) in itertools.product(CORE_SETS, COST, SHAPES)
+    ]
+    cells += [Cell("mean", data, "lora", 10, 5, "mean", EVERY, 40) for data in CORE_SETS]
+    cells += [
+        Cell("wide", data, "lora", ways, shots, "model", FEW, 20)
+        for data, (ways, shots) in itertools.product(SETS, SHAPES)
+        if data not in CORE_SETS
+    ]
+    return sorted(cells, key=lambda cell: cell.cost)
+
+
+def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
+    """Run what isn't finished, until the time is up.
+
+    Returns:
+        0, also if the time was up; 2 if a cell was refused; 130 after Ctrl-C.
+    """
+    rule = rule_fingerprint(load_rule(options.rule))
+    left = [cell for cell in cells if not cell.finished(options, rule)]
+    refused, started, total = [], time.monotonic(), sum(cell.cost for cell in left)
+    done = 0.0
+    with _Deadline(options.time_limit) as deadline:
+        for number, cell in enumerate(left, start=1):
+            progress(f"cell {number} of {len(left)} to run: {cell.name}")
+            code = rnnopt(cell.arguments(options))
+            if code == INTERRUPTED:
+                if not deadline.passed:
+                    return INTERRUPTED
+                progress("the time is up; the same command goes on from here")
+                break
+            if code:
+                refused.append(cell.name)
+            done += cell.cost
+            elapsed = time.monotonic() - started
+            progress(f"{elapsed / 60:.1f} min, about {elapsed * (total / done - 1) / 60:.0f} left")
+    finished = sum(cell.finished(options, rule) for cell in cells)
+    print(f"{finished} of {len(cells)} cells are finished; refused: {', '.join(refused) or 'none'}")
+    return 2 if refused else 0
+
+
+class _Deadline:
+    """Raises KeyboardInterrupt, which every command takes for a stop, once the time is up."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.passed = seconds, False
+
+    def __enter__(self) -> _Deadline:
+        if self.seconds is not None:
+            self.before = signal.signal(signal.SIGALRM, self._stop)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before)
+
+    def _stop(self, *_: Any) -> None:
+        self.passed = True
+        raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for the cells' files")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--data", metavar="FOLDER", help="that holds the folders of the sets")
+    parser.add_argument("--encoder", metavar="NAME_OR_PATH")
+    parser.add_argument("--rule", default=str(SHIPPED_RULE), help="[the shipped one]")
+    parser.add_argument(
+        "--cells", nargs="+", default=["*"], metavar="PATTERN",
+        help='names of cells, with wildcards, such as "core-*-head-*" [all]',
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the names of the cells")
+    parser.add_argument("--episodes", type=int, default=40, help="test episodes a cell [40]")
+    parser.add_argument("--tuning-episodes", type=int, default=4, metavar="E", help="[4]")
+    parser.add_argument("--queries", type=int, default=5, help="query texts a class [5]")
+    parser.add_argument("--steps", type=int, default=20, help="of what is not tuned [20]")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text [64]")
+    parser.add_argument(
+        "--baselines", type=lambda text: tuple(text.split(",")), help="instead of a cell's own"
+    )
+    parser.add_argument("--device", default="auto", help="as `rnnopt compare` has it [auto]")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop after that [none]"
+    )
+    parser.add_argument(
+        "--allow-overlap", action="store_true",
+        help="judge by classes that the rule has seen too; the table says so",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    cells = [
+        cell
+        for cell in all_cells()
+        if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in options.cells)
+    ]
+    if not cells:
+        parser.error(f"--cells {' '.join(options.cells)}: no cell has such a name, see --list")
+    if options.list:
+        print("\n".join(cell.name for cell in cells))
+        return 0
+    if options.table:
+        files = {cell.name: cell.file(options) for cell in cells}
+        results = {
+            name: json.loads(file.read_text()) for name, file in files.items() if file.exists()
+        }
+        if not results:
+            parser.error(f"--output {options.output}: no finished cell there; run some first")
+        print(quality_table(results))
+        return 0
+    if options.data is None or options.encoder is None:
+        parser.error("--data and --encoder are needed, unless --table or --list is given")
+    return run(cells, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
