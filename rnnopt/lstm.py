@@ -75,7 +75,7 @@ class CoordinateLSTM(nn.Module):
         self,
         hidden_size: int = 8,
         context_size: int = 16,
-        reach: float = 1.2,
+        reach: float = 2.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:

@@ -28,7 +28,7 @@ _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model'
 BALANCE = 0.75
 # In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
 # to next to nothing, from a step without bound.
-_DECREASE_FLOOR = 2.0
+_DECREASE_FLOOR = 8.0
 
 # Typical value and spread of each context feature on Hugging Face encoders, for inputs near
 # [-2, 2]. Of the tensor: log RMS of the parameter, log RMS of the gradient, log of its ratio to the
