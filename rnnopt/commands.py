@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rnnopt.adapt import classification_metrics, fit, label_numbers, predict
+from rnnopt.adapt import fit, judge_texts, label_numbers
 from rnnopt.checkpoint import (
     RULE_FILE,
     SHIPPED_RULE,
@@ -23,12 +23,11 @@ from rnnopt.checkpoint import (
     rule_fingerprint,
     write_atomically,
 )
-from rnnopt.corpus import Corpus, summary, text_key
+from rnnopt.corpus import Corpus, merge, summary, text_key
 from rnnopt.encoder import encoder_name
 from rnnopt.errors import InputError
 from rnnopt.evaluate import METRICS, Comparison, default_budgets
 from rnnopt.files import read_corpus
-from rnnopt.folder import LOG_FILE
 from rnnopt.journal import Journal
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
@@ -41,41 +40,68 @@ from rnnopt.options import (
     read_data,
     require_at_least,
 )
-from rnnopt.plot import plot_comparison, plot_learning, plot_losses
+from rnnopt.plot import plot_comparison
+from rnnopt.provenance import versions, write_provenance
+from rnnopt.report import ADAPT_FILE, write_report
+from rnnopt.requirement import NOT_MET
+from rnnopt.sources import describe, overlap_lines, sources_table
 from rnnopt.splits import (
     Splits,
     class_sketches,
     overlapping_classes,
     stratified_holdout,
 )
+from rnnopt.tables import confusion_text
 from rnnopt.task import TaskSource
 from rnnopt.team import Team
 from rnnopt.text import Classifier
+from rnnopt.transfer import require_transfer, seen_domains
 from rnnopt.unroll import UnrollSettings
+from rnnopt.until import (
+    Watch,
+    adapt_requirement,
+    data_facts,
+    judged_facts,
+    judgement_line,
+    unseen_texts,
+)
 
 
-def meta_train(options: Namespace) -> None:
-    """`rnnopt meta-train`; where torchrun started several processes, one of them."""
+def meta_train(options: Namespace) -> int:
+    """`rnnopt meta-train`; where torchrun started several processes, one of them.
+
+    Returns:
+        The exit code: 0, or `NOT_MET`.
+    """
     with Team.join() as team:
-        settings, train, validation = team.together(lambda: _parts(options, team))
+        settings, train, validation, splits = team.together(lambda: _parts(options, team))
         run = _run(options, settings, train, validation, team)
-        if team.rank == 0:
-            _watch(run)
-        else:
+        if team.rank > 0:
             run.run()
+            # torchrun would end the first process, which still writes, where another one fails
+            return 0
+        data = describe(splits)
+        write_provenance(run.folder.path, options, data, run.progress.meta_step)
+        print("\n".join([sources_table(data), *overlap_lines(data)]))
+        _watch(run)
+    return NOT_MET if settings.until is not None and not run.met else 0
 
 
-def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSource, TaskSource]:
+def _parts(
+    options: Namespace, team: Team
+) -> tuple[MetaTrainSettings, TaskSource, TaskSource, Splits]:
     """What a process of meta-training reads on its own: training and validation tasks."""
     settings = _settings(options)
-    splits = read_data(options)
-    samplers = [episode_sampler(options, part) for part in (splits.train, splits.validation)]
+    splits = read_data(options, weighted=True)
+    samplers = [
+        episode_sampler(options, part, splits.weights) for part in (splits.train, splits.validation)
+    ]
     device = choose_device(options.device)
     if team.size > 1 and device.type == "cuda":
         device = own_device(team.local_rank)
     classifiers = load_kinds(options, device)
     train, validation = (TaskSource(sampler, classifiers) for sampler in samplers)
-    return settings, train, validation
+    return settings, train, validation, splits
 
 
 def _run(
@@ -91,6 +117,7 @@ def _run(
         "encoder": encoder_name(options.encoder),
         "encoder_weights": train.classifier.fingerprint,
         "precision": train.classifier.precision,
+        "domain_weights": train.sampler.domain_weights or None,
         **{
             name: getattr(options, name)
             for name in (
@@ -123,8 +150,6 @@ def _run(
 def _watch(run: MetaTraining) -> None:
     """Run, showing how it goes, and draw the picture."""
     folder, total = run.folder.path, run.settings.meta_steps
-    for name, source in (("train", run.train), ("validation", run.validation)):
-        print(f"{name}: {summary(source.sampler.corpus)}")
     with tqdm(total=total, initial=run.progress.meta_step, unit="meta-step") as bar:
 
         def report(record: dict[str, Any]) -> None:
@@ -132,11 +157,10 @@ def _watch(run: MetaTraining) -> None:
             if record.get("meta_loss") is not None:
                 bar.set_postfix_str(f"meta-loss {record['meta_loss']:.3f}")
             if "validation" in record:
-                bar.write(_validation_line(record))
+                bar.write(_validation_line(record) + _decision(record, run.settings))
 
         run.run(report)
-    records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    plot_learning(records, folder / "learning.png")
+    print(f"report: {write_report(folder)}")
     if run.progress.skipped:
         print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
     print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
@@ -163,6 +187,7 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         validate_every=options.validate_every,
         validation_tasks=options.validation_tasks,
         checkpoint_every=options.checkpoint_every,
+        until=options.until,
     )
 
 
@@ -175,14 +200,31 @@ def _validation_line(record: dict[str, Any]) -> str:
     )
 
 
-def adapt(options: Namespace) -> None:
-    """`rnnopt adapt`."""
-    require_at_least(1, options, "steps", "batch_size")
+def _decision(record: dict[str, Any], settings: MetaTrainSettings) -> str:
+    """What a validation means for --until, to stand behind its line."""
+    if settings.requirement is None:
+        return ""
+    last = record["meta_step"] == settings.meta_steps
+    what = "stop" if record["validation"]["met"] else "out of meta-steps" if last else "go on"
+    return f"\n  {settings.requirement.words(record['validation'])}, {what}"
+
+
+def adapt(options: Namespace) -> int:
+    """`rnnopt adapt`.
+
+    Returns:
+        The exit code: 0, or `NOT_MET`.
+    """
+    requirement = adapt_requirement(options)
+    require_at_least(1, options, "steps", "batch_size", "validate_every")
     if not 0 < options.lr < math.inf:
         raise InputError(f"--lr {options.lr}: must be positive and finite; 1 is as meta-trained")
     train, test = _user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
-    rule = load_rule(options.rule or SHIPPED_RULE)
+    rule_file = options.rule or SHIPPED_RULE
+    rule = load_rule(rule_file)
+    training = read_training(rule_file)
+    seen = require_transfer(training, train, options.data, options.allow_overlap)
     classifier = load_classifier(options, len(names), choose_device(options.device))
     rule.to(classifier.device)
     folder = Path(options.output)
@@ -192,10 +234,17 @@ def adapt(options: Namespace) -> None:
     print(f"training: {summary(train)}\nheld out: {summary(test)}")
     started = time.perf_counter()
     with tqdm(total=options.steps, unit="step") as bar:
+        watch = None
+        if requirement is not None:
+            watch = Watch(
+                classifier, test, test_labels, requirement, options.validate_every, options.steps,
+                bar.write,
+            )  # fmt: skip
 
-        def tick(loss: float) -> None:
+        def tick(loss: float) -> bool:
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
+            return watch is not None and watch()
 
         losses = fit(
             classifier,
@@ -208,30 +257,54 @@ def adapt(options: Namespace) -> None:
             tick=tick,
         )
     seconds = time.perf_counter() - started
-    metrics = classification_metrics(predict(classifier, test.texts), test_labels, len(names))
+    if watch is not None:
+        watch.restore()
+    judged = judge_texts(classifier, test.texts, test_labels)
     print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
-    print(
-        f"on {len(test)} texts held out: accuracy {metrics.accuracy:.3f}, macro precision "
-        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
-    )
+    print(judgement_line(judged, "held out"))
     classifier.save(folder, names)
     report = {
-        **asdict(metrics),
-        "texts": len(test),
-        "steps": options.steps,
+        **judged_facts(judged, names),
+        "steps": len(losses),
         "seconds": round(seconds, 2),
         "losses": finite_or_none(losses),
+        "seen": seen,
     }
-    write_atomically(folder / "adapt.json", _json(report))
-    plot_losses(losses, folder / "loss.png")
+    data = {"training": data_facts(train), "held out": data_facts(test)}
+    if watch is not None:
+        report["requirement"] = watch.report()
+        print(confusion_text(names, judged.matrix))
+        if options.test:
+            # whatever may be wrong with this file, what was learned is safe
+            write_atomically(folder / ADAPT_FILE, _json(report))
+            report["test"], data["test"] = _judge_unseen(options, classifier, train, test)
+    write_atomically(folder / ADAPT_FILE, _json(report))
+    write_provenance(folder, options, data)
+    print(f"report: {write_report(folder)}")
     print(f'load it with transformers.pipeline("text-classification", "{folder}")')
+    return NOT_MET if watch is not None and watch.met_step is None else 0
+
+
+def _judge_unseen(
+    options: Namespace, classifier: Classifier, train: Corpus, held_out: Corpus
+) -> tuple[dict[str, Any], str]:
+    """Read --test, now that all else is done, and judge by it."""
+    columns = {"text_column": options.text_column, "label_column": options.label_column}
+    test, left_out = unseen_texts(options.test, merge([train, held_out]), **columns)
+    names, _, labels = label_numbers(train, test)
+    if left_out:
+        print(f"left out of the test, since they are in --data: {left_out} texts")
+    judged = judge_texts(classifier, test.texts, labels)
+    print(judgement_line(judged, "of the test"))
+    print(confusion_text(names, judged.matrix))
+    return judged_facts(judged, names), data_facts(test)
 
 
 def _user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
     columns = {"text_column": options.text_column, "label_column": options.label_column}
     train = read_corpus(options.data, **columns)
-    if not options.test:
-        return stratified_holdout(train, fraction=0.2, seed=options.seed)
+    if not options.test or options.until is not None:
+        return stratified_holdout(train, fraction=options.held_out, seed=options.seed)
     test = read_corpus(options.test, **columns)
     judged = {text_key(text) for text in test.texts}
     kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
@@ -271,7 +344,13 @@ def compare(options: Namespace) -> None:
         )
         bar.total = comparison.runs_at_most(options.episodes, options.tuning_episodes)
         result = comparison.run(options.episodes, options.tuning_episodes)
-    setting = {**facts, "rule": rule_fingerprint(rule), "seen_classes": overlap}
+    setting = {
+        **facts,
+        "rule": rule_fingerprint(rule),
+        "seen_classes": overlap,
+        "seen_domains": seen_domains(read_training(rule_file), splits.test),
+        "versions": versions(),
+    }
     result = {"setting": setting, **result}
     write_atomically(out, _json(result))
     if options.plot:
@@ -283,6 +362,7 @@ def compare(options: Namespace) -> None:
     if overlap:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
     print(comparison_table(result, budgets))
+    print(f"report: {write_report(out)}")
 
 
 def _facts(options: Namespace, splits: Splits, classifier: Classifier) -> dict[str, Any]:

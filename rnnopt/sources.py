@@ -132,9 +132,8 @@ def overlap_lines(description: Mapping[str, Any]) -> list[str]:
 def _shared(overlap: Mapping[str, Any]) -> str:
     one, other = overlap["between"]
     examples = f" ({listed(overlap['examples'], most=3)})" if overlap["classes"] else ""
-    return (
-        f"{one} and {other} have {overlap['classes']} classes{examples} and {overlap['texts']} "
-        "texts in common"
+    return f"{one} and {other} overlap: classes {overlap['classes']}{examples}, " + (
+        f"texts {overlap['texts']}"
     )
 
 
