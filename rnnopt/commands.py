@@ -270,7 +270,12 @@ def adapt(options: Namespace) -> int:
         "losses": finite_or_none(losses),
         "seen": seen,
     }
-    data = {"training": data_facts(train), "held out": data_facts(test)}
+    data = {
+        "training": data_facts(train),
+        "held out": data_facts(test),
+        "rule": f"{rule_file}, {rule_fingerprint(rule)}",
+        "encoder": f"{encoder_name(options.encoder)}, {classifier.fingerprint}",
+    }
     if watch is not None:
         report["requirement"] = watch.report()
         print(confusion_text(names, judged.matrix))

@@ -15,7 +15,7 @@ from rnnopt.folder import LOG_FILE, RUN_FILE
 from rnnopt.provenance import PROVENANCE_FILE, read_json
 from rnnopt.requirement import Requirement
 from rnnopt.sources import overlap_lines, sources_table
-from rnnopt.tables import confusion_text, table
+from rnnopt.tables import NOT_FINITE, confusion_text, table
 from rnnopt.transfer import seen_lines
 
 REPORT_FILE = "report.md"
@@ -185,7 +185,7 @@ def _data_section(about: Mapping[str, Any]) -> list[str]:
     data = about.get("data", {})
     if "sources" not in data:
         facts = [[name, _shown(value)] for name, value in data.items()]
-        return ["## Data\n\n" + table(["data", "texts, classes, fingerprint"], facts)]
+        return ["## What it is made of\n\n" + table(["", "contents, fingerprint"], facts)]
     prints = [
         [source["source"], *source["fingerprints"].values()]
         for source in data["sources"]
@@ -207,7 +207,7 @@ def _settings_section(about: Mapping[str, Any]) -> list[str]:
     options = [
         [f"--{name.replace('_', '-')}", _shown(value)]
         for name, value in last["options"].items()
-        if value not in (None, False)
+        if value is not None and value is not False
     ]
     starts = [[start["time"], start["meta_step"]] for start in about["starts"]]
     sections = [
@@ -246,7 +246,7 @@ def _shortened(header: Sequence[object], rows: Sequence[Sequence[object]]) -> st
 
 
 def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+    return NOT_FINITE if value is None else f"{value:.3f}"
 
 
 def _shown(value: Any) -> str:

@@ -9,26 +9,19 @@ import numpy as np
 # Labels beyond which a confusion matrix is too wide to read: then its largest entries are listed.
 WIDEST = 12
 _LARGEST = 10
+NOT_FINITE = "not finite"  # what stands in a table for such a figure
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, columns aligned; the first to the left, the others to the right.
+    """A Markdown table, columns aligned, those of numbers to the right.
 
     Args:
         header: the columns' names.
         rows: a cell for each column.
     """
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    lines = [
-        [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        for row in cells
-    ]
-    rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], rule, *lines[1:]])
+    columns = [_column(column) for column in zip(*cells)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
@@ -50,6 +43,24 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
         if wrong[actual, predicted]
     ]
     return table(["actual", "predicted", "texts"], rows)
+
+
+def _column(cells: Sequence[str]) -> list[str]:
+    """Cells of one width, with the rule below the first."""
+    width = max(3, *map(len, cells))
+    if all(map(_is_number, cells[1:])):
+        return [cells[0].rjust(width), "-" * (width - 1) + ":"] + [
+            c.rjust(width) for c in cells[1:]
+        ]
+    return [cells[0].ljust(width), "-" * width] + [cell.ljust(width) for cell in cells[1:]]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return cell == NOT_FINITE
+    return True
 
 
 def _cell(value: object) -> str:
