@@ -6,8 +6,7 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ from rnnopt.checkpoint import (
     rule_fingerprint,
     write_atomically,
 )
-from rnnopt.corpus import Corpus, merge, summary, text_key
+from rnnopt.corpus import Corpus, summary
 from rnnopt.encoder import encoder_name
 from rnnopt.errors import InputError
-from rnnopt.evaluate import METRICS, Comparison, default_budgets
-from rnnopt.files import read_corpus
+from rnnopt.evaluate import Comparison, default_budgets
 from rnnopt.journal import Journal
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.optimizer import LearnedOptimizer
@@ -49,9 +47,8 @@ from rnnopt.splits import (
     Splits,
     class_sketches,
     overlapping_classes,
-    stratified_holdout,
 )
-from rnnopt.tables import confusion_text
+from rnnopt.tables import comparison_table, confusion_text
 from rnnopt.task import TaskSource
 from rnnopt.team import Team
 from rnnopt.text import Classifier
@@ -61,9 +58,10 @@ from rnnopt.until import (
     Watch,
     adapt_requirement,
     data_facts,
+    judge_unseen,
     judged_facts,
     judgement_line,
-    unseen_texts,
+    user_texts,
 )
 
 
@@ -219,7 +217,7 @@ def adapt(options: Namespace) -> int:
     require_at_least(1, options, "steps", "batch_size", "validate_every")
     if not 0 < options.lr < math.inf:
         raise InputError(f"--lr {options.lr}: must be positive and finite; 1 is as meta-trained")
-    train, test = _user_texts(options)
+    train, test = user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
@@ -282,40 +280,12 @@ def adapt(options: Namespace) -> int:
         if options.test:
             # whatever may be wrong with this file, what was learned is safe
             write_atomically(folder / ADAPT_FILE, _json(report))
-            report["test"], data["test"] = _judge_unseen(options, classifier, train, test)
+            report["test"], data["test"] = judge_unseen(options, classifier, train, test)
     write_atomically(folder / ADAPT_FILE, _json(report))
     write_provenance(folder, options, data)
     print(f"report: {write_report(folder)}")
     print(f'load it with transformers.pipeline("text-classification", "{folder}")')
     return NOT_MET if watch is not None and watch.met_step is None else 0
-
-
-def _judge_unseen(
-    options: Namespace, classifier: Classifier, train: Corpus, held_out: Corpus
-) -> tuple[dict[str, Any], str]:
-    """Read --test, now that all else is done, and judge by it."""
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
-    test, left_out = unseen_texts(options.test, merge([train, held_out]), **columns)
-    names, _, labels = label_numbers(train, test)
-    if left_out:
-        print(f"left out of the test, since they are in --data: {left_out} texts")
-    judged = judge_texts(classifier, test.texts, labels)
-    print(judgement_line(judged, "of the test"))
-    print(confusion_text(names, judged.matrix))
-    return judged_facts(judged, names), data_facts(test)
-
-
-def _user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
-    train = read_corpus(options.data, **columns)
-    if not options.test or options.until is not None:
-        return stratified_holdout(train, fraction=options.held_out, seed=options.seed)
-    test = read_corpus(options.test, **columns)
-    judged = {text_key(text) for text in test.texts}
-    kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
-    if len(kept) < len(train):
-        print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
-    return replace(train.take(kept), dropped=train.dropped), test
 
 
 def compare(options: Namespace) -> None:
@@ -366,7 +336,7 @@ def compare(options: Namespace) -> None:
         plot_comparison(result, title, Path(options.plot))
     if overlap:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
-    print(comparison_table(result, budgets))
+    print(comparison_table(result))
     print(f"report: {write_report(out)}")
 
 
@@ -401,22 +371,6 @@ def _seen_classes(
             "that with --allow-overlap"
         )
     return pairs
-
-
-def comparison_table(result: dict[str, Any], budgets: Sequence[int]) -> str:
-    """Accuracy and loss of every method at every budget, as Markdown."""
-    lines = []
-    for metric in METRICS:
-        lines += [
-            f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
-            "|---|" + "---|" * len(budgets),
-        ]
-        for name, method in result["methods"].items():
-            cells = [method[metric][str(b)] for b in budgets]
-            figures = " | ".join(f"{cell['mean']:.3f} ± {cell['ci95']:.3f}" for cell in cells)
-            lines.append(f"| {name} | {figures} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def _json(value: Any) -> bytes:

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from rnnopt.checkpoint import claim_folder, write_atomically
-from rnnopt.commands import comparison_table
 from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
 from rnnopt.encoder import small_bert
@@ -26,6 +25,7 @@ from rnnopt.lstm import CoordinateLSTM
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison
 from rnnopt.splits import class_sketches
+from rnnopt.tables import comparison_table
 from rnnopt.task import TaskSource
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings
@@ -71,7 +71,7 @@ def demo(folder: Path, seed: int = 0) -> None:
         result = comparison.run(EPISODES, TUNING_EPISODES)
     title = f"{WAYS}-way {SHOTS}-shot on modules never seen, {EPISODES} episodes"
     plot_comparison(result, title, folder / "comparison.png")
-    table = comparison_table(result, budgets)
+    table = comparison_table(result)
     minutes = (time.perf_counter() - started) / 60
     rates = len(BASELINES["adamw"].grid)
     report = f"""# rnnopt demo

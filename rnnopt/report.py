@@ -15,7 +15,7 @@ from rnnopt.folder import LOG_FILE, RUN_FILE
 from rnnopt.provenance import PROVENANCE_FILE, read_json
 from rnnopt.requirement import Requirement
 from rnnopt.sources import overlap_lines, sources_table
-from rnnopt.tables import NOT_FINITE, confusion_text, table
+from rnnopt.tables import NOT_FINITE, comparison_table, confusion_text, table
 from rnnopt.transfer import seen_lines
 
 REPORT_FILE = "report.md"
@@ -163,11 +163,8 @@ def _judged(title: str, judged: Mapping[str, Any]) -> str:
 
 
 def _comparison(file: Path, say: Callable[[str], None]) -> list[str]:
-    from rnnopt.commands import comparison_table  # with all that a comparison itself imports
-
     result = _read(file)
     setting = result["setting"]
-    budgets = sorted(int(b) for b in result["methods"]["learned"]["accuracy"])
     classes = [" = ".join(dict.fromkeys(pair)) for pair in setting["seen_classes"]]
     seen = {"domains": setting.get("seen_domains", []), "classes": classes}
     rows = [[name, _shown(value)] for name, value in setting.items() if name != "seen_classes"]
@@ -176,7 +173,7 @@ def _comparison(file: Path, say: Callable[[str], None]) -> list[str]:
         *_cautions(seen_lines(seen)),
         f"{result['episodes']} test episodes, {result['tuning_episodes']} for every learning rate "
         "of a baseline; 95 % intervals.",
-        comparison_table(result, budgets).strip(),
+        comparison_table(result).strip(),
         "## Setting\n\n" + table(["fact", "value"], rows),
     ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,33 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
         if wrong[actual, predicted]
     ]
     return table(["actual", "predicted", "texts"], rows)
+
+
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """Accuracy and loss of every method at every budget, and what the rule is ahead, as Markdown.
+
+    Args:
+        result: what `rnnopt.evaluate.Comparison.run` returned.
+    """
+    lines = []
+    for metric in ("accuracy", "loss"):
+        rows = {name: method[metric] for name, method in result["methods"].items()}
+        for name, difference in result["paired"].items():
+            rows[f"*learned - {name}, paired*"] = difference[metric]
+        budgets = sorted({int(b) for row in rows.values() for b in row})
+        lines += [
+            f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
+            "|---|" + "---|" * len(budgets),
+        ]
+        for name, row in rows.items():
+            sign = "+" if name.startswith("*") else ""
+            cells = (row.get(str(b)) for b in budgets)
+            figures = (
+                f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}" if cell else "" for cell in cells
+            )
+            lines.append(f"| {name} | " + " | ".join(figures) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _column(cells: Sequence[str]) -> list[str]:

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rnnopt.adapt import JUDGED, Judgement, judge_texts
-from rnnopt.corpus import Corpus, text_key
+from rnnopt.adapt import JUDGED, Judgement, judge_texts, label_numbers
+from rnnopt.corpus import Corpus, merge, text_key
 from rnnopt.errors import InputError
 from rnnopt.files import read_corpus
 from rnnopt.requirement import Requirement
+from rnnopt.splits import stratified_holdout
+from rnnopt.tables import confusion_text
 from rnnopt.text import Classifier
 
 STEPS, MOST_STEPS = 20, 200  # without a requirement, and at most with one
@@ -118,6 +120,46 @@ class Watch:
 
     def _params(self) -> Sequence[torch.Tensor]:
         return [param for _, param in self._classifier.trainable()]
+
+
+def user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
+    """What to train on, and what to judge by: held out, or with --test and no --until that file.
+
+    Raises:
+        InputError: as `read_corpus` and `stratified_holdout`.
+    """
+    columns = {"text_column": options.text_column, "label_column": options.label_column}
+    train = read_corpus(options.data, **columns)
+    if not options.test or options.until is not None:
+        return stratified_holdout(train, fraction=options.held_out, seed=options.seed)
+    test = read_corpus(options.test, **columns)
+    judged = {text_key(text) for text in test.texts}
+    kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
+    if len(kept) < len(train):
+        print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
+    return replace(train.take(kept), dropped=train.dropped), test
+
+
+def judge_unseen(
+    options: Namespace, classifier: Classifier, train: Corpus, held_out: Corpus
+) -> tuple[dict[str, Any], str]:
+    """Read --test, now that all else is done, and judge by it.
+
+    Returns:
+        (what `judged_facts` says, what `data_facts` says).
+
+    Raises:
+        InputError: as `unseen_texts` and `label_numbers`.
+    """
+    columns = {"text_column": options.text_column, "label_column": options.label_column}
+    test, left_out = unseen_texts(options.test, merge([train, held_out]), **columns)
+    names, _, labels = label_numbers(train, test)
+    if left_out:
+        print(f"left out of the test, since they are in --data: {left_out} texts")
+    judged = judge_texts(classifier, test.texts, labels)
+    print(judgement_line(judged, "of the test"))
+    print(confusion_text(names, judged.matrix))
+    return judged_facts(judged, names), data_facts(test)
 
 
 def unseen_texts(path: str, known: Corpus, **columns: str) -> tuple[Corpus, int]:

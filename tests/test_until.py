@@ -204,6 +204,12 @@ def test_what_came_closest_is_kept_where_the_requirement_is_not_met(adapting):
     assert said[-1].endswith(": not met, out of steps")
 
 
+def test_of_judgements_alike_the_first_is_kept(adapting):
+    watch, _, _ = watched(adapting, "loss<0.000001", 1e-9, 3)
+    assert len({check["loss"] for check in watch.checks}) == 1
+    assert watch.kept_step == 1
+
+
 def test_the_last_step_is_judged_whatever_the_interval(adapting):
     watch, _, _ = watched(adapting, "loss<0.000001", 0.01, 5, every=3)
     assert [check["step"] for check in watch.checks] == [3, 5]
