@@ -94,7 +94,8 @@ def plot_losses(
         axes = panels[0, 1]
         steps = [check["step"] for check in checks]
         for name in sorted(checks[0].keys() - {"step", "loss"}):
-            axes.plot(steps, [check[name] for check in checks], label=name)
+            values = [check[name] for check in checks]
+            axes.plot(steps, values, marker="o", markersize=3, label=name)
         axes.set(xlabel="steps", ylabel="on texts held out", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         axes.legend()
