@@ -101,6 +101,10 @@ def test_meta_training_stops_where_the_requirement_is_met(
         in (tmp_path / "run" / "report.md").read_text()
     )
     assert ", out of meta-steps" in capsys.readouterr().out
+    starts = json.loads((tmp_path / "run" / "provenance.json").read_text())["starts"]
+    assert [start["meta_step"] for start in starts] == [0, step, step]
+    assert [start["options"]["until"] for start in starts] == [requirement] * 2 + ["accuracy>=1"]
+    assert "## Starts" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_an_untrained_rule_may_do(csv_file, encoder, tmp_path):
