@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from rnnopt.corpus import Corpus
 from rnnopt.errors import InputError
+from rnnopt.requirement import DIGITS
 from rnnopt.task import LabelledTexts
 from rnnopt.text import Classifier
 
@@ -50,7 +54,7 @@ def fit(
     steps: int,
     batch_size: int,
     seed: int,
-    tick: Callable[[float], None] = lambda loss: None,
+    tick: Callable[[float], bool | None] = lambda loss: None,
 ) -> list[float]:
     """Steps on minibatches, or on everything where it fits one batch.
 
@@ -62,7 +66,7 @@ def fit(
         steps: optimizer steps.
         batch_size: texts a step; batches run through a new shuffle in each epoch.
         seed: of the shuffles.
-        tick: called with each step's loss.
+        tick: called after each step, with its loss; says True to stop.
 
     Returns:
         The loss before each step, mean nats per text.
@@ -80,7 +84,8 @@ def fit(
         torch.autograd.backward(loss)
         optimizer.step()
         losses.append(float(loss.detach()))
-        tick(losses[-1])
+        if tick(losses[-1]):
+            break
     return losses
 
 
@@ -110,13 +115,15 @@ def in_batches(
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-    """The most likely class of each text, (B,)."""
+def class_logits(
+    classifier: Classifier, texts: Sequence[str], batch_size: int = 64, *, again: bool = False
+) -> Tensor:
+    """Logits of each text, (B, C); `again` as in `Classifier.batch`."""
     parts = [
-        classifier.logits(classifier.batch(texts[start : start + batch_size], again=False))
+        classifier.logits(classifier.batch(texts[start : start + batch_size], again=again))
         for start in range(0, len(texts), batch_size)
     ]
-    return torch.cat(parts).argmax(dim=1).cpu().numpy()
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -129,16 +136,20 @@ class Metrics:
     f1: float
 
 
-def classification_metrics(predicted: np.ndarray, actual: np.ndarray, classes: int) -> Metrics:
+def confusion_matrix(predicted: np.ndarray, actual: np.ndarray, classes: int) -> np.ndarray:
+    """Counts of texts [actual, predicted], (classes, classes) int64."""
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (actual, predicted), 1)
+    return confusion
+
+
+def classification_metrics(confusion: np.ndarray) -> Metrics:
     """Metrics as scikit-learn defines them with ``average="macro", zero_division=0``.
 
     Args:
-        predicted: (B,), class numbers.
-        actual: (B,), class numbers.
-        classes: how many classes there are; those in neither array are left out of the averages.
+        confusion: (C, C), counts of texts [actual, predicted]; classes in neither are left out of
+            the averages.
     """
-    confusion = np.zeros((classes, classes), dtype=np.int64)  # [actual, predicted]
-    np.add.at(confusion, (actual, predicted), 1)
     hits = np.diag(confusion).astype(float)
     claimed, present = confusion.sum(axis=0), confusion.sum(axis=1)
     seen = (claimed + present) > 0
@@ -146,8 +157,51 @@ def classification_metrics(predicted: np.ndarray, actual: np.ndarray, classes: i
     recall = hits[seen] / np.maximum(present[seen], 1)
     f1 = 2 * hits[seen] / (claimed + present)[seen]
     return Metrics(
-        accuracy=float(hits.sum() / len(actual)),
+        accuracy=float(hits.sum() / confusion.sum()),
         precision=float(precision.mean()),
         recall=float(recall.mean()),
         f1=float(f1.mean()),
     )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A classifier on labelled texts.
+
+    Attributes:
+        metrics: see there.
+        loss: mean nats per text.
+        matrix: (C, C), counts of texts [actual, predicted].
+    """
+
+    metrics: Metrics
+    loss: float
+    matrix: np.ndarray
+
+    def figures(self) -> dict[str, float | None]:
+        """Metrics and loss as they are written and compared: to 5 digits, None if not finite."""
+        values = {**asdict(self.metrics), "loss": self.loss}
+        return {
+            name: round(value, DIGITS) if math.isfinite(value) else None
+            for name, value in values.items()
+        }
+
+
+JUDGED = (*(field.name for field in fields(Metrics)), "loss")  # what `Judgement.figures` holds
+
+
+def judge_texts(
+    classifier: Classifier, texts: Sequence[str], labels: np.ndarray, *, again: bool = False
+) -> Judgement:
+    """Judge the classifier as it stands.
+
+    Args:
+        classifier: of C classes.
+        texts: B texts, 1 or more.
+        labels: (B,), their classes.
+        again: they are judged by more than once.
+    """
+    logits = class_logits(classifier, texts, again=again).float().cpu()
+    loss = float(cross_entropy(logits, torch.as_tensor(labels)))
+    matrix = confusion_matrix(logits.argmax(dim=1).numpy(), labels, classifier.ways)
+    return Judgement(classification_metrics(matrix), loss, matrix)

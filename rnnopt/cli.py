@@ -1,4 +1,4 @@
-"""The `rnnopt` command: meta-train, adapt, compare, inspect, demo."""
+"""The `rnnopt` command: meta-train, adapt, compare, report, inspect, demo."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 for what the user can mend (one line on stderr, of one process where several share
-        the mistake; no traceback); 130 for Ctrl-C.
+        the mistake; no traceback); 3 where --until was not met; 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
         if options.run is not _meta_train:
             _require_alone(options.command)
-        options.run(options)
+        return options.run(options) or 0
     except ToldElsewhereError:
         return 2
     except InputError as error:
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"rnnopt {options.command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    return 0
 
 
 def _require_alone(command: str) -> None:
@@ -52,16 +51,16 @@ def _require_alone(command: str) -> None:
     require_alone(command)
 
 
-def _meta_train(options: argparse.Namespace) -> None:
+def _meta_train(options: argparse.Namespace) -> int:
     from rnnopt.commands import meta_train
 
-    meta_train(options)
+    return meta_train(options)
 
 
-def _adapt(options: argparse.Namespace) -> None:
+def _adapt(options: argparse.Namespace) -> int:
     from rnnopt.commands import adapt
 
-    adapt(options)
+    return adapt(options)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -74,6 +73,12 @@ def _inspect(options: argparse.Namespace) -> None:
     from rnnopt.inspect_command import inspect
 
     inspect(options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rnnopt.report import write_report
+
+    print(write_report(Path(options.run_path)))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -92,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_adapt(commands)
     _add_compare(commands)
     _add_inspect(commands)
+    report = commands.add_parser(
+        "report", help="write a run's report and pictures again, from the files it left"
+    )
+    report.add_argument(
+        "run_path",
+        metavar="RUN",
+        help="folder of meta-train or adapt, or the JSON file of compare",
+    )
+    report.set_defaults(run=_report)
     demo = commands.add_parser(
         "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 4 minutes"
     )
@@ -107,10 +121,14 @@ def _add_meta_train(commands: Any) -> None:
         help="learn an update rule over many tasks",
         description="Learn an update rule over many tasks, initial values, or both. The output "
         "folder gets rule.safetensors (the best by validation classes), with --init also init (the "
-        "initial values), log.jsonl, learning.png, run.json and a checkpoint from which --resume "
-        "continues.",
+        "initial values), report.md and learning.png, log.jsonl, run.json, provenance.json and a "
+        "checkpoint from which --resume continues. The exit code is 3 where --until was not met.",
     )
-    _add_data(parser, "train classes are meta-trained on, validation classes choose the rule")
+    _add_data(
+        parser,
+        "train classes are meta-trained on, validation classes choose the rule. PATH=2 is drawn "
+        "twice as often as one without a weight; a source's domains share its weight",
+    )
     _add_encoder(parser, several=True)
     _add_pooling(parser, several=True)
     _add_episodes(parser, several=True)
@@ -141,7 +159,20 @@ def _add_meta_train(commands: Any) -> None:
         default=1,
         help="meta-gradient: 1 first order, 2 exact through higher [1]",
     )
-    parser.add_argument("--meta-steps", type=int, default=500, help="steps of the meta-optimizer")
+    parser.add_argument(
+        "--meta-steps",
+        "--max-meta-steps",
+        type=int,
+        default=500,
+        help="steps of the meta-optimizer, at most with --until; its learning rate falls along "
+        "them [500]",
+    )
+    parser.add_argument(
+        "--until",
+        metavar="REQUIREMENT",
+        help="end at the first validation that meets this, such as 'accuracy@5>=0.85 and loss<1': "
+        "accuracy or loss, @step, on validation tasks; without @step after the last",
+    )
     parser.add_argument(
         "--tasks",
         type=int,
@@ -204,12 +235,35 @@ def _add_adapt(commands: Any) -> None:
         "--test", help="labelled file to judge by; else a stratified fifth of --data is held out"
     )
     _add_columns(parser)
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of each label's texts, to judge by, with --until or without --test [0.2]",
+    )
+    _add_overlap(parser)
     _add_encoder(parser)
     # transformers' pipeline could not load a classifier with mean pooling
     parser.set_defaults(pooling="model")
     parser.add_argument("--rule", help="rule file or folder; else the one that ships with rnnopt")
     _add_start(parser)
-    parser.add_argument("--steps", type=int, default=20, help="steps of adaptation [20]")
+    parser.add_argument(
+        "--steps",
+        "--max-steps",
+        type=int,
+        help="steps of adaptation [20], with --until at most [200]",
+    )
+    parser.add_argument(
+        "--until",
+        metavar="REQUIREMENT",
+        help="adapt until this is met on texts held out, such as 'accuracy>=0.9 and f1>0.8': "
+        "accuracy, precision, recall, f1 (macro) or loss; --test is read when all else is done; "
+        "the exit code is 3 where it was not met",
+    )
+    parser.add_argument(
+        "--validate-every", type=int, default=1, metavar="T", help="with --until, in steps [1]"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="texts a step [64]")
     parser.add_argument("--lr", type=float, default=1.0, help="multiplies the learned step [1]")
     parser.add_argument("--output", required=True, help="folder for the classifier")
@@ -363,6 +417,10 @@ def _add_data(
         help="column that divides a file into domains; an "
         "episode's classes come from one domain [the whole source is one]",
     )
+    _add_overlap(parser)
+
+
+def _add_overlap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-overlap",
         action="store_true",

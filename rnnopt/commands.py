@@ -7,13 +7,13 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from rnnopt.adapt import classification_metrics, fit, in_batches, label_numbers, predict
+from rnnopt.adapt import fit, in_batches, judge_texts, label_numbers
 from rnnopt.checkpoint import (
     RULE_FILE,
     SHIPPED_RULE,
@@ -23,13 +23,11 @@ from rnnopt.checkpoint import (
     rule_fingerprint,
     write_atomically,
 )
-from rnnopt.corpus import Corpus, summary, text_key
+from rnnopt.corpus import Corpus, summary
 from rnnopt.encoder import encoder_name
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
-from rnnopt.evaluate import LEARNED, METRICS, Comparison, default_budgets
-from rnnopt.files import read_corpus
-from rnnopt.folder import LOG_FILE
+from rnnopt.evaluate import Comparison, default_budgets
 from rnnopt.held_out import comparison_data, comparison_sampler
 from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
@@ -46,36 +44,63 @@ from rnnopt.options import (
     require_at_least,
     require_one_kind,
 )
-from rnnopt.plot import plot_comparison, plot_learning, plot_losses
+from rnnopt.plot import plot_comparison
+from rnnopt.provenance import versions, write_provenance
+from rnnopt.report import ADAPT_FILE, write_report
+from rnnopt.requirement import NOT_MET
+from rnnopt.sources import describe, overlap_lines, sources_table
 from rnnopt.splits import (
     Splits,
     class_sketches,
     overlapping_classes,
-    stratified_holdout,
 )
 from rnnopt.start import Start
+from rnnopt.tables import comparison_table, confusion_text
 from rnnopt.task import TaskSource
 from rnnopt.team import Team
 from rnnopt.text import Classifier
+from rnnopt.transfer import require_transfer, seen_domains, seen_in
 from rnnopt.unroll import UnrollSettings
+from rnnopt.until import (
+    Watch,
+    adapt_requirement,
+    data_facts,
+    judge_unseen,
+    judged_facts,
+    judgement_line,
+    user_texts,
+)
 
 
-def meta_train(options: Namespace) -> None:
-    """`rnnopt meta-train`; where torchrun started several processes, one of them."""
+def meta_train(options: Namespace) -> int:
+    """`rnnopt meta-train`; where torchrun started several processes, one of them.
+
+    Returns:
+        The exit code: 0, or `NOT_MET`.
+    """
     with Team.join() as team:
-        settings, train, validation = team.together(lambda: _parts(options, team))
+        settings, train, validation, splits = team.together(lambda: _parts(options, team))
         run = _run(options, settings, train, validation, team)
-        if team.rank == 0:
-            _watch(run)
-        else:
+        if team.rank > 0:
             run.run()
+            # torchrun would end the first process, which still writes, where another one fails
+            return 0
+        data = describe(splits)
+        write_provenance(run.folder.path, options, data, run.progress.meta_step)
+        print("\n".join([sources_table(data), *overlap_lines(data)]))
+        _watch(run)
+    return NOT_MET if settings.until is not None and not run.met else 0
 
 
-def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSource, TaskSource]:
+def _parts(
+    options: Namespace, team: Team
+) -> tuple[MetaTrainSettings, TaskSource, TaskSource, Splits]:
     """What a process of meta-training reads on its own: training and validation tasks."""
     settings = _settings(options)
-    splits = read_data(options)
-    samplers = [episode_sampler(options, part) for part in (splits.train, splits.validation)]
+    splits = read_data(options, weighted=True)
+    samplers = [
+        episode_sampler(options, part, splits.weights) for part in (splits.train, splits.validation)
+    ]
     device = choose_device(options.device)
     if team.size > 1 and device.type == "cuda":
         device = own_device(team.local_rank)
@@ -83,7 +108,7 @@ def _parts(options: Namespace, team: Team) -> tuple[MetaTrainSettings, TaskSourc
     if options.init != "pretrained":
         require_one_kind(classifiers)
     train = TaskSource(samplers[0], classifiers, options.batch_size)
-    return settings, train, TaskSource(samplers[1], classifiers)
+    return settings, train, TaskSource(samplers[1], classifiers), splits
 
 
 def _run(
@@ -99,6 +124,7 @@ def _run(
         "encoder": encoder_name(options.encoder),
         "encoder_weights": train.classifier.fingerprint,
         "precision": train.classifier.precision,
+        "domain_weights": train.sampler.domain_weights or None,
         **{
             name: getattr(options, name)
             for name in (
@@ -131,8 +157,6 @@ def _run(
 def _watch(run: MetaTraining) -> None:
     """Run, showing how it goes, and draw the picture."""
     folder, total = run.folder.path, run.settings.meta_steps
-    for name, source in (("train", run.train), ("validation", run.validation)):
-        print(f"{name}: {summary(source.sampler.corpus)}")
     with tqdm(total=total, initial=run.progress.meta_step, unit="meta-step") as bar:
 
         def report(record: dict[str, Any]) -> None:
@@ -140,11 +164,10 @@ def _watch(run: MetaTraining) -> None:
             if record.get("meta_loss") is not None:
                 bar.set_postfix_str(f"meta-loss {record['meta_loss']:.3f}")
             if "validation" in record:
-                bar.write(_validation_line(record))
+                bar.write(_validation_line(record) + _decision(record, run.settings))
 
         run.run(report)
-    records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    plot_learning(records, folder / "learning.png")
+    print(f"report: {write_report(folder)}")
     if run.progress.skipped:
         print(f"skipped, since something was not finite: {run.progress.skipped} meta-steps")
     print(f"best rule, of meta-step {run.progress.best_step}: {folder / RULE_FILE}")
@@ -184,6 +207,7 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         validate_every=options.validate_every,
         validation_tasks=options.validation_tasks,
         checkpoint_every=options.checkpoint_every,
+        until=options.until,
     )
 
 
@@ -196,14 +220,35 @@ def _validation_line(record: dict[str, Any]) -> str:
     )
 
 
-def adapt(options: Namespace) -> None:
-    """`rnnopt adapt`."""
-    require_at_least(1, options, "steps", "batch_size")
+def _decision(record: dict[str, Any], settings: MetaTrainSettings) -> str:
+    """What a validation means for --until, to stand behind its line."""
+    if settings.requirement is None:
+        return ""
+    last = record["meta_step"] == settings.meta_steps
+    what = "stop" if record["validation"]["met"] else "out of meta-steps" if last else "go on"
+    return f"\n  {settings.requirement.words(record['validation'])}, {what}"
+
+
+def adapt(options: Namespace) -> int:
+    """`rnnopt adapt`.
+
+    Returns:
+        The exit code: 0, or `NOT_MET`.
+    """
+    requirement = adapt_requirement(options)
+    require_at_least(1, options, "steps", "batch_size", "validate_every")
     if not 0 < options.lr < math.inf:
         raise InputError(f"--lr {options.lr}: must be positive and finite; 1 is as meta-trained")
-    train, test = _user_texts(options)
+    train, test = user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
-    rule = load_rule(options.rule or SHIPPED_RULE)
+    rule_file = options.rule or SHIPPED_RULE
+    rule = load_rule(rule_file)
+    known = [
+        read_training(rule_file),
+        *([read_init_training(options.init)] if options.init else []),
+    ]
+    classes = {name: sketch for facts in known for name, sketch in seen_in(facts).items()}
+    seen = require_transfer({"classes": classes}, train, options.data, options.allow_overlap)
     classifier = load_classifier(options, len(names), choose_device(options.device))
     rule.to(classifier.device)
     start = choose_start(options, classifier)
@@ -215,10 +260,17 @@ def adapt(options: Namespace) -> None:
     print(f"training: {summary(train)}\nheld out: {summary(test)}")
     started = time.perf_counter()
     with tqdm(total=options.steps, unit="step") as bar:
+        watch = None
+        if requirement is not None:
+            watch = Watch(
+                classifier, test, test_labels, requirement, options.validate_every, options.steps,
+                bar.write,
+            )  # fmt: skip
 
-        def tick(loss: float) -> None:
+        def tick(loss: float) -> bool:
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
+            return watch is not None and watch()
 
         losses = fit(
             classifier,
@@ -231,36 +283,43 @@ def adapt(options: Namespace) -> None:
             tick=tick,
         )
     seconds = time.perf_counter() - started
-    metrics = classification_metrics(predict(classifier, test.texts), test_labels, len(names))
+    if watch is not None:
+        watch.restore()
+    judged = judge_texts(classifier, test.texts, test_labels)
+    if optimizer.undone:
+        print(
+            f"{optimizer.undone} steps were undone, since they made the loss climb; Adam went on in "
+            "the rule's place"
+        )
     print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
-    print(
-        f"on {len(test)} texts held out: accuracy {metrics.accuracy:.3f}, macro precision "
-        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
-    )
+    print(judgement_line(judged, "held out"))
     classifier.save(folder, names)
     report = {
-        **asdict(metrics),
-        "texts": len(test),
-        "steps": options.steps,
+        **judged_facts(judged, names),
+        "steps": len(losses),
         "seconds": round(seconds, 2),
         "losses": finite_or_none(losses),
+        "undone": optimizer.undone,
+        "seen": seen,
     }
-    write_atomically(folder / "adapt.json", _json(report))
-    plot_losses(losses, folder / "loss.png")
+    data = {
+        "training": data_facts(train),
+        "held out": data_facts(test),
+        "rule": f"{rule_file}, {rule_fingerprint(rule)}",
+        "encoder": f"{encoder_name(options.encoder)}, {classifier.fingerprint}",
+    }
+    if watch is not None:
+        report["requirement"] = watch.report()
+        print(confusion_text(names, judged.matrix))
+        if options.test:
+            # whatever may be wrong with this file, what was learned is safe
+            write_atomically(folder / ADAPT_FILE, _json(report))
+            report["test"], data["test"] = judge_unseen(options, classifier, train, test)
+    write_atomically(folder / ADAPT_FILE, _json(report))
+    write_provenance(folder, options, data)
+    print(f"report: {write_report(folder)}")
     print(f'load it with transformers.pipeline("text-classification", "{folder}")')
-
-
-def _user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
-    train = read_corpus(options.data, **columns)
-    if not options.test:
-        return stratified_holdout(train, fraction=0.2, seed=options.seed)
-    test = read_corpus(options.test, **columns)
-    judged = {text_key(text) for text in test.texts}
-    kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
-    if len(kept) < len(train):
-        print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
-    return replace(train.take(kept), dropped=train.dropped), test
+    return NOT_MET if watch is not None and watch.met_step is None else 0
 
 
 def compare(options: Namespace) -> None:
@@ -303,7 +362,13 @@ def compare(options: Namespace) -> None:
             tuned_budgets=tuned_budgets,
         )
         result = comparison.run(options.episodes, options.tuning_episodes)
-    setting = {**facts, "rule": rule_fingerprint(rule), "seen_classes": overlap}
+    setting = {
+        **facts,
+        "rule": rule_fingerprint(rule),
+        "seen_classes": overlap,
+        "seen_domains": seen_domains(read_training(rule_file), splits.test),
+        "versions": versions(),
+    }
     result = {"setting": setting, **result}
     write_atomically(out, _json(result))
     if options.plot:
@@ -317,6 +382,7 @@ def compare(options: Namespace) -> None:
     if "ways_used" in facts:
         print(f"fewer classes than ways, so {facts['ways_used']}")
     print(comparison_table(result))
+    print(f"report: {write_report(out)}")
 
 
 def _tick(bar: Any, planned: int) -> None:
@@ -366,33 +432,6 @@ def _seen_classes(
             "that with --allow-overlap"
         )
     return pairs
-
-
-def comparison_table(result: dict[str, Any]) -> str:
-    """Accuracy and loss of every method at every budget, and what the rule is ahead, as Markdown.
-
-    Args:
-        result: what `rnnopt.evaluate.Comparison.run` returned.
-    """
-    lines = []
-    for metric in METRICS:
-        rows = {name: method[metric] for name, method in result["methods"].items()}
-        for name, difference in result["paired"].items():
-            rows[f"*{LEARNED} - {name}, paired*"] = difference[metric]
-        budgets = sorted({int(b) for row in rows.values() for b in row})
-        lines += [
-            f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
-            "|---|" + "---|" * len(budgets),
-        ]
-        for name, row in rows.items():
-            sign = "+" if name.startswith("*") else ""
-            cells = (row.get(str(b)) for b in budgets)
-            figures = (
-                f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}" if cell else "" for cell in cells
-            )
-            lines.append(f"| {name} | " + " | ".join(figures) + " |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def _json(value: Any) -> bytes:

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from rnnopt.checkpoint import SavedRule, claim_folder, write_atomically
-from rnnopt.commands import comparison_table
 from rnnopt.comparators import BASELINES
 from rnnopt.corpus import summary
 from rnnopt.embedded import stdlib_splits
@@ -26,6 +25,7 @@ from rnnopt.journal import Journal
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings
 from rnnopt.plot import plot_comparison
 from rnnopt.splits import class_sketches
+from rnnopt.tables import comparison_table
 from rnnopt.task import TaskSource
 from rnnopt.text import Classifier
 from rnnopt.unroll import UnrollSettings

@@ -119,8 +119,9 @@ class RunFolder:
         write_atomically(path, "".join(kept).encode())
 
     def _check_same_run(self, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-        # more meta-steps continue the same run, checkpoints may come at any rate
-        free = {"meta_steps", "checkpoint_every"}
+        # more meta-steps, or a stricter requirement, continue the same run; checkpoints may come
+        # at any rate
+        free = {"meta_steps", "checkpoint_every", "until"}
         other = [
             f"{name}: {saved.get(name)!r} there, {facts.get(name)!r} here"
             for name in sorted({*saved, *facts} - free)

@@ -24,12 +24,14 @@ from rnnopt.errors import InputError
 from rnnopt.folder import RunFolder
 from rnnopt.init_folder import INIT_FOLDER, save_init
 from rnnopt.learned import Learned, LearnedSettings
+from rnnopt.requirement import DIGITS, Requirement
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
 _VALIDATION_HEADS = 1_000_000_000
+VALIDATED = ("accuracy", "loss")  # the metrics of a validation, after each step
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class MetaTrainSettings:
         validate_every: meta-steps between validations; one more at the end.
         validation_tasks: tasks of one validation, always the same ones.
         checkpoint_every: meta-steps between checkpoints.
+        until: the run ends at the first validation that meets this requirement, of accuracy and
+            loss after some step, see `rnnopt.requirement`; None: after all meta-steps.
     """
 
     meta_steps: int
@@ -72,6 +76,7 @@ class MetaTrainSettings:
     validate_every: int = 50
     validation_tasks: int = 8
     checkpoint_every: int = 10
+    until: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -104,6 +109,14 @@ class MetaTrainSettings:
         if not 1 <= self.loss_scale < math.inf:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
         self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
+        _ = self.requirement  # raises where it can't be read
+
+    @property
+    def requirement(self) -> Requirement | None:
+        """`until`, read."""
+        if self.until is None:
+            return None
+        return Requirement.parse(self.until, VALIDATED, self.unroll.steps)
 
 
 @dataclass
@@ -115,6 +128,8 @@ class _Progress:
     best_score: float = math.inf
     best_step: int = 0
     seconds: float = 0.0
+    checked_step: int = -1  # the meta-step of the last validation, and its figures
+    figures: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 class MetaTraining:
@@ -179,7 +194,7 @@ class MetaTraining:
         started = time.monotonic() - self.progress.seconds
         if self.progress.meta_step == 0:
             self._log({"meta_step": 0, **self._validate()}, report)
-        while self.progress.meta_step < self.settings.meta_steps:
+        while not self.met and self.progress.meta_step < self.settings.meta_steps:
             record = self._meta_step()
             done = self.progress.meta_step
             last = done == self.settings.meta_steps
@@ -189,10 +204,21 @@ class MetaTraining:
             self._log({**record, "seconds": round(self.progress.seconds, 2)}, report)
             if last or done % self.settings.checkpoint_every == 0:
                 self._save()
+        if self.met:
+            # what meets the requirement is what was asked for, be its loss over all steps higher
+            self._keep()
+            self._save()
         self.learned.load_state_dict(self.best)
         if self.learned.init is not None and not (self.folder.path / INIT_FOLDER).exists():
             self._save_best()  # a crash came between the old folder and the new one
         return self.rule
+
+    @property
+    def met(self) -> bool:
+        """Whether the rule as it stands was validated and meets the requirement; False without."""
+        requirement, progress = self.settings.requirement, self.progress
+        fresh = progress.checked_step == progress.meta_step
+        return requirement is not None and fresh and requirement.met(progress.figures)
 
     def _meta_step(self) -> dict[str, Any]:
         """One step of the meta-optimizer; a task that is not finite is left out and counted."""
@@ -295,18 +321,28 @@ class MetaTraining:
             table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
         loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
+        figures = {
+            "loss": finite_or_none(loss.tolist()),
+            "accuracy": finite_or_none(accuracy.tolist()),
+        }
+        self.progress.checked_step, self.progress.figures = self.progress.meta_step, figures
         if score < self.progress.best_score:
-            self.progress.best_score, self.progress.best_step = score, self.progress.meta_step
-            self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
-            self._save_best()
+            self.progress.best_score = score
+            self._keep()
         return {
             "validation": {
                 "score": score,
-                "loss": finite_or_none(loss.tolist()),
-                "accuracy": finite_or_none(accuracy.tolist()),
+                **figures,
                 "best_step": self.progress.best_step,
+                **({} if self.settings.until is None else {"met": self.met}),
             }
         }
+
+    def _keep(self) -> None:
+        """Take what is learned, as it stands, for the best."""
+        self.progress.best_step = self.progress.meta_step
+        self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
+        self._save_best()
 
     def _save_best(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
@@ -395,4 +431,4 @@ def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
 
 def finite_or_none(losses: Sequence[float]) -> list[float | None]:
     """Losses to 5 digits for a JSON file, which has no NaN and no infinity."""
-    return [round(x, 5) if math.isfinite(x) else None for x in losses]
+    return [round(x, DIGITS) if math.isfinite(x) else None for x in losses]

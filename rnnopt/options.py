@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rnnopt.embedded import stdlib_splits
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
 from rnnopt.init_folder import read_init
+from rnnopt.sources import parse_sources, weigh
 from rnnopt.splits import Splits, read_splits
 from rnnopt.start import Start
 from rnnopt.text import Classifier
@@ -31,28 +32,44 @@ def require_at_least(least: int, options: Namespace, *names: str) -> None:
             )
 
 
-def read_data(options: Namespace) -> Splits:
-    """The splits that --data names."""
-    if options.data == [EMBEDDED]:
+def read_data(options: Namespace, *, weighted: bool = False) -> Splits:
+    """The splits that --data names, with the weights of its domains.
+
+    Raises:
+        InputError: as `read_splits`; a weight that is none, or any where the command has no use
+            for weights.
+    """
+    paths, weights = parse_sources(options.data)
+    if weights and not weighted:
+        raise InputError(
+            f"--data {next(iter(weights))}=...: {options.command} draws from every domain alike; "
+            "leave the weight out, only meta-train takes one"
+        )
+    if paths == [EMBEDDED]:
         return stdlib_splits(options.seed)
-    return read_splits(
-        options.data,
+    splits = read_splits(
+        paths,
         seed=options.seed,
         text_column=options.text_column,
         label_column=options.label_column,
         domain_column=options.domain_column,
         allow_overlap=options.allow_overlap,
     )
+    return replace(splits, weights=weigh(splits, weights))
 
 
-def episode_sampler(options: Namespace, corpus: Corpus) -> EpisodeSampler:
-    """The episodes that --ways, --shots, --queries and --seed describe."""
+def episode_sampler(
+    options: Namespace, corpus: Corpus, weights: Mapping[str, float] | None = None
+) -> EpisodeSampler:
+    """The episodes that --ways, --shots, --queries, --seed and weights of domains describe."""
+    own = set(corpus.domains)
     return EpisodeSampler(
         corpus,
         ways=options.ways,
         shots=options.shots,
         queries=options.queries,
         seed=options.seed,
+        domain_weights={name: weight for name, weight in (weights or {}).items() if name in own},
         most_support=getattr(options, "most_support", None),
     )
 

@@ -76,18 +76,34 @@ def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
     _write(figure, path)
 
 
-def plot_losses(losses: Sequence[float], path: Path) -> None:
-    """The training loss of one adaptation against steps.
+def plot_losses(
+    losses: Sequence[float | None], path: Path, checks: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """The training loss of one adaptation against steps, and figures on held-out texts.
 
     Args:
-        losses: before each step, nats per text.
+        losses: before each step, nats per text; None for what is not finite.
         path: the PNG file to write.
+        checks: the step and the figures of each judgement, see `rnnopt.until.Watch`.
     """
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    size = (10, 3.5) if checks else (5, 3.5)
+    figure, panels = plt.subplots(
+        1, 2 if checks else 1, figsize=size, layout="constrained", squeeze=False
+    )
+    axes = panels[0, 0]
     axes.plot(range(len(losses)), losses, marker="o", markersize=3)
     axes.set(xlabel="steps", ylabel="training loss (nats per text)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    if checks:
+        axes = panels[0, 1]
+        steps = [check["step"] for check in checks]
+        for name in sorted(checks[0].keys() - {"step", "loss"}):
+            values = [check[name] for check in checks]
+            axes.plot(steps, values, marker="o", markersize=3, label=name)
+        axes.set(xlabel="steps", ylabel="on texts held out", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend()
     _write(figure, path)
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,19 @@ PART_SHARE = 0.2  # of a single file's classes, to validation and to test each
 
 @dataclass(frozen=True)
 class Splits:
-    """Three corpora without a class in common: train on one, choose on one, report on one."""
+    """Three corpora without a class in common: train on one, choose on one, report on one.
+
+    Attributes:
+        train, validation, test: the three.
+        sources: the same by source, where they were read from sources.
+        weights: domain -> how often meta-training draws it, where the user says so.
+    """
 
     train: Corpus
     validation: Corpus
     test: Corpus
+    sources: Mapping[str, Splits] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_splits(
@@ -64,6 +72,7 @@ def read_splits(
     """
     parts: tuple[list[Corpus], list[Corpus], list[Corpus]] = ([], [], [])
     owner: dict[str, Path] = {}
+    sources: dict[str, Splits] = {}
     for path in map(Path, paths):
         files, domain = source_files(path)
         read = functools.partial(
@@ -86,7 +95,10 @@ def read_splits(
             owner[name] = path
         for part, corpus in corpora.items():
             parts[PART_NAMES.index(part)].append(corpus)
-    splits = Splits(*map(merge, parts))
+        train, validation, test = (corpora.get(part, merge([])) for part in PART_NAMES)
+        sources[str(path)] = Splits(train, validation, test)
+    train, validation, test = map(merge, parts)
+    splits = Splits(train, validation, test, sources)
     check_disjoint(splits.train, splits.validation, "train and validation", allow_overlap)
     check_disjoint(splits.train, splits.test, "train and test", allow_overlap)
     check_disjoint(splits.validation, splits.test, "validation and test", allow_overlap)

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnnopt import InputError
-from rnnopt.adapt import _shuffled_batches, classification_metrics, label_numbers
+from rnnopt.adapt import (
+    _shuffled_batches,
+    classification_metrics,
+    confusion_matrix,
+    label_numbers,
+)
 from rnnopt.corpus import Corpus
 
 
@@ -14,9 +19,14 @@ def corpus(*labels):
     return Corpus(tuple(f"text {i}" for i in range(len(labels))), labels, ("d",) * len(labels))
 
 
+def metrics_of(predicted, actual, classes):
+    matrix = confusion_matrix(np.array(predicted), np.array(actual), classes)
+    return classification_metrics(matrix)
+
+
 def test_metrics_of_a_known_case():
     """sklearn.metrics.precision_recall_fscore_support(..., average="macro") gives the same."""
-    metrics = classification_metrics(np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 2, 0]), 3)
+    metrics = metrics_of([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 2, 0], 3)
     assert metrics.accuracy == pytest.approx(4 / 6)
     assert metrics.precision == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
     assert metrics.recall == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
@@ -24,18 +34,18 @@ def test_metrics_of_a_known_case():
 
 
 def test_a_class_that_is_never_predicted_counts_as_zero():
-    metrics = classification_metrics(np.array([0, 0]), np.array([0, 1]), 2)
+    metrics = metrics_of([0, 0], [0, 1], 2)
     assert metrics.precision == pytest.approx(0.25)
     assert metrics.recall == pytest.approx(0.5)
 
 
 def test_a_class_that_is_nowhere_does_not_count():
-    assert classification_metrics(np.array([0, 1]), np.array([0, 1]), 5).f1 == 1.0
+    assert metrics_of([0, 1], [0, 1], 5).f1 == 1.0
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_perfect_predictions_score_one(labels):
-    metrics = classification_metrics(np.array(labels), np.array(labels), 5)
+    metrics = metrics_of(labels, labels, 5)
     assert metrics.accuracy == metrics.precision == metrics.recall == metrics.f1 == 1.0
 
 

@@ -131,6 +131,38 @@ def test_more_meta_steps_continue_a_finished_run(sources, tmp_path):
     assert longer.progress.meta_step == 4
 
 
+def test_what_meets_the_requirement_is_kept_be_another_better_over_all_steps(sources, tmp_path):
+    training(sources, tmp_path, settings(3)).run()
+    again = training(sources, tmp_path, settings(3, until="loss<1000"), resume=True)
+    again.progress.best_step = 1
+    again.best = {name: leaf + 1 for name, leaf in again.best.items()}
+    last = [weight.clone() for weight in again.rule.parameters()]
+    rule = again.run()
+    assert again.met
+    assert all(map(torch.equal, rule.parameters(), last))
+    assert all(map(torch.equal, load_rule(tmp_path).parameters(), last))
+    assert read_training(tmp_path)["meta_step"] == 3
+    resumed = training(sources, tmp_path, settings(3), resume=True)
+    assert resumed.progress.best_step == 3
+    assert not resumed.met  # nothing is asked
+
+
+def test_a_requirement_is_met_by_a_fresh_validation_only(sources, tmp_path):
+    """A rule that moved on since the last validation has not been judged."""
+
+    def stop(record):
+        if record["meta_step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(sources, tmp_path, settings(9)).run(stop)  # validated at 3, checkpoint at 4
+    resumed = training(sources, tmp_path, settings(9, until="loss<1000"), resume=True)
+    assert not resumed.met
+    resumed.run()
+    assert resumed.met
+    assert records(tmp_path)[-1]["meta_step"] == 6
+
+
 class InfiniteTask(Task):
     """A task whose query loss is infinite."""
 
@@ -231,6 +263,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"meta_lr": 0.0}, "meta_lr=0.0: must be positive and finite"),
         ({"clip": float("nan")}, "clip=nan: must be positive and finite"),
         ({"step_weights": (0, 0, 1), "shortest": 1}, "all 0 within the shortest unroll of 1"),
+        ({"until": "accuracy@4>0.5"}, "budget @4 must lie between 1 and 3"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

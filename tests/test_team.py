@@ -227,3 +227,19 @@ def test_a_team_of_one_needs_nobody(monkeypatch):
         assert team.gather("mine") == ["mine"]
         assert team.first(lambda: 1) == team.together(lambda: 1) == 1
         assert team.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_two_processes_stop_together_where_a_requirement_is_met(csv_file, encoder, tmp_path):
+    ports = [free_port() for _ in range(3)]
+    members = []
+    for rank in (0, 1):
+        folder = tmp_path / ("run" if rank == 0 else "elsewhere")
+        met = meta_train(csv_file, encoder, folder, "--until", "loss<1000")
+        more = ["--resume", "--meta-steps", "2", "--until", "accuracy>=1"]
+        commands = [met, [*met, "--resume"], meta_train(csv_file, encoder, folder, *more)]
+        members.append(start(rank, list(zip(ports, commands))))
+    (codes, _), (other_codes, _) = map(results, members)
+    # only the first says that it was not met: torchrun would end it where another one fails
+    assert (codes, other_codes) == ([0, 0, 3], [0, 0, 0])
+    assert [line["meta_step"] for line in records(tmp_path / "run")] == [0, 1, 2]
+    assert not (tmp_path / "elsewhere").exists()
