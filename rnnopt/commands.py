@@ -288,8 +288,8 @@ def adapt(options: Namespace) -> int:
     judged = judge_texts(classifier, test.texts, test_labels)
     if optimizer.undone:
         print(
-            f"{optimizer.undone} steps were undone, since they made the loss climb; Adam went on in "
-            "the rule's place"
+            f"{optimizer.undone} steps were undone, since they made the loss climb; Adam went on "
+            "in the rule's place"
         )
     print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
     print(judgement_line(judged, "held out"))
