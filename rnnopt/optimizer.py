@@ -155,7 +155,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         states = [self._memory(param) for _, param, _ in work]
         for (_, param, _), state in zip(work, states):
             if LAST not in state:
-                state.update(init_memory(param))
+                with torch.inference_mode(False):
+                    state.update(init_memory(param))
         climbed = max(0.0, self.param_groups[0]["climbed"] + rise(work, states))
         ruined = climbed > MOST_RISE
         for group in self.param_groups:

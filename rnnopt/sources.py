@@ -27,7 +27,7 @@ def parse_sources(data: Sequence[str]) -> tuple[list[str], dict[str, float]]:
         InputError: a weight that is no positive, finite number.
     """
     paths, weights = [], {}
-    for source in data:
+    for source in map(str, data):
         path, sign, text = source.rpartition("=")
         weighted = sign and path and not os.path.exists(source) and os.sep not in text
         paths.append(path if weighted else source)

@@ -80,7 +80,8 @@ def test_adapt_starts_from_the_initial_values_and_the_head_that_go_with_them(
         ("other head", f"--init {run_folder / 'init'} --head random"),
         ("prototypes alone", "--head prototype"),
     ):
-        command = f"adapt {options(csv_file, encoder)} --rule {run_folder} --steps 1 {more}"
+        command = f"adapt {options(csv_file, encoder)} --allow-overlap --steps 1 {more}"
+        command += f" --rule {run_folder}"
         assert run(command, "--output", tmp_path / name) == 0
         first[name] = json.loads((tmp_path / name / "adapt.json").read_text())["losses"][0]
     assert len(set(first.values())) == 3
@@ -147,7 +148,8 @@ def test_compare_refuses_classes_that_the_initial_values_have_seen(
 def test_an_init_that_does_not_fit_is_refused(
     csv_file, encoder, run_folder, tmp_path, capsys, more, message
 ):
-    command = f"adapt {options(csv_file, encoder)} --init {run_folder} --output {tmp_path / 'out'} "
+    command = f"adapt {options(csv_file, encoder)} --allow-overlap --output {tmp_path / 'out'} "
+    command += f"--init {run_folder} "
     assert message in fails(command + more, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -155,7 +157,7 @@ def test_an_init_that_does_not_fit_is_refused(
 def test_learned_rates_for_other_tensors_are_refused(
     csv_file, encoder, run_folder, tmp_path, capsys
 ):
-    command = f"adapt {options(csv_file, encoder)} --tune full --rule {run_folder} "
+    command = f"adapt {options(csv_file, encoder)} --allow-overlap --tune full --rule {run_folder} "
     message = fails(f"{command} --output {tmp_path / 'out'}", capsys)
     assert "the rule has learned rates for" in message
     assert "and none for bert.embeddings" in message

@@ -43,7 +43,7 @@ def uneven_rates():
 INNER = {
     "sgd": lambda: SGD(RATE),
     "meta-sgd": uneven_rates,
-    "lstm": lambda: random_lstm(torch.float64),
+    "lstm": lambda: random_lstm(torch.float64, reach=0.1),
 }
 
 
@@ -246,8 +246,8 @@ def classifier(tmp_path_factory):
 @pytest.fixture
 def task(classifier):
     parts = (TEXTS[:4], TEXTS[4:8])
-    texts = (LabelledTexts.read(classifier, part, [0, 1, 0, 1]) for part in parts)
-    return Task(*texts, 2)
+    support, query = (LabelledTexts.read(classifier, part, [0, 1, 0, 1]) for part in parts)
+    return Task((support,), query, 2)
 
 
 def values_of(classifier):
