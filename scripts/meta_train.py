@@ -10,7 +10,8 @@ a task. MINILM is all-MiniLM-L6-v2, a hub name or a folder. Everything else is f
 --resume to go on after a stop: it ends with the same weights, bit for bit on one machine.
 
 Time: 25 to 40 minutes on one core of a server processor that knows bfloat16. Memory: 6 GiB.
-Last lines: the paths of the report and of rule.safetensors, to be copied to rnnopt/weights/.
+The best rule's output is then shrunk by `SHRINK` towards the Adam that it steers, and written to
+shipped.safetensors in the output folder, to be copied to rnnopt/weights/rule.safetensors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from rnnopt.checkpoint import load_rule, read_training, save_rule
 from rnnopt.cli import main
 
 SOURCES = ("clinc150", "liu54", "huffpost36", "reuters31")
@@ -32,6 +34,21 @@ RECIPE = """
 --validation-tasks 16 --coordinates 30000 --seed 0
 """
 
+# Chosen from 0, 0.7 and 1 by query loss on 22 validation tasks beside those that chose the rule: the
+# whole of what it learned is too sure of itself on tasks of other kinds.
+SHRINK = 0.7
+
+
+def shrink(folder: Path) -> None:
+    """Write the folder's best rule with its output shrunk."""
+    rule = load_rule(folder)
+    with torch.no_grad():
+        for weight in (rule.output_weight, rule.output_context, rule.output_bias):
+            weight.mul_(SHRINK)
+    training = {**read_training(folder), "output_shrunk_by": SHRINK}
+    save_rule(rule, folder / "shipped.safetensors", training)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,15 +58,16 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would end in other last bits
-    sys.exit(
-        main(
-            [
-                "meta-train",
-                *("--data", *(str(Path(options.data) / source) for source in SOURCES)),
-                *("--encoder", options.encoder),
-                *("--output", options.output),
-                *(["--resume"] if options.resume else []),
-                *RECIPE.split(),
-            ]
-        )
+    code = main(
+        [
+            "meta-train",
+            *("--data", *(str(Path(options.data) / source) for source in SOURCES)),
+            *("--encoder", options.encoder),
+            *("--output", options.output),
+            *(["--resume"] if options.resume else []),
+            *RECIPE.split(),
+        ]
     )
+    if code == 0:
+        shrink(Path(options.output))
+    sys.exit(code)
