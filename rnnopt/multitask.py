@@ -144,7 +144,7 @@ class MultitaskTraining:
         torch.autograd.backward(loss)
         self._optimizer.step()
         self._step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def _check(self, loss: float | None, report: Callable[[dict[str, Any]], None]) -> None:
         """Validate, keep the values if they are the best, make a checkpoint."""

@@ -22,7 +22,7 @@ which validation classes choose one:
   head (`rnnopt.multitask`); validation classes choose its rate and number of steps;
 - `maml`, `meta-sgd`: first order; at test time their rate is multiplied by one of 8 factors,
   tuned as AdamW's rate is; `-as-trained` is without;
-- `rule`: the learned rule, with nothing set; --rule takes one that is there. `multitask-rule` starts
+- `rule`: the learned rule, with nothing set; --rule takes one that is there. `multitask-rule` is it
   from the values of the multi-task training, `init-rule` from those learned together with a rule;
 - `nearest-mean` and `logistic` on frozen embeddings.
 
@@ -43,12 +43,11 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from benchmark import progress
 from benchmark_quality import INTERRUPTED, Deadline
 from case_study_table import write_case_study
@@ -247,8 +246,8 @@ class CaseStudy:
                 "data": corpus.fingerprint(),
                 "ways": report.ways[0],
                 "tuning_ways": tuning.ways[0],
-                "chosen": {key: path.name for key, path in chosen.items()},
-                "rule": options.rule,
+                **self._trained(chosen),
+                "encoder_weights": classifier.fingerprint,
                 "classes": sorted(map(class_name, corpus.classes)),
                 "versions": versions(),
             },
@@ -292,6 +291,7 @@ class CaseStudy:
             **self.facts(),
             "init": None if start.values is None else fingerprint(start.values),
             "rule": rule_fingerprint(rule) if own else None,
+            "encoder_weights": classifier.fingerprint,
             "data": [tuning.corpus.fingerprint(), report.corpus.fingerprint()],
             "ways": [tuning.ways[0], report.ways[0]],
         }
@@ -310,6 +310,16 @@ class CaseStudy:
         return comparison.run(options.episodes, options.tuning_episodes)
 
     # -- what all parts share
+
+    def _trained(self, chosen: dict[str, Path]) -> dict[str, Any]:
+        """What the methods of a result were made with."""
+        rule = load_rule(chosen.get("rule", self.options.rule))
+        return {
+            "chosen": {name: path.name for name, path in chosen.items()},
+            "rule": rule_fingerprint(rule),
+            "meta_steps": self.options.meta_steps,
+            "tuning_episodes": self.options.tuning_episodes,
+        }
 
     def facts(self) -> dict[str, Any]:
         """All that figures depend on, beside data, starting values and method."""
@@ -342,13 +352,14 @@ class CaseStudy:
             queries=self.options.queries, seed=self.options.seed,
         )  # fmt: skip
 
-    def finished(self, name: str) -> bool:
-        """Whether a set's file is there, with these options and as many episodes."""
+    def finished(self, name: str, chosen: dict[str, Path]) -> bool:
+        """Whether a set's file is there, of these options and as many episodes."""
         file = self.folder / f"{name}.json"
         if not file.exists():
             return False
         result = json.loads(file.read_text())
-        same = all(result["setting"].get(key) == value for key, value in self.facts().items())
+        wanted = {**self.facts(), **self._trained(chosen)}
+        same = all(result["setting"].get(key) == value for key, value in wanted.items())
         return same and result["episodes"] >= self.options.episodes
 
 
@@ -437,7 +448,7 @@ def run(options: Namespace) -> int:
             study = CaseStudy(options)
             chosen = study.train()
             for name in names:
-                if not study.finished(name):
+                if not study.finished(name, chosen):
                     study.compare(name, chosen)
                 finished += 1
         except InputError as error:
