@@ -130,14 +130,18 @@ class MultitaskTraining:
                 self._check(loss, report)
         return self.folder.path / INIT_FOLDER
 
+    def draw(self, step: int) -> tuple[list[str], list[int]]:
+        """The texts of a batch, by seed and step alone, and the places of their classes."""
+        generator = np.random.default_rng([self.settings.seed, step])
+        labels = generator.integers(len(self._members), size=self.settings.batch_size).tolist()
+        rows = [generator.choice(self._members[label]) for label in labels]
+        return [self.corpus.texts[row] for row in rows], labels
+
     def _train(self) -> float:
         """One step of AdamW; the loss before it, nats per text."""
         settings = self.settings
-        generator = np.random.default_rng([settings.seed, self._step])
-        labels = generator.integers(len(self._members), size=settings.batch_size)
-        rows = [generator.choice(self._members[label]) for label in labels]
-        texts = [self.corpus.texts[row] for row in rows]
-        batch = LabelledTexts.read(self.classifier, texts, labels.tolist(), again=False)
+        texts, labels = self.draw(self._step)
+        batch = LabelledTexts.read(self.classifier, texts, labels, again=False)
         self._optimizer.param_groups[0]["lr"] = settings.lr * (1 - self._step / settings.steps)
         self._optimizer.zero_grad()
         loss = batch.loss(self.classifier, self.classifier.model)

@@ -58,7 +58,7 @@ def test_a_task_is_judged_by_its_embeddings_and_nothing_is_changed(name, tune, e
         assert torch.equal(value, before[key])
     assert 0 < score.loss < 2
     assert score.accuracy * 15 == pytest.approx(round(score.accuracy * 15))
-    seen = judge_frozen(name, classifier, Task(task.support, task.support[0], 3))
+    seen = judge_frozen(name, classifier, Task(task.batches, task.support, 3))
     assert seen.accuracy > 0.6  # chance is 1 / 3
     assert seen.loss < score.loss
     assert all(param.grad is None for _, param in classifier.trainable())
@@ -70,7 +70,7 @@ def test_features_are_taken_from_the_mean_of_the_support_set_and_have_length_1(e
     sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=3, queries=3, seed=0)
     task = TaskSource(sampler, classifier).load(0)
     (features, labels), (query, truth) = (
-        _features(classifier, texts.pieces) for texts in (task.support[0], task.query)
+        _features(classifier, texts.pieces) for texts in (task.support, task.query)
     )
     centred = [rows - features.mean(dim=0) for rows in (features, query)]
     features, query = (rows / rows.norm(dim=1, keepdim=True) for rows in centred)
