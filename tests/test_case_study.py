@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import FRAMES, THINGS
 
+from rnnopt.checkpoint import SHIPPED_RULE
 from rnnopt.corpus import text_key
 from rnnopt.errors import InputError
 from rnnopt.files import read_corpus
@@ -113,6 +114,11 @@ def test_the_study_runs_once_goes_on_and_makes_table_and_figure(
     assert table.count("| accuracy, which is macro recall, after") == 4
     assert table.count("| macro F1 after") == 4
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    # another rule: what doesn't depend on it stays
+    assert study(output, "--rule", SHIPPED_RULE) == 0
+    for name, result in results_of(output).items():
+        same = [m for m, v in result["values"].items() if v == results[name]["values"][m]]
+        assert set(methods) - set(same) == {"rule", "multitask-rule"}
 
 
 def test_classes_that_are_judged_were_not_learned_from(script, data, tmp_path):
