@@ -32,8 +32,8 @@ so macro recall is the accuracy.
 Everything goes on where it was stopped: give the same command again. --episodes may rise. --table
 writes Markdown, and the figure beside it, from the JSON files there are.
 
-Time: not measured with the defaults; by estimate a day on one core of a server processor. Cells of 2
-episodes and 2 steps, and everything trained for 2 meta-steps: 80 s.
+Time: not measured with the defaults; by estimate a day on one core of a server processor. All
+of it with 2 meta-steps, 2 episodes and 2 steps: 80 s.
 Last line: how many sets are finished.
 """
 
