@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from rnnopt.comparators import BASELINES, require_baseline
+from rnnopt.comparators import BASELINES, Baseline, require_baseline
 from rnnopt.errors import InputError
 from rnnopt.frozen import FROZEN, judge_frozen
 from rnnopt.journal import Journal
@@ -27,7 +27,9 @@ from rnnopt.task import Adaptation, Task, TaskSource, adapt_and_judge
 from rnnopt.text import Classifier
 
 LEARNED = "learned"
-METRICS = ("accuracy", "loss")
+METRICS = ("accuracy", "loss")  # what learning rates are tuned for
+# What is reported -> what the rate behind it was tuned for.
+FIGURES = {**{metric: metric for metric in METRICS}, "f1": "accuracy"}
 # Heads drawn for tuning and for the report differ, as their tasks do.
 _TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
 _NO_STEPS = (0,)  # the budgets of a method that takes none
@@ -57,11 +59,13 @@ class Comparison:
         tuning: tasks of validation classes, for the baselines' learning rates.
         report: tasks of test classes.
         budgets: numbers of steps to report at.
-        baselines: names in `rnnopt.comparators.BASELINES` or `rnnopt.frozen.FROZEN`.
+        baselines: names in `rnnopt.comparators.BASELINES`, `rnnopt.frozen.FROZEN` or
+            `own_baselines`.
         journal: keeps finished runs.
         tick: called after each run with its name.
         start: where every method starts on a task, and what it steps.
         tuned_budgets: of the baselines that are tuned; None: as all others.
+        own_baselines: more of them by name, beside those of `rnnopt.comparators`.
 
     Attributes:
         planned: runs that `run` takes in all: an upper bound until everything is tuned.
@@ -83,10 +87,13 @@ class Comparison:
         tick: Callable[[str], None] = lambda name: None,
         start: Start = Start(),  # noqa: B008  # immutable
         tuned_budgets: Sequence[int] | None = None,
+        own_baselines: Mapping[str, Baseline] | None = None,
     ) -> None:
+        own = dict(own_baselines or {})
         for name in baselines:
-            if name not in FROZEN:
+            if name not in FROZEN and name not in own:
                 require_baseline(name, others=tuple(FROZEN))
+        self._table = {**BASELINES, **own}
         self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
         self.tuning, self.report = tuning, report
         self.budgets, self.baselines = budgets, baselines
@@ -127,12 +134,12 @@ class Comparison:
             budgets = self._budgets_of(name)
             chosen = self._tune(name, tuning_episodes, budgets)
             rates = len({lr for by_budget in chosen.values() for lr in by_budget.values()})
-            if BASELINES[name].tuned:
-                unused = len(BASELINES[name].grid) - rates
+            if self._table[name].tuned:
+                unused = len(self._table[name].grid) - rates
                 self.planned -= unused * episodes
             values[name], seconds = self._tuned_values(name, chosen, episodes)
             methods[name] = {"seconds_per_step": seconds}
-            if BASELINES[name].tuned:
+            if self._table[name].tuned:
                 methods[name]["tuned"] = {
                     key: {str(b): chosen[metric][b] for b in budgets}
                     for key, metric in (("lr", "accuracy"), ("lr_for_loss", "loss"))
@@ -159,20 +166,20 @@ class Comparison:
         """How many runs a baseline needs if no two budgets choose the same learning rate."""
         if name in FROZEN:
             return episodes
-        baseline = BASELINES[name]
+        baseline = self._table[name]
         lengths = len(self.budgets) if baseline.scheduled else 1
         tuning = tuning_episodes if baseline.tuned else 0
         return lengths * len(baseline.grid) * (tuning + episodes)
 
     def _budgets_of(self, name: str) -> Sequence[int]:
-        return self.tuned_budgets if BASELINES[name].tuned else self.budgets
+        return self.tuned_budgets if self._table[name].tuned else self.budgets
 
     def _tune(
         self, name: str, episodes: int, budgets: Sequence[int]
     ) -> dict[str, dict[int, float]]:
         """For each metric, the best learning rate at each budget."""
-        grid = BASELINES[name].grid
-        if not BASELINES[name].tuned:
+        grid = self._table[name].grid
+        if not self._table[name].tuned:
             return {metric: dict.fromkeys(budgets, grid[0]) for metric in METRICS}
         scores = {
             lr: _values(
@@ -214,7 +221,9 @@ class Comparison:
         }
         at = {lr: _values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
         values = {
-            metric: {b: at[lr][metric][b] for b, lr in chosen[metric].items()} for metric in METRICS
+            name: {b: at[lr][name][b] for b, lr in chosen[metric].items()}
+            for name, metric in FIGURES.items()
+            if all(name in found for found in at.values())
         }
         return values, _mean_seconds([run for column in runs.values() for run in column])
 
@@ -231,7 +240,7 @@ class Comparison:
             for number in range(episodes)
         ]
         found = _values(runs, _NO_STEPS)
-        values = {metric: dict.fromkeys(self.budgets, found[metric][0]) for metric in METRICS}
+        values = {metric: dict.fromkeys(self.budgets, found[metric][0]) for metric in found}
         return values, {"frozen": True, "seconds": _mean_seconds(runs)}
 
     def _learned(self, number: int) -> Adaptation:
@@ -247,7 +256,7 @@ class Comparison:
         self, name: str, lr: float, number: int, source: TaskSource, budgets: Sequence[int]
     ) -> Adaptation:
         part = "tuning" if source is self.tuning else "report"
-        run, baseline = f"{name} {lr:g} {part} {number}", BASELINES[name]
+        run, baseline = f"{name} {lr:g} {part} {number}", self._table[name]
 
         def adapt(run: str, budgets: Sequence[int]) -> Adaptation:
             steps = max(budgets)
@@ -338,7 +347,9 @@ def student_quantile(freedom: int) -> float:
 def _values(runs: Sequence[Adaptation], budgets: Sequence[int]) -> Values:
     return {
         metric: {b: np.array([getattr(run.scores[b], metric) for run in runs]) for b in budgets}
-        for metric in METRICS
+        for metric in FIGURES
+        # runs that an older version kept have no F1
+        if all(getattr(run.scores[b], metric) is not None for run in runs for b in budgets)
     }
 
 
@@ -348,7 +359,8 @@ def _difference(ours: Values, theirs: Values) -> Values:
         metric: {
             b: ours[metric][b] - theirs[metric][b] for b in ours[metric] if b in theirs[metric]
         }
-        for metric in METRICS
+        for metric in ours
+        if metric in theirs
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
+from rnnopt.metrics import classification_metrics, confusion_matrix
 from rnnopt.task import Score, Task, bounded_loss
 from rnnopt.text import Classifier
 from rnnopt.tokens import Batch
@@ -81,8 +82,10 @@ def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
     centre = features.mean(dim=0)
     features, query = (normalize(rows - centre, dim=1) for rows in (features, query))
     logits = FROZEN[name](features, labels, query, task.ways)
-    hits = (logits.argmax(dim=1) == truth).double().mean()
-    return Score(bounded_loss(float(cross_entropy(logits, truth))), float(hits))
+    predicted = logits.argmax(dim=1).cpu().numpy()
+    metrics = classification_metrics(confusion_matrix(predicted, truth.cpu().numpy(), task.ways))
+    loss = bounded_loss(float(cross_entropy(logits, truth)))
+    return Score(loss, metrics.accuracy, metrics.f1)
 
 
 @torch.no_grad()

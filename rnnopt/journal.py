@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ class Journal:
             done = adapt()
             entry = {
                 "run": name,
-                "scores": {str(b): [s.loss, s.accuracy] for b, s in done.scores.items()},
+                "scores": {str(b): astuple(s) for b, s in done.scores.items()},
                 "seconds": done.seconds_per_step,
             }
             self._append(json.dumps(entry))
             self._runs[name] = entry
         entry = self._runs[name]
-        scores = {int(b): Score(*pair) for b, pair in entry["scores"].items()}
+        scores = {int(b): Score(*figures) for b, figures in entry["scores"].items()}
         return Adaptation(scores, entry["seconds"])
 
     def _append(self, line: str) -> None:

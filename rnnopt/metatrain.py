@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,9 @@ class MetaTraining:
             self.start.begin(classifier, task.support, task.ways, seed)
             optimizer = self.start.optimizer(classifier, self.rule)
             scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
-            table[number] = torch.tensor([astuple(scores[b]) for b in budgets], dtype=table.dtype)
+            table[number] = torch.tensor(
+                [(scores[b].loss, scores[b].accuracy) for b in budgets], dtype=table.dtype
+            )
         loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
         score = float(loss.mean())
         figures = {

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
+from rnnopt.metrics import classification_metrics, confusion_matrix
 from rnnopt.text import Classifier
 from rnnopt.tokens import Batch
 from rnnopt.unroll import LossFunction
@@ -176,21 +177,28 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Score:
-    """Query loss (mean nats per text, at most `DIVERGED_LOSS`) and accuracy."""
+    """Query loss (mean nats per text, at most `DIVERGED_LOSS`), accuracy and macro F1.
+
+    Macro recall is the accuracy, since an episode has as many query texts of every class. F1 is
+    None where an older version kept the score.
+    """
 
     loss: float
     accuracy: float
+    f1: float | None = None
 
 
 @torch.no_grad()
 def judge(classifier: Classifier, texts: LabelledTexts) -> Score:
     """The classifier as it stands, on these texts."""
-    loss, hits = 0.0, 0
+    loss, matrix = 0.0, np.zeros((classifier.ways, classifier.ways), dtype=np.int64)
     for batch, labels in texts.pieces:
         logits = classifier.logits(batch).float()  # (B, C)
         loss += float(cross_entropy(logits, labels, reduction="sum"))
-        hits += int((logits.argmax(dim=1) == labels).sum())
-    return Score(bounded_loss(loss / texts.count), hits / texts.count)
+        predicted = logits.argmax(dim=1).cpu().numpy()
+        matrix += confusion_matrix(predicted, labels.cpu().numpy(), classifier.ways)
+    metrics = classification_metrics(matrix)
+    return Score(bounded_loss(loss / texts.count), metrics.accuracy, metrics.f1)
 
 
 def bounded_loss(loss: float) -> float:

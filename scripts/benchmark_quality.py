@@ -176,7 +176,7 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     left = [cell for cell in cells if not cell.finished(options, rule)]
     refused, started, total = [], time.monotonic(), sum(cell.cost for cell in left)
     done = 0.0
-    with _Deadline(options.time_limit) as deadline:
+    with Deadline(options.time_limit) as deadline:
         for number, cell in enumerate(left, start=1):
             progress(f"cell {number} of {len(left)} to run: {cell.name}")
             code = rnnopt(cell.arguments(options))
@@ -195,13 +195,13 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     return 2 if refused else 0
 
 
-class _Deadline:
+class Deadline:
     """Raises KeyboardInterrupt, which every command takes for a stop, once the time is up."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds, self.passed = seconds, False
 
-    def __enter__(self) -> _Deadline:
+    def __enter__(self) -> Deadline:
         if self.seconds is not None:
             self.before = signal.signal(signal.SIGALRM, self._stop)
             signal.setitimer(signal.ITIMER_REAL, self.seconds)

@@ -126,6 +126,38 @@ def test_a_run_is_done_again_for_budgets_that_it_lacks(tmp_path):
     assert calls == [[1], [1, 3]]
 
 
+def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_kept(
+    sources, tmp_path
+):
+    result = comparison(sources, Journal(tmp_path / "j", {})).run(2, 1)
+    runs = Journal(tmp_path / "j", {})._runs
+    for budget, lr in result["methods"]["sgd"]["tuned"]["lr"].items():
+        kept = [runs[f"sgd {lr:g} report {number}"]["scores"][budget] for number in range(2)]
+        assert result["values"]["sgd"]["f1"][budget] == [f1 for _, _, f1 in kept]
+    # as version 0.1 kept its runs: loss and accuracy
+    head, *lines = (tmp_path / "j").read_text().splitlines()
+    old = [json.loads(line) for line in lines]
+    for run in old:
+        run["scores"] = {b: row[:2] for b, row in run["scores"].items()}
+    (tmp_path / "old").write_text("\n".join([head, *map(json.dumps, old)]) + "\n")
+    again = comparison(sources, Journal(tmp_path / "old", {})).run(2, 1)
+    assert (tmp_path / "old").read_text().count("\n") == len(lines) + 1
+    assert "f1" not in again["methods"]["sgd"]
+    for metric in ("accuracy", "loss"):
+        assert again["values"]["sgd"][metric] == result["values"]["sgd"][metric]
+
+
+def test_a_baseline_of_ones_own_is_tuned_like_the_others(sources, tmp_path):
+    classifier, tuning, report = sources
+    own = {"mine": BASELINES["sgd"]}
+    result = Comparison(
+        classifier, SGD(0.5), "rule", tuning, report, (1, 3), ("mine", "sgd"),
+        Journal(tmp_path / "j", {}), own_baselines=own,
+    ).run(2, 1)  # fmt: skip
+    mine, theirs = (result["methods"][name] for name in ("mine", "sgd"))
+    assert mine["tuned"] == theirs["tuned"] and mine["accuracy"] == theirs["accuracy"]
+
+
 def test_a_journal_of_other_facts_is_refused_and_kept(tmp_path):
     Journal(tmp_path / "j", {"a": 1, "b": 2})
     before = (tmp_path / "j").read_bytes()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from rnnopt import Adam, LearnedOptimizer
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.files import read_corpus
+from rnnopt.metrics import classification_metrics, confusion_matrix
 from rnnopt.task import DIVERGED_LOSS, LabelledTexts, TaskSource, adapt_and_judge, judge
 from rnnopt.text import Classifier
 
@@ -52,7 +54,11 @@ def test_pieces_change_neither_loss_nor_score(classifier, texts):
     torch.testing.assert_close(pieces.loss(classifier, classifier.model), whole)
     score = judge(classifier, pieces)
     assert score.loss == pytest.approx(float(whole.detach()), rel=1e-5)
-    assert score.accuracy == float((logits.argmax(1) == torch.tensor(labels)).float().mean())
+    predicted = logits.argmax(1).numpy()
+    metrics = classification_metrics(confusion_matrix(predicted, np.array(labels), 4))
+    assert (score.accuracy, score.f1) == (metrics.accuracy, metrics.f1)
+    # as many texts of every class
+    assert metrics.recall == pytest.approx(score.accuracy) and score.f1 != score.accuracy
 
 
 def test_adaptation_is_scored_at_each_budget_and_timed(classifier, task):
