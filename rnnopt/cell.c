@@ -230,7 +230,7 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
     float bound = rule->log_bound;
     vec es = exponential(clamp(-2.0f / bound * outputs[0], -28.0f, 28.0f));
     vec factor = exponential(bound * (1.0f - es) / (1.0f + es));
-    vec direction = adam + outputs[1] * relative + (vec)((bits)outputs[2] & live);
+    vec direction = (1.0f + outputs[1]) * adam + outputs[2] * relative;
     vec change = t->rate * (-t->scale * factor * direction) - t->decay * p;
     store(t->param + at, pick(finite, p + change, p), count);
     store(t->m + at, pick(finite, next_m, m), count);

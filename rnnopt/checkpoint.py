@@ -27,7 +27,7 @@ SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 # The rules that a file can hold. A number rises when a rule's arithmetic changes.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
-    "rnnopt.CoordinateLSTM.2": CoordinateLSTM,
+    "rnnopt.CoordinateLSTM.3": CoordinateLSTM,
     **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
 }
 _ABOUT = "rnnopt"

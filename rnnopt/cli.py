@@ -160,6 +160,14 @@ def _add_meta_train(commands: Any) -> None:
         help="meta-gradient: 1 first order, 2 exact through higher [1]",
     )
     parser.add_argument(
+        "--exact",
+        nargs="+",
+        choices=("full", "lora", "head"),
+        default=[],
+        metavar="TUNE",
+        help="kinds of --tune whose meta-gradient is exact whatever --order says",
+    )
+    parser.add_argument(
         "--meta-steps",
         "--max-meta-steps",
         type=int,
@@ -195,6 +203,14 @@ def _add_meta_train(commands: Any) -> None:
         metavar="X",
         help="multiply each task's support loss by a factor drawn from 1/X .. X, so that the rule "
         "bears clipped gradients and losses of other scales [1]",
+    )
+    parser.add_argument(
+        "--calibrated",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of the query loss that is taken at the temperature which suits the logits "
+        "best: tells classes apart rather than be sure of them [0]",
     )
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     _add_initial_values(parser)

@@ -193,6 +193,8 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         meta_lr=options.meta_lr,
         judged=options.judged,
         loss_scale=options.loss_scale,
+        calibrated=options.calibrated,
+        exact=tuple(options.exact),
         hidden_size=options.hidden_size,
         learned=LearnedSettings(
             inner=options.inner,

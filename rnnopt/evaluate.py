@@ -114,7 +114,8 @@ class Comparison:
             "lr_for_loss": {budget: rate}}}}, "paired": {baseline: {metric: {budget: {"mean",
             "ci95"}}}}, "values": {name: {metric: {budget: [one figure an episode]}}}}``; ci95 is
             half the width of a 95 % interval, paired differences are learned minus baseline, loss
-            is in nats per text. ``tuned`` is there for what is tuned. A classifier on frozen
+            is in nats per text. ``tuned`` is there for what is tuned; ``undone``, for the rule, is
+            how many steps its guard took back in all episodes together. A classifier on frozen
             embeddings has ``"frozen": true``, ``"seconds"`` in place of the time of a step, and
             the same figures at every budget.
         """
@@ -126,7 +127,10 @@ class Comparison:
         methods: dict[str, dict[str, Any]] = {}
         runs = [self._learned(number) for number in range(episodes)]
         values[LEARNED] = _values(runs, self.budgets)
-        methods[LEARNED] = {"seconds_per_step": _mean_seconds(runs)}
+        methods[LEARNED] = {
+            "seconds_per_step": _mean_seconds(runs),
+            "undone": sum(run.undone for run in runs),
+        }
         for name in sorted(self.baselines, key=plan.__getitem__):  # what comes soon comes first
             if name in FROZEN:
                 values[name], methods[name] = self._frozen_values(name, episodes)

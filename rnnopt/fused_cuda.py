@@ -261,7 +261,8 @@ def _cell(
     inputs, row, context, gate_weight, output_weight, at, mask, finite, live,
     HIDDEN: tl.constexpr, FEATURES: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """`CoordinateLSTM._cell` for a block, from its features to s, a, b; moves the memory."""
+    """`CoordinateLSTM._cell` for a block, from its features to s, k (here `more`) and a; moves the
+    memory."""
     INPUTS: tl.constexpr = FEATURES + HIDDEN
     count = tl.load(row + 6)
     hidden = tl.load(row + 4).to(tl.pointer_type(MEMORY)) + at
@@ -270,8 +271,8 @@ def _cell(
         x = tl.load(hidden + k * count, mask=mask, other=0.0).to(tl.float32)
         inputs = inputs + (x,)  # noqa: RUF005 - Triton knows no unpacking
     s = tl.load(context + 4 * HIDDEN) + tl.zeros_like(inputs[0])
-    a = tl.load(context + 4 * HIDDEN + 1) + tl.zeros_like(s)
-    b = tl.load(context + 4 * HIDDEN + 2) + tl.zeros_like(s)
+    more = tl.load(context + 4 * HIDDEN + 1) + tl.zeros_like(s)
+    a = tl.load(context + 4 * HIDDEN + 2) + tl.zeros_like(s)
     for k in range(HIDDEN):  # a loop, or the code would not fit the cache for instructions
         old = tl.load(cell + k * count, mask=mask, other=0.0).to(tl.float32)
         weights, shift = gate_weight + k * INPUTS, context + k
@@ -288,11 +289,11 @@ def _cell(
         e = _exp(-2.0 * c)
         h = (1.0 - e) / (o * (1.0 + e))
         s += tl.load(output_weight + k) * h
-        a += tl.load(output_weight + HIDDEN + k) * h
-        b += tl.load(output_weight + 2 * HIDDEN + k) * h
+        more += tl.load(output_weight + HIDDEN + k) * h
+        a += tl.load(output_weight + 2 * HIDDEN + k) * h
         tl.store(cell + k * count, c.to(MEMORY), mask=finite)
         tl.store(hidden + k * count, h.to(MEMORY), mask=finite)
-    return s, a, b
+    return s, more, a
 
 
 @triton.jit
@@ -315,13 +316,13 @@ def _step_live(
     relative = g / tl.load(common + 2)
     log_ratio = tl.log(relative * relative + ratio_floor) / 6.0
     relative_param = _arsinh(p / tl.load(common + 3))
-    s, a, b = _cell(
+    s, more, a = _cell(
         (adam, g / scale, _arsinh(relative), log_ratio, relative_param), row, context,
         gate_weight, output_weight, at, mask, finite, live, HIDDEN, FEATURES, MEMORY,
     )  # fmt: skip
     e = _exp(-2.0 / log_bound * s)
     factor = tl.exp(log_bound * (1.0 - e) / (1.0 + e))
-    direction = adam + a * relative + tl.where(live, b, 0.0)
+    direction = (1.0 + more) * adam + a * relative
     rate = tl.load((row + 7).to(tl.pointer_type(tl.float32)))
     change = rate * (-tl.load(common + 4) * factor * direction) - decay * p
     tl.store(params, (p + change).to(PARAM), mask=finite)

@@ -59,12 +59,14 @@ class Journal:
                 "run": name,
                 "scores": {str(b): astuple(s) for b, s in done.scores.items()},
                 "seconds": done.seconds_per_step,
+                "undone": done.undone,
             }
             self._append(json.dumps(entry))
             self._runs[name] = entry
         entry = self._runs[name]
         scores = {int(b): Score(*figures) for b, figures in entry["scores"].items()}
-        return Adaptation(scores, entry["seconds"])
+        # older versions did not keep what was undone
+        return Adaptation(scores, entry["seconds"], entry.get("undone", 0))
 
     def _append(self, line: str) -> None:
         try:

@@ -46,14 +46,15 @@ class CoordinateLSTM(nn.Module):
     It steers Adam's direction rather than replacing it (source: Andrychowicz et al. 2016,
     arXiv:1606.04474, for the coordinate-wise LSTM; Kingma & Ba 2015 for m and v)::
 
-        update = -reach * scale * exp(s) * (m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g) + b)
+        update = -reach * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
 
-    where (s, a, b) are linear in the hidden state and in a small layer over the tensor's context,
+    where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
     s is bounded smoothly by `LOG_FACTOR_BOUND`, and scale is the tensor's, see
     `rnnopt.preprocess.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
-    with steps that suit each. With the output weights at zero, as they are initialised, the rule
-    *is* Adam with learning rate reach * scale. A coordinate that never had a gradient keeps a zero
-    state and gets a zero update.
+    with steps that suit each. Adam's direction (k = a = 0) and that of gradient descent (k = -1)
+    are the ends between which it chooses. With the output weights at zero, as they are initialised,
+    the rule *is* Adam with learning rate reach * scale. A coordinate that never had a gradient
+    keeps a zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
@@ -242,6 +243,6 @@ class CoordinateLSTM(nn.Module):
         i, f, g, o = torch.addmm(shifts[0], gate_weight, torch.cat([x, h])).chunk(4)  # (H, n) each
         c = (torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)) * live
         h = torch.sigmoid(o) * torch.tanh(c)
-        s, a, b = torch.addmm(shifts[1], self.output_weight.to(x.device), h)  # (n,) each
+        s, k, a = torch.addmm(shifts[1], self.output_weight.to(x.device), h)  # (n,) each
         factor = torch.exp(LOG_FACTOR_BOUND * torch.tanh(s / LOG_FACTOR_BOUND))
-        return factor * (adam + a * relative + b * live), h, c
+        return factor * ((1 + k) * adam + a * relative), h, c

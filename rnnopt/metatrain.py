@@ -27,6 +27,7 @@ from rnnopt.learned import Learned, LearnedSettings
 from rnnopt.requirement import DIGITS, Requirement
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
+from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
@@ -52,6 +53,12 @@ class MetaTrainSettings:
             of a first-order meta-step.
         loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
             1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
+        calibrated: share of `rnnopt.task.calibrated_loss` in the query loss that judges each step:
+            a rule can win plain cross-entropy by confidence, with a head that fits the support set
+            at once and leaves the encoder as it was; this it can win by telling classes apart only.
+        exact: kinds of training (see `rnnopt.text.Classifier.load`, tune) whose meta-gradient is of
+            second order whatever `unroll` says. Only that order sees what a step does to the
+            gradients of later ones, and where few coordinates train it costs little more.
         hidden_size: of the rule.
         learned: the inner rule, the initial values, and how tasks start.
         seed: of everything random.
@@ -70,6 +77,8 @@ class MetaTrainSettings:
     clip: float = 1.0
     judged: float = 1.0
     loss_scale: float = 1.0
+    calibrated: float = 0.0
+    exact: tuple[str, ...] = ()
     hidden_size: int = 8
     learned: LearnedSettings = field(default_factory=LearnedSettings)
     seed: int = 0
@@ -108,8 +117,21 @@ class MetaTrainSettings:
             raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
         if not 1 <= self.loss_scale < math.inf:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
+        if not 0 <= self.calibrated <= 1:
+            raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
         self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
+        if self.exact:
+            self.learned.unrolled(self._exactly())
         _ = self.requirement  # raises where it can't be read
+
+    def unroll_of(self, classifier: Classifier) -> UnrollSettings:
+        """How the tasks of a kind of classifier are unrolled."""
+        if classifier.kind["tune"] not in self.exact:
+            return self.unroll
+        return self._exactly()
+
+    def _exactly(self) -> UnrollSettings:
+        return replace(self.unroll, order=2, coordinates=None)
 
     @property
     def requirement(self) -> Requirement | None:
@@ -290,12 +312,12 @@ class MetaTraining:
         steps = int(generator.integers(shortest, longest + 1))
         scale = settings.loss_scale ** generator.uniform(-1, 1)
         support = task.support_loss(classifier)
-        unrolled = settings.learned.unrolled(settings.unroll).shortened(steps)
+        unrolled = settings.learned.unrolled(settings.unroll_of(classifier)).shortened(steps)
         result = unroll(
             classifier.model,
             self.start.optimizer(classifier, self.rule),
             lambda module, step: scale * support(module, step),
-            task.query_loss(classifier),
+            task.query_loss(classifier, settings.calibrated),
             _thinned(unrolled, settings.judged, generator),
             seed=number,
         )
@@ -308,10 +330,13 @@ class MetaTraining:
         return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def _validate(self) -> dict[str, Any]:
-        """Score the rule on the validation tasks: mean query loss over all steps; keep the best."""
+        """Score the rule on the validation tasks by what judges it in training; keep the best.
+
+        The score is the mean over all steps of the query loss with its calibrated share.
+        """
         budgets = range(1, self.settings.unroll.steps + 1)
-        # (tasks, budgets, loss and accuracy): everyone fills rows of its own, the sum fills all
-        table = torch.zeros(self.settings.validation_tasks, len(budgets), 2, dtype=torch.float64)
+        # (tasks, budgets, metrics): everyone fills rows of its own, the sum fills all
+        table = torch.zeros(self.settings.validation_tasks, len(budgets), 3, dtype=torch.float64)
         for number in self.team.share(self.settings.validation_tasks):
             task, classifier = self.validation.load(number), self.validation.classifier_of(number)
             seed = _VALIDATION_HEADS + number
@@ -319,10 +344,12 @@ class MetaTraining:
             optimizer = self.start.optimizer(classifier, self.rule)
             scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
             table[number] = torch.tensor(
-                [(scores[b].loss, scores[b].accuracy) for b in budgets], dtype=table.dtype
+                [(scores[b].loss, scores[b].calibrated, scores[b].accuracy) for b in budgets],
+                dtype=table.dtype,
             )
-        loss, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)  # (budgets,) each
-        score = float(loss.mean())
+        # (budgets,) each
+        loss, calibrated, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)
+        score = float(torch.lerp(loss, calibrated, self.settings.calibrated).mean())
         figures = {
             "loss": finite_or_none(loss.tolist()),
             "accuracy": finite_or_none(accuracy.tolist()),

@@ -103,7 +103,16 @@ def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
     One for each combination, repeats included, so that a value that is given twice is drawn twice
     as often; the ranks of a kind without LoRA, and the layers of one that trains none, are all the
     same classifier.
+
+    Raises:
+        InputError: an exact kind that does not train.
     """
+    for tune in options.exact:
+        if tune not in options.tune:
+            raise InputError(
+                f"--exact {tune}: not among --tune {' '.join(options.tune)}, so no task is of "
+                "that kind; leave it out, or let it train"
+            )
     loaded: dict[tuple[Any, ...], Classifier] = {}
     kinds = []
     for tune, rank, layers, pooling in itertools.product(
@@ -116,7 +125,7 @@ def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
                 options,
                 max(options.ways),
                 device,
-                double_backward=options.order == 2,
+                double_backward=options.order == 2 or tune in options.exact,
                 **dict(zip(names, kind)),
             )
         kinds.append(loaded[kind])

@@ -64,6 +64,8 @@ class Sample:
     def __init__(self, param: Tensor, state: State, count: int, generator: torch.Generator) -> None:
         self._index: Tensor | None = None
         self._weight = 1.0
+        # by which of the arguments depend on the rule's weights: the first step's don't
+        self._learned: dict[tuple[bool, ...], tuple[bool, ...]] = {}
         if count < param.numel():
             if count * _FEW < param.numel():
                 drawn = torch.randint(param.numel(), (count,), generator=generator)
@@ -102,7 +104,10 @@ class Sample:
         weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
         call = _Call(rule, group["lr"], group["weight_decay"], sums, tuple(self._state), weights)
         given = (param, grad, *self._state.values())
-        results = _Recomputed.apply(call, call.learned(given), *given, *weights)  # type: ignore[no-untyped-call]
+        kind = tuple(tensor.requires_grad for tensor in given)
+        if kind not in self._learned:
+            self._learned[kind] = call.learned(given)
+        results = _Recomputed.apply(call, self._learned[kind], *given, *weights)  # type: ignore[no-untyped-call]
         change, *leaves = results
         self._state = dict(zip(self._state, leaves))
         return cast(Tensor, change)

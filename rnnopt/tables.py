@@ -70,6 +70,9 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             )
             lines.append(f"| {name} | " + " | ".join(figures) + " |")
         lines.append("")
+    undone = result["methods"]["learned"].get("undone", 0)
+    if undone:
+        lines += [f"Steps of the rule that its guard took back, in all episodes: {undone}.", ""]
     return "\n".join(lines)
 
 

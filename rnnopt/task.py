@@ -29,6 +29,9 @@ DIVERGED_LOSS = 1e3
 _CLASSIFIER_STREAM = 1
 # Tells the draw of its batch size from both.
 _BATCH_STREAM = 2
+# Temperatures tried by `calibrated_loss`: logits of a head that has hardly moved differ by a
+# hundredth, those of one that was driven far by tens.
+_TEMPERATURES = tuple(0.02 * 10 ** (step / 12) for step in range(33))
 # Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
 PIECE = 16
 
@@ -74,13 +77,54 @@ class LabelledTexts:
         )
         return cls(pieces, len(texts))
 
-    def loss(self, classifier: Classifier, module: nn.Module) -> Tensor:
-        """Cross-entropy of `module`, mean nats per text; 0-d."""
-        total = [
-            cross_entropy(classifier.forward(module, batch), labels, reduction="sum")
-            for batch, labels in self.pieces
-        ]
-        return torch.stack(total).sum() / self.count
+    def loss(self, classifier: Classifier, module: nn.Module, calibrated: float = 0.0) -> Tensor:
+        """Cross-entropy of `module`, mean nats per text; 0-d.
+
+        Args:
+            classifier: whose texts these are.
+            module: its model, or a functional copy.
+            calibrated: share of `calibrated_loss` in it, 0 to 1.
+        """
+        logits, labels = zip(
+            *((classifier.forward(module, batch), labels) for batch, labels in self.pieces)
+        )
+        return mixed_loss(torch.cat(logits), torch.cat(labels), calibrated)
+
+
+def mixed_loss(logits: Tensor, labels: Tensor, calibrated: float) -> Tensor:
+    """``(1 - calibrated) * cross-entropy + calibrated * calibrated_loss``, mean nats; 0-d.
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+        calibrated: 0 to 1.
+    """
+    plain = cross_entropy(logits, labels)
+    if not calibrated:
+        return plain
+    return (1 - calibrated) * plain + calibrated * calibrated_loss(logits, labels)
+
+
+def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy at the temperature that suits these logits best, mean nats; 0-d.
+
+    Confidence alone neither lowers nor raises it: what counts is how far the classes are told
+    apart. Source: temperature scaling, Guo et al. 2017, arXiv:1706.04599. The temperature is the
+    best of a grid and held constant, so that by the envelope theorem the gradient is that of the
+    minimum.
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+    """
+    with torch.no_grad():
+        tried = torch.tensor(_TEMPERATURES, dtype=logits.dtype, device=logits.device)
+        scaled = logits / tried[:, None, None]  # (33, B, C)
+        losses = cross_entropy(
+            scaled.flatten(0, 1), labels.repeat(len(tried)), reduction="none"
+        ).view(len(tried), -1)
+        best = tried[losses.mean(dim=1).argmin()]
+    return cross_entropy(logits / best, labels)
 
 
 @dataclass(frozen=True)
@@ -107,9 +151,9 @@ class Task:
         """The loss that adaptation descends."""
         return lambda module, step: self.batches[step % len(self.batches)].loss(classifier, module)
 
-    def query_loss(self, classifier: Classifier) -> LossFunction:
-        """The loss that judges it."""
-        return lambda module, step: self.query.loss(classifier, module)
+    def query_loss(self, classifier: Classifier, calibrated: float = 0.0) -> LossFunction:
+        """The loss that judges it, see `LabelledTexts.loss`."""
+        return lambda module, step: self.query.loss(classifier, module, calibrated)
 
 
 class TaskSource:
@@ -177,28 +221,34 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Score:
-    """Query loss (mean nats per text, at most `DIVERGED_LOSS`), accuracy and macro F1.
+    """Query loss (mean nats per text, at most `DIVERGED_LOSS`), accuracy, macro F1, and
+    `calibrated_loss`.
 
-    Macro recall is the accuracy, since an episode has as many query texts of every class. F1 is
-    None where an older version kept the score.
+    Macro recall is the accuracy, since an episode has as many query texts of every class. F1 and
+    the calibrated loss are None where an older version kept the score.
     """
 
     loss: float
     accuracy: float
     f1: float | None = None
+    calibrated: float | None = None
 
 
 @torch.no_grad()
 def judge(classifier: Classifier, texts: LabelledTexts) -> Score:
-    """The classifier as it stands, on these texts."""
-    loss, matrix = 0.0, np.zeros((classifier.ways, classifier.ways), dtype=np.int64)
-    for batch, labels in texts.pieces:
-        logits = classifier.logits(batch).float()  # (B, C)
-        loss += float(cross_entropy(logits, labels, reduction="sum"))
-        predicted = logits.argmax(dim=1).cpu().numpy()
-        matrix += confusion_matrix(predicted, labels.cpu().numpy(), classifier.ways)
-    metrics = classification_metrics(matrix)
-    return Score(bounded_loss(loss / texts.count), metrics.accuracy, metrics.f1)
+    """The classifier as it stands, without dropout, on these texts."""
+    training = classifier.model.training
+    classifier.model.eval()
+    logits = torch.cat([classifier.logits(batch).float() for batch, _ in texts.pieces])  # (B, C)
+    classifier.model.train(training)
+    labels = torch.cat([labels for _, labels in texts.pieces])
+    predicted = logits.argmax(dim=1).cpu().numpy()
+    metrics = classification_metrics(
+        confusion_matrix(predicted, labels.cpu().numpy(), classifier.ways)
+    )
+    losses = [float(loss(logits, labels)) for loss in (cross_entropy, calibrated_loss)]
+    plain, calibrated = (bounded_loss(loss) for loss in losses)
+    return Score(plain, metrics.accuracy, metrics.f1, calibrated)
 
 
 def bounded_loss(loss: float) -> float:
@@ -213,10 +263,12 @@ class Adaptation:
     Attributes:
         scores: the score at each budget of steps.
         seconds_per_step: forward, backward and step, without judging.
+        undone: steps that the optimizer took back, see `LearnedOptimizer.undone`.
     """
 
     scores: dict[int, Score]
     seconds_per_step: float
+    undone: int = 0
 
 
 def adapt_and_judge(
@@ -250,7 +302,7 @@ def adapt_and_judge(
         if step in budgets:
             with _judged_point(optimizer):
                 scores[step] = judge(classifier, task.query)
-    return Adaptation(scores, seconds / max(budgets))
+    return Adaptation(scores, seconds / max(budgets), getattr(optimizer, "undone", 0))
 
 
 @contextmanager

@@ -131,8 +131,7 @@ class Unrolled:
 
     Attributes:
         support_losses: (T,) before each step, nats per example.
-        query_losses: (T,) after each step; NaN where query_weight is 0, and in first order where
-            the step's weight is.
+        query_losses: (T,) after each step; NaN where query_weight or the step's weight is 0.
         meta_loss: the weighted sum that was differentiated.
         initial: see `UnrollSettings.initial`, by the parameter's name in the model.
     """
@@ -425,14 +424,17 @@ def _second_order(
             loss = support_loss(fmodel, t)
             support_losses.append(loss.detach())
             stepper.step(loss)
-            term, query = _meta_term(fmodel, support_loss, query_loss, settings, t)
+            query = torch.tensor(float("nan"))
+            if settings.weight(t):
+                term, query = _meta_term(fmodel, support_loss, query_loss, settings, t)
+                meta_loss += float(term.detach())
+                segment.append(term)
             query_losses.append(query)
-            meta_loss += float(term.detach())
-            segment.append(term)
             if t == 0:
                 warn_if_too_large(before, settings.kept_steps - 1, device)
             if settings.cut_after(t):
-                if inputs:  # a classical rule has none, and can be unrolled all the same
+                # a classical rule has no inputs, and can be unrolled all the same
+                if inputs and segment:
                     torch.autograd.backward(torch.stack(segment).sum(), inputs=inputs)
                 segment = []
                 _cut(fmodel, stepper)

@@ -125,6 +125,7 @@ class Cell:
             "episodes": options.episodes, "tuning-episodes": options.tuning_episodes,
             "baselines": ",".join(options.baselines or self.baselines),
             "max-length": options.max_length, "device": options.device,
+            "precision": options.precision,
             "report-on": texts.report_on, "domain-column": texts.domain_column,
             "json": self.file(options), "plot": self.file(options).with_suffix(".png"),
         }  # fmt: skip
@@ -239,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--baselines", type=lambda text: tuple(text.split(",")), help="instead of a cell's own"
     )
-    parser.add_argument("--device", default="auto", help="as `rnnopt compare` has it [auto]")
+    for name in ("--device", "--precision"):
+        parser.add_argument(name, default="auto", help="as `rnnopt compare` has it [auto]")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="stop after that [none]"
     )

@@ -138,7 +138,8 @@ def test_every_cell_has_a_name_of_its_own_and_a_command_that_parses(script):
     assert {cell.data for cell in cells} == set(module.SETS)
     options = argparse.Namespace(
         data="data", encoder="encoder", rule="rule", queries=5, steps=20, episodes=40, output="out",
-        tuning_episodes=4, baselines=None, max_length=64, device="auto", allow_overlap=False,
+        tuning_episodes=4, baselines=None, max_length=64, device="auto", precision="auto",
+        allow_overlap=False,
     )  # fmt: skip
     for cell in cells:
         parsed = _parser().parse_args(cell.arguments(options))

@@ -88,6 +88,13 @@ def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
     assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
 
 
+def test_exact_kinds_stand_among_those_that_train(csv_file, encoder, tmp_path, capsys):
+    command = meta_train(csv_file, encoder, tmp_path / "run", "--tune", "head", "full", "--exact")
+    assert "--exact lora: not among --tune head full" in fails([*command, "lora"], capsys)
+    assert run([*command, "head"]) == 0
+    assert read_training(tmp_path / "run")["settings"]["exact"] == ["head"]
+
+
 def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_path):
     more = (
         "--tune head lora full --lora-rank 2 4 --pooling model mean --shots 1 2 5 --most-support 4 "
@@ -104,7 +111,8 @@ def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_pat
 def test_the_kinds_are_all_combinations_each_loaded_once(encoder):
     options = argparse.Namespace(
         encoder=encoder, tune=["head", "lora", "lora"], lora_rank=[2, 4], top_layers=None,
-        pooling=["model"], ways=[3], order=1, max_length=32, seed=0, precision="fp32",
+        pooling=["model"], ways=[3], order=1, exact=["lora"], max_length=32, seed=0,
+        precision="fp32",
     )  # fmt: skip
     kinds = load_kinds(options, torch.device("cpu"))
     assert len(kinds) == 6

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnnopt import SGD, InputError
+from rnnopt import SGD, Adam, InputError
 from rnnopt.comparators import BASELINES
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import (
@@ -19,6 +19,7 @@ from rnnopt.evaluate import (
 from rnnopt.files import read_corpus
 from rnnopt.journal import Journal
 from rnnopt.splits import divide_classes
+from rnnopt.tables import comparison_table
 from rnnopt.task import Adaptation, Score, TaskSource
 from rnnopt.text import Classifier
 
@@ -119,11 +120,13 @@ def test_a_run_is_done_again_for_budgets_that_it_lacks(tmp_path):
 
     def adapt(budgets):
         calls.append(budgets)
-        return Adaptation({b: Score(1.0, 0.5) for b in budgets}, 0.1)
+        return Adaptation({b: Score(1.0, 0.5) for b in budgets}, 0.1, undone=2)
 
     for budgets in ([1], [1], [1, 3], [3]):
         journal.run("x", budgets, lambda budgets=budgets: adapt(budgets))
     assert calls == [[1], [1, 3]]
+    kept = Journal(tmp_path / "j", {}).run("x", [3], lambda: pytest.fail("it is there"))
+    assert kept == Adaptation({b: Score(1.0, 0.5) for b in (1, 3)}, 0.1, undone=2)
 
 
 def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_kept(
@@ -133,7 +136,7 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
     runs = Journal(tmp_path / "j", {})._runs
     for budget, lr in result["methods"]["sgd"]["tuned"]["lr"].items():
         kept = [runs[f"sgd {lr:g} report {number}"]["scores"][budget] for number in range(2)]
-        assert result["values"]["sgd"]["f1"][budget] == [f1 for _, _, f1 in kept]
+        assert result["values"]["sgd"]["f1"][budget] == [f1 for _, _, f1, _ in kept]
     # as version 0.1 kept its runs: loss and accuracy
     head, *lines = (tmp_path / "j").read_text().splitlines()
     old = [json.loads(line) for line in lines]
@@ -145,6 +148,24 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
     assert "f1" not in again["methods"]["sgd"]
     for metric in ("accuracy", "loss"):
         assert again["values"]["sgd"][metric] == result["values"]["sgd"][metric]
+
+
+class Rash(Adam):
+    """Adam that must be taken back, once."""
+
+    def careful(self):
+        return Adam(1e-5)
+
+
+def test_what_the_guard_took_back_is_told(sources, tmp_path):
+    result = comparison(sources, Journal(tmp_path / "j", {}), Rash(100.0), ["sgd"]).run(3, 1)
+    assert result["methods"]["learned"]["undone"] >= 3
+    assert f"took back, in all episodes: {result['methods']['learned']['undone']}." in (
+        comparison_table(result)
+    )
+    assert "took back" not in comparison_table(
+        comparison(sources, Journal(tmp_path / "k", {}), baselines=["sgd"]).run(3, 1)
+    )
 
 
 def test_a_baseline_of_ones_own_is_tuned_like_the_others(sources, tmp_path):

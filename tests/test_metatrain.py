@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,8 +167,8 @@ def test_a_requirement_is_met_by_a_fresh_validation_only(sources, tmp_path):
 class InfiniteTask(Task):
     """A task whose query loss is infinite."""
 
-    def query_loss(self, classifier):
-        plain = super().query_loss(classifier)
+    def query_loss(self, classifier, calibrated=0.0):
+        plain = super().query_loss(classifier, calibrated)
         return lambda module, step: plain(module, step) * float("inf")
 
 
@@ -206,6 +207,40 @@ def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
     training(sources, tmp_path, settings(12, shortest=1)).run()
     lengths = {len(line["query_losses"]) for line in records(tmp_path)[1:]}
     assert lengths == {1, 2, 3}
+
+
+def test_the_calibrated_share_judges_training_and_validation(sources, tmp_path):
+    runs = {}
+    for share in (0.0, 0.5, 1.0):
+        chosen = settings(2, meta_lr=1e-12, validate_every=1, calibrated=share)
+        training(sources, tmp_path / str(share), chosen).run()
+        runs[share] = records(tmp_path / str(share))
+    scores = {share: lines[0]["validation"]["score"] for share, lines in runs.items()}
+    assert scores[1.0] < scores[0.5] < scores[0.0]
+    assert scores[0.5] == pytest.approx((scores[0.0] + scores[1.0]) / 2, rel=1e-5)
+    losses = {share: lines[1]["meta_loss"] for share, lines in runs.items()}
+    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
+
+
+def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
+    plain = settings(2)
+    runs = {
+        "first": plain,
+        "exact": replace(plain, exact=("head",)),
+        "second": replace(plain, unroll=replace(plain.unroll, order=2)),
+        "other kind": replace(plain, exact=("full",)),
+    }
+    for name, chosen in runs.items():
+        training(sources, tmp_path / name, chosen).run()
+    assert same_files(tmp_path / "exact", tmp_path / "second")
+    assert same_files(tmp_path / "other kind", tmp_path / "first")
+    assert not same_files(tmp_path / "exact", tmp_path / "first")
+
+
+def test_sampled_coordinates_are_for_kinds_of_first_order(sources, tmp_path):
+    unrolled = UnrollSettings(3, coordinates=5)
+    chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, exact=("head",))
+    training(sources, tmp_path, chosen).run()
 
 
 def test_tasks_of_a_meta_step_are_averaged(sources, tmp_path):
@@ -264,6 +299,9 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"clip": float("nan")}, "clip=nan: must be positive and finite"),
         ({"step_weights": (0, 0, 1), "shortest": 1}, "all 0 within the shortest unroll of 1"),
         ({"until": "accuracy@4>0.5"}, "budget @4 must lie between 1 and 3"),
+        ({"judged": 0.0}, "judged=0.0: a share of the steps, above 0"),
+        ({"loss_scale": 0.5}, "loss_scale=0.5: must be finite and at least 1"),
+        ({"calibrated": 1.1}, "calibrated=1.1: a share, from 0 to 1"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

@@ -12,9 +12,8 @@ import torch
 from rnnopt import SGD
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-# Li et al. 2017, arXiv:1707.09835, table 1: MAML meta-trained on 10 points, one step on 5; the
-# upper end of its 95 % interval.
-PUBLISHED = 1.17 + 0.16
+# Finn et al. 2017, arXiv:1703.03400, table 2: MAML's error at 5 points after so many steps.
+PUBLISHED = {"1": 0.67, "10": 0.35}
 
 
 @pytest.fixture
@@ -48,10 +47,11 @@ def test_a_curve_is_the_same_at_every_call_and_support_and_query_differ(sine):
 
 
 @pytest.mark.slow
-def test_maml_reaches_the_published_figure(tmp_path):
+def test_maml_reaches_the_published_figures(tmp_path):
     command = [sys.executable, str(SCRIPTS / "sine_regression.py"), "--json", str(tmp_path / "f")]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads((tmp_path / "f").read_text())
     maml, pretrained = result["sgd, order 2"], result["pretrained, best step size"]
-    assert maml["1"]["mean"] < PUBLISHED
+    for steps, figure in PUBLISHED.items():  # which has an error of its own, not given
+        assert maml[steps]["mean"] - 2 * maml[steps]["ci95"] < figure
     assert maml["10"]["mean"] < maml["1"]["mean"] < 0.5 * pretrained["1"]["mean"]

@@ -217,6 +217,23 @@ def test_both_orders_walk_the_way_of_the_torch_optimizer(order):
 
 
 @pytest.mark.parametrize("order", [1, 2])
+def test_steps_of_no_weight_are_not_judged(order):
+    net, support, query = problem()
+    judged = []
+
+    def counted(module, step):
+        judged.append(step)
+        return query(module, step)
+
+    settings = UnrollSettings(4, order=order, truncation=1, step_weights=[0, 2, 0, 1])
+    result, _ = meta_gradient(net, random_lstm(), support, counted, settings)
+    assert judged == [1, 3]
+    assert result.query_losses.isnan().tolist() == [True, False, True, False]
+    _, second, _, last = result.query_losses.tolist()
+    assert result.meta_loss == pytest.approx(2 * second + last)
+
+
+@pytest.mark.parametrize("order", [1, 2])
 def test_model_and_optimizer_are_as_before_afterwards(order):
     net, support, query = problem()
     optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64))
