@@ -216,9 +216,9 @@ def _settings(options: Namespace) -> MetaTrainSettings:
 def _validation_line(record: dict[str, Any]) -> str:
     check = record["validation"]
     return (
-        f"meta-step {record['meta_step']}: validation loss {check['score']:.3f} over all steps, "
-        f"{check['loss'][-1]:.3f} after the last; accuracy {check['accuracy'][0]:.3f} after one "
-        f"step, {check['accuracy'][-1]:.3f} after the last"
+        f"meta-step {record['meta_step']}: validation meta-loss {check['score']:.3f} over all "
+        f"steps, loss {check['loss'][-1]:.3f} after the last; accuracy "
+        f"{check['accuracy'][0]:.3f} after one step, {check['accuracy'][-1]:.3f} after the last"
     )
 
 

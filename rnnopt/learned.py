@@ -21,7 +21,7 @@ from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings
 
 InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
-INNER_LR: dict[InnerRule, float] = {"lstm": 2.0, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
+INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ class CoordinateLSTM(nn.Module):
     where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
     s is bounded smoothly by `LOG_FACTOR_BOUND`, and scale is the tensor's, see
     `rnnopt.preprocess.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
-    with steps that suit each. Adam's direction (k = a = 0) and that of gradient descent (k = -1)
-    are the ends between which it chooses. With the output weights at zero, as they are initialised,
-    the rule *is* Adam with learning rate reach * scale. A coordinate that never had a gradient
-    keeps a zero state and gets a zero update.
+    with steps that suit each. It can go Adam's way (k = a = 0), that of gradient descent (k = -1,
+    a = 1), or any between and beyond. With the output weights at zero, as they are initialised, the
+    rule *is* Adam with learning rate reach * scale. A coordinate that never had a gradient keeps a
+    zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
@@ -76,7 +76,7 @@ class CoordinateLSTM(nn.Module):
         self,
         hidden_size: int = 8,
         context_size: int = 16,
-        reach: float = 2.0,
+        reach: float = 0.75,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from rnnopt.learned import Learned, LearnedSettings
 from rnnopt.requirement import DIGITS, Requirement
 from rnnopt.task import TaskSource, adapt_and_judge
 from rnnopt.team import Team
-from rnnopt.text import Classifier
+from rnnopt.text import Classifier, Tune
 from rnnopt.unroll import Unrolled, UnrollSettings, unroll
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
@@ -119,6 +119,9 @@ class MetaTrainSettings:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
         if not 0 <= self.calibrated <= 1:
             raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
+        for tune in self.exact:
+            if tune not in get_args(Tune):
+                raise InputError(f"exact={tune!r}: choose from {', '.join(get_args(Tune))}")
         self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
         if self.exact:
             self.learned.unrolled(self._exactly())

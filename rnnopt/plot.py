@@ -38,7 +38,7 @@ def plot_learning(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(steps, _smooth(values), color="tab:blue", label="meta-training tasks (smoothed)")
     if checks:
         axes.plot(*zip(*checks), color="tab:orange", marker="o", label="validation classes")
-    axes.set(xlabel="meta-steps", ylabel="query loss, mean over the steps (nats per text)")
+    axes.set(xlabel="meta-steps", ylabel="meta-loss, mean over the steps (nats per text)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

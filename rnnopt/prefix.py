@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Prefix:
         self, model: Any, tokens: TokenCache, layers: Sequence[nn.Module], memory: int = MEMORY
     ) -> None:
         self._model, self._tokens, self._layers = model, tokens, layers
+        names = {layer: name for name, layer in model.named_modules()}
+        self._names = [names[layer] for layer in layers]
         self._store = _Store(memory)
         self._example: Any = None  # an output of the last layer, to make others like it
 
@@ -69,13 +71,14 @@ class Prefix:
                 self._store.put(text, rows)
         return self._assemble(batch, [self._store.get(text) for text in texts])
 
-    def logits(self, batch: Mapping[str, Tensor], states: Tensor) -> Tensor:
-        """Logits (B, C) from what `read` returned."""
+    def logits(self, module: nn.Module, batch: Mapping[str, Tensor], states: Tensor) -> Tensor:
+        """Logits (B, C) of the model, or of a functional copy, from what `read` returned."""
         output = _like(self._example, states)
         with ExitStack() as stack:
-            for layer in self._layers:
+            for name in self._names:
+                layer = module.get_submodule(name)
                 stack.enter_context(_forward(layer, lambda *args, **kwargs: output))
-            return self._model(**batch).logits
+            return cast(Tensor, module(**batch).logits)
 
     def works(self, device: torch.device) -> bool:
         """Whether the logits of two texts are the same with and without what is kept."""
@@ -87,7 +90,7 @@ class Prefix:
             alone = [rows for text in PROBES for rows in self._compute([text], device)]
             states = self._assemble(batch, alone)
             with torch.no_grad():
-                plain, quick = self._model(**batch).logits, self.logits(batch, states)
+                plain, quick = self._model(**batch).logits, self.logits(self._model, batch, states)
             return frozen and torch.allclose(quick, plain, rtol=1e-4, atol=1e-5)
         except Exception:  # an architecture unlike the others: everything runs at every step
             return False

@@ -25,7 +25,7 @@ _RATIO_BOUND = 5.0  # on the logarithm of a gradient's size against its peak
 _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model's largest
 # How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
 # much, as Adam does, 1 in proportion to its gradient, as SGD does.
-BALANCE = 0.75
+BALANCE = 0.25
 # In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0

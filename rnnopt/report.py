@@ -90,7 +90,7 @@ def _outcome(
         return "No validation yet."
     last, done = checks[-1], records[-1]["meta_step"]
     best = min(checks, key=lambda record: record["validation"]["score"])
-    score = f"loss over all steps {best['validation']['score']:.3f}"
+    score = f"meta-loss over all steps {best['validation']['score']:.3f}"
     told = f"{done} meta-steps; best on validation classes at {best['meta_step']}, {score}."
     if run.get("until") is None:
         return told
@@ -109,7 +109,7 @@ def _outcome(
 def _validation_table(run: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> str:
     steps = len(checks[-1]["validation"]["loss"]) if checks else 1
     budgets = sorted({1, (steps + 1) // 2, steps})
-    header = ["meta-step", "loss over all steps"]
+    header = ["meta-step", "meta-loss over all steps"]
     header += [f"{metric}@{b}" for metric in ("loss", "accuracy") for b in budgets]
     header += ["met"] if run.get("until") is not None else []
     rows = []

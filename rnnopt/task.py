@@ -30,8 +30,8 @@ _CLASSIFIER_STREAM = 1
 # Tells the draw of its batch size from both.
 _BATCH_STREAM = 2
 # Temperatures tried by `calibrated_loss`: logits of a head that has hardly moved differ by a
-# hundredth, those of one that was driven far by tens.
-_TEMPERATURES = tuple(0.02 * 10 ** (step / 12) for step in range(33))
+# hundredth, those of one that was driven far by hundreds.
+_TEMPERATURES = tuple(0.02 * 10 ** (step / 12) for step in range(61))
 # Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
 PIECE = 16
 
@@ -108,10 +108,10 @@ def mixed_loss(logits: Tensor, labels: Tensor, calibrated: float) -> Tensor:
 def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy at the temperature that suits these logits best, mean nats; 0-d.
 
-    Confidence alone neither lowers nor raises it: what counts is how far the classes are told
-    apart. Source: temperature scaling, Guo et al. 2017, arXiv:1706.04599. The temperature is the
-    best of a grid and held constant, so that by the envelope theorem the gradient is that of the
-    minimum.
+    Confidence alone neither lowers nor raises it, within the range of temperatures tried: what
+    counts is how far the classes are told apart. Source: temperature scaling, Guo et al. 2017,
+    arXiv:1706.04599. The temperature is the best of a grid and held constant, so that by the
+    envelope theorem the gradient is that of the minimum.
 
     Args:
         logits: (B, C).
@@ -119,7 +119,7 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     with torch.no_grad():
         tried = torch.tensor(_TEMPERATURES, dtype=logits.dtype, device=logits.device)
-        scaled = logits / tried[:, None, None]  # (33, B, C)
+        scaled = logits / tried[:, None, None]  # (tried, B, C)
         losses = cross_entropy(
             scaled.flatten(0, 1), labels.repeat(len(tried)), reduction="none"
         ).view(len(tried), -1)
@@ -225,7 +225,7 @@ class Score:
     `calibrated_loss`.
 
     Macro recall is the accuracy, since an episode has as many query texts of every class. F1 and
-    the calibrated loss are None where an older version kept the score.
+    the calibrated loss are None where they were not taken.
     """
 
     loss: float

@@ -165,11 +165,11 @@ class Classifier:
             batch: what `batch` returned.
         """
         source, states = getattr(batch, "kept", None) or (None, None)
-        # what another classifier made of the texts, or another module, has no use here
-        mine = source is self._prefix and module is self.model and not module.training
+        # what another classifier made of the texts has no use here
+        mine = source is self._prefix and not module.training
         with self._autocast():
             if self._prefix is not None and states is not None and mine:
-                logits = self._prefix.logits(batch, states)
+                logits = self._prefix.logits(module, batch, states)
             else:
                 logits = module(**batch).logits
         return logits.float() if self.precision == "bf16" else logits

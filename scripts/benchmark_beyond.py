@@ -3,12 +3,12 @@
     python scripts/benchmark_beyond.py --data DATA/clinc150 --encoder MINILM --output beyond
     python scripts/benchmark_beyond.py --output beyond --table
 
-Each condition changes one thing of a plain one, 5-way 5-shot, full batch, and sets the rule beside
-AdamW, tuned on validation classes under the same condition for every budget of steps. Three more
-rows are the rule itself with `lr` 0.5 and 2 and with gradients clipped to norm 1. DATA is a folder
-with train, val and test files of disjoint classes; MINILM a BERT, a hub name or a folder, of which
-`half-depth` keeps the lower half of the layers. Everything goes on where it was stopped, and
-another rule reuses AdamW's runs.
+Each condition differs from a plain one, 5-way 5-shot, full batch, in what its name says, and sets
+the rule beside AdamW, tuned on validation classes under the same condition for every budget of
+steps. Three more rows are the rule itself with `lr` 0.5 and 2 and with gradients clipped to norm 1.
+DATA is a folder with train, val and test files of disjoint classes; MINILM a BERT, a hub name or a
+folder, of which `half-depth` keeps the lower half of the layers. Everything goes on where it was
+stopped, and another rule reuses AdamW's runs.
 
 Time, on one core of a server processor: with --tune head a minute a condition, with --tune lora ten
 minutes, but for `long` an hour. Last line: how many conditions are finished.
@@ -102,11 +102,10 @@ def half_encoder(encoder: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     path = folder / "half-depth"
-    if not (path / "config.json").exists():
-        layers = AutoConfig.from_pretrained(encoder).num_hidden_layers // 2
-        model = AutoModel.from_pretrained(encoder, num_hidden_layers=layers, use_safetensors=True)
-        AutoTokenizer.from_pretrained(encoder).save_pretrained(path)
-        model.save_pretrained(path)
+    layers = AutoConfig.from_pretrained(encoder).num_hidden_layers // 2
+    model = AutoModel.from_pretrained(encoder, num_hidden_layers=layers, use_safetensors=True)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(path)
+    model.save_pretrained(path)
     return path
 
 

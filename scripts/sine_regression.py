@@ -16,7 +16,7 @@ appendix B are meta-trained on 10 points; table 2 does not say. Their code, cbfi
 
 Harder, and no yardstick: at 5 points after one step MAML has 1.13 +- 0.18 and Meta-SGD, with a rate
 for each coordinate, 0.90 +- 0.16, both meta-trained on 5 points (Li et al. 2017, arXiv:1707.09835,
-as PaddlePaddle/PARL, benchmark/torch/maml++, quotes it; the paper's own table was not at hand).
+as PaddlePaddle/PARL, benchmark/torch/maml++, quotes it).
 There the curves differ in frequency too, in PARL's settings from 0.8 to 1.2.
 
 Options: --inner meta-sgd learns a rate for each tensor too, --order 1 is first-order MAML.

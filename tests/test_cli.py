@@ -80,7 +80,7 @@ def test_meta_train_leaves_rule_log_and_picture(csv_file, encoder, tmp_path, cap
     load_rule(folder)
     assert len((folder / "log.jsonl").read_text().splitlines()) == 5
     assert (folder / "learning.png").read_bytes().startswith(PNG)
-    assert "validation loss" in capsys.readouterr().out
+    assert "validation meta-loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [["--tune", "lora", "--lora-rank", "2"], ["--pooling", "mean"]])

@@ -238,9 +238,11 @@ def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
 
 
 def test_sampled_coordinates_are_for_kinds_of_first_order(sources, tmp_path):
-    unrolled = UnrollSettings(3, coordinates=5)
-    chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, exact=("head",))
-    training(sources, tmp_path, chosen).run()
+    for name, coordinates in (("sampled", 5), ("all", None)):
+        unrolled = UnrollSettings(3, coordinates=coordinates)
+        chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, exact=("head",))
+        training(sources, tmp_path / name, chosen).run()
+    assert same_files(tmp_path / "sampled", tmp_path / "all")
 
 
 def test_tasks_of_a_meta_step_are_averaged(sources, tmp_path):
@@ -302,6 +304,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"judged": 0.0}, "judged=0.0: a share of the steps, above 0"),
         ({"loss_scale": 0.5}, "loss_scale=0.5: must be finite and at least 1"),
         ({"calibrated": 1.1}, "calibrated=1.1: a share, from 0 to 1"),
+        ({"exact": ("heads",)}, "exact='heads': choose from full, lora, head"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

@@ -15,6 +15,7 @@ from rules import random_lstm
 from torch import Tensor, nn
 
 from rnnopt import SGD, LearnedOptimizer
+from rnnopt.differentiable import higher
 from rnnopt.errors import InputError
 from rnnopt.layers import layer_stack
 from rnnopt.prefix import Prefix
@@ -215,6 +216,20 @@ def test_under_a_head_the_encoder_runs_once_for_a_text(folders: dict[str, Path],
     gradients(classifier, texts)
     gradients(classifier, read(classifier))
     assert calls.count == once > 0
+
+
+def test_a_functional_copy_takes_what_is_kept(folders: dict[str, Path]) -> None:
+    classifier = load(folders["bert"], tune="head", double_backward=True)
+    texts = read(classifier)
+    runs = Calls(layer_stack(classifier.model.base_model)[0])
+    loss = texts.loss(classifier, classifier.model)
+    optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], random_lstm())
+    with higher.innerloop_ctx(classifier.model, optimizer) as (copy, _):
+        copied = Calls(copy.get_submodule("bert.encoder.layer.0"))
+        assert torch.equal(texts.loss(classifier, copy), loss)
+        assert copied.count == runs.count == 0
+        texts.loss(classifier, copy.train())
+        assert copied.count > 0
 
 
 def test_what_does_not_fit_in_memory_is_kept_on_disk(

@@ -102,20 +102,24 @@ def test_a_diverged_model_has_a_finite_score(classifier, task):
     assert judge(classifier, task.query).loss == DIVERGED_LOSS
 
 
-def some_logits(seed, texts=40, ways=5):
-    """Logits that know their labels half of the time, and the labels."""
+def some_logits(seed, texts=40, ways=5, known=1.0):
+    """Logits that know their labels half of the time or less, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(ways, (texts,), generator=generator)
     logits = torch.randn(texts, ways, generator=generator)
-    logits[torch.arange(texts), labels] += 1
+    logits[torch.arange(texts), labels] += known
     return logits, labels
 
 
-@given(seed=st.integers(0, 100), confidence=st.floats(0.1, 5.0))
+@given(
+    seed=st.integers(0, 100),
+    confidence=st.floats(0.1, 5.0) | st.just(100.0),
+    known=st.sampled_from([0.5, 1.0]),
+)
 def test_confidence_changes_the_calibrated_loss_by_no_more_than_the_grid_is_coarse(
-    seed, confidence
+    seed, confidence, known
 ):
-    logits, labels = some_logits(seed)
+    logits, labels = some_logits(seed, known=known)
     loss = calibrated_loss(logits, labels)
     assert loss <= cross_entropy(logits, labels) + 0.005
     torch.testing.assert_close(
