@@ -12,7 +12,12 @@
 #define INPUTS (FEATURES + HIDDEN)
 #define OUTPUTS 3
 #define SUMS 7
-#define LANES 16 /* one AVX-512 register; the compiler splits it where registers are smaller */
+/* One register's worth: halves of larger vectors would run out of registers, twice as slow. */
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t bits __attribute__((vector_size(4 * LANES)));

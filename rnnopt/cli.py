@@ -189,6 +189,14 @@ def _add_meta_train(commands: Any) -> None:
     )
     parser.add_argument("--meta-lr", type=float, default=5e-3, help="of the meta-optimizer [5e-3]")
     parser.add_argument(
+        "--clip",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="bound on the norm of each task's meta-gradient, per step: what keeps a task that the "
+        "rule ruins from drowning the others [1]",
+    )
+    parser.add_argument(
         "--judged",
         type=float,
         default=1.0,

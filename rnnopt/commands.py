@@ -191,6 +191,7 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         shortest=options.shortest,
         tasks_per_meta_step=options.tasks,
         meta_lr=options.meta_lr,
+        clip=options.clip,
         judged=options.judged,
         loss_scale=options.loss_scale,
         calibrated=options.calibrated,

@@ -27,10 +27,11 @@ from rnnopt.cli import main
 
 SOURCES = ("clinc150", "liu54", "huffpost36", "reuters31")
 RECIPE = """
---tune lora lora full head --lora-rank 8 8 2 --pooling model model mean --top-layers all 3 3
---ways 2 3 4 5 8 10 15 --shots 1 1 2 5 10 --most-support 50 --batch-size 1000 1000 16 --queries 3
---order 1 --steps 12 --shortest 3 --judged 0.5 --loss-scale 1.5 --meta-steps 420 --tasks 2
---meta-lr 4e-3 --hidden-size 8 --max-length 48 --precision bf16 --device cpu --validate-every 60
+--tune lora lora full head --exact lora head --lora-rank 8 8 2 --pooling model model mean
+--top-layers all 3 3 --ways 2 3 4 5 8 10 15 --shots 1 1 2 5 10 --most-support 40
+--batch-size 1000 1000 16 --queries 3 --order 1 --steps 12 --shortest 3 --judged 0.5
+--loss-scale 1.5 --calibrated 0.7 --clip 0.2 --meta-steps 280 --tasks 4 --meta-lr 6e-3
+--hidden-size 8 --max-length 32 --precision fp32 --device cpu --validate-every 70
 --validation-tasks 16 --coordinates 30000 --seed 0
 """
 
