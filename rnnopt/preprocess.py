@@ -26,6 +26,9 @@ _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model'
 # How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
 # much, as Adam does, 1 in proportion to its gradient, as SGD does.
 BALANCE = 0.25
+# Later steps look like this one: far beyond any horizon of meta-training the rule goes on as it
+# does at its end, rather than as a network extrapolates.
+_LATEST_STEP = 16.0
 # In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
@@ -187,7 +190,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     largest, decrease, model_size, *model = sums[..., SUMS:].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
     share = torch.log(grad_rms / largest)
-    step = step.to(sums.dtype)
+    step = step.to(sums.dtype).clamp(max=_LATEST_STEP)
     raw = (
         torch.log(param_square / size + _CONTEXT_PARAM_FLOOR**2) / 2,
         torch.log(grad_rms),

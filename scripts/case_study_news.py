@@ -20,7 +20,7 @@ which validation classes choose one:
   number of steps, 8 rates;
 - `multitask-adamw`: the same after supervised training on all classes learned from, with a joint
   head (`rnnopt.multitask`); validation classes choose its rate and number of steps;
-- `maml`, `meta-sgd`: first order; at test time their rate is multiplied by one of 8 factors,
+- `maml`, `meta-sgd`: of --order 2; at test time their rate is multiplied by one of 8 factors,
   tuned as AdamW's rate is; `-as-trained` is without;
 - `rule`: the learned rule, with nothing set; --rule takes one that is there. `multitask-rule` is it
   from the values of the multi-task training, `init-rule` from those learned together with a rule;
@@ -101,7 +101,7 @@ LEARNERS: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "meta-sgd": ("--init maml --inner meta-sgd", "--inner-lr", (0.03, 0.1, 0.3)),
     "init-rule": ("--init maml --inner lstm", "--init-lr", (3e-5, 1e-4, 3e-4)),
 }
-MULTITASK_LRS = (1e-4, 3e-4, 1e-3)
+MULTITASK_LRS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)}
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # on the rates of MAML and Meta-SGD
 
 
@@ -154,7 +154,7 @@ class CaseStudy:
         Raises:
             KeyboardInterrupt: stopped.
         """
-        chosen = {"multitask": self._best("multitask", MULTITASK_LRS)}
+        chosen = {"multitask": self._best("multitask", MULTITASK_LRS[self.options.tune])}
         for name, (_, _, rates) in LEARNERS.items():
             if name == "rule" and self.options.rule is not None:
                 continue
@@ -183,11 +183,12 @@ class CaseStudy:
         options = self.options
         given = {
             "encoder": options.encoder, "tune": options.tune, "lora-rank": options.lora_rank,
-            "pooling": options.pooling, "max-length": options.max_length, "shots": options.shots,
+            "top-layers": options.top_layers or "all", "pooling": options.pooling,
+            "order": options.order, "max-length": options.max_length, "shots": options.shots,
             "queries": options.queries, "head": options.head, "meta-steps": options.meta_steps,
             "steps": options.unroll, "shortest": min(3, options.unroll),
-            "validate-every": max(1, options.meta_steps // 12), "seed": options.seed,
-            "validation-tasks": options.tuning_episodes, "device": options.device,
+            "validate-every": max(1, options.meta_steps // 6), "seed": options.seed,
+            "validation-tasks": options.validation_tasks, "device": options.device,
             "output": folder, option.removeprefix("--"): rate,
         }  # fmt: skip
         ways = usable_ways(self.splits, options)
@@ -214,7 +215,7 @@ class CaseStudy:
                 lr=rate,
                 steps=options.pretrain_steps,
                 check_every=max(1, options.pretrain_steps // 20),
-                validation_tasks=options.tuning_episodes,
+                validation_tasks=options.validation_tasks,
                 seed=options.seed,
             ),
             folder,
@@ -318,8 +319,12 @@ class CaseStudy:
         return {
             "chosen": {name: path.name for name, path in chosen.items()},
             "rule": rule_fingerprint(rule),
-            "meta_steps": self.options.meta_steps,
-            "tuning_episodes": self.options.tuning_episodes,
+            **{
+                name: getattr(self.options, name)
+                for name in (
+                    "meta_steps", "pretrain_steps", "order", "validation_tasks", "tuning_episodes",
+                )
+            },
         }
 
     def facts(self) -> dict[str, Any]:
@@ -331,7 +336,7 @@ class CaseStudy:
             **{
                 name: getattr(options, name)
                 for name in (
-                    "tune", "lora_rank", "pooling", "max_length", "shots", "queries", "steps",
+                    "tune", "lora_rank", "top_layers", "pooling", "max_length", "shots", "queries", "steps",
                     "head", "seed",
                 )
             },
@@ -342,8 +347,8 @@ class CaseStudy:
         options = self.options
         return Classifier.load(
             options.encoder, tune=options.tune, lora_rank=options.lora_rank,
-            pooling=options.pooling, ways=WAYS, max_length=options.max_length, device=self.device,
-            seed=options.seed,
+            top_layers=options.top_layers, pooling=options.pooling, ways=WAYS,
+            max_length=options.max_length, device=self.device, seed=options.seed,
         )  # fmt: skip
 
     def sampler(self, corpus: Corpus, ways: int) -> EpisodeSampler:
@@ -476,6 +481,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rule", help="a learned rule instead of one meta-trained here")
     parser.add_argument("--tune", choices=("lora", "full"), default="lora", help="[lora]")
     parser.add_argument("--lora-rank", type=int, default=8, help="[8]")
+    parser.add_argument(
+        "--top-layers", type=int, metavar="K", help="of the encoder's layers K train [all]"
+    )
     parser.add_argument("--pooling", choices=("model", "mean"), default="model", help="[model]")
     parser.add_argument(
         "--head", choices=("random", "zero", "prototype"), default="random",
@@ -486,6 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=10, help="query texts a class [10]")
     parser.add_argument("--steps", type=int, default=20, help="of adaptation [20]")
     parser.add_argument("--unroll", type=int, default=8, help="steps in meta-training [8]")
+    parser.add_argument(
+        "--order", type=int, choices=(1, 2), default=2, help="of all meta-gradients [2]"
+    )
     parser.add_argument("--meta-steps", type=int, default=600, help="of each try [600]")
     parser.add_argument(
         "--pretrain-steps", type=int, default=2000, help="of each multi-task try [2000]"
@@ -495,6 +506,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--episodes", type=int, default=40, help="test episodes a set [40]")
     parser.add_argument("--tuning-episodes", type=int, default=8, metavar="E", help="[8]")
+    parser.add_argument(
+        "--validation-tasks", type=int, default=8, help="that judge what is trained first [8]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[auto]")
     parser.add_argument(

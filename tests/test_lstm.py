@@ -8,6 +8,7 @@ from rules import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt import lstm as lstm_module
+from rnnopt.preprocess import Peaks, tensor_context
 from rnnopt.rule import advance
 
 
@@ -113,6 +114,17 @@ def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
         delta, state = advance(rule, param, torch.rand(6) * scale, state, 1.0, 0.0)
         assert torch.isfinite(delta).all()
     assert all(torch.isfinite(leaf).all() for leaf in state.values())
+
+
+@pytest.mark.parametrize("first, second, alike", [(15, 16, False), (16, 17, True), (16, 5000, True)])
+def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
+    """No meta-training goes far beyond: a rule must not go by what it never saw."""
+    rule, param = random_lstm(), torch.linspace(-1, 1, 6)
+    state = rule.init_state(param)
+    sums = rule.related(rule.sums(param, state, param).unsqueeze(0))[0]
+    peaks = Peaks(*(state[name] for name in Peaks._fields))
+    contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
+    assert torch.equal(*contexts) == alike
 
 
 def test_every_weight_of_the_rule_has_a_say():
