@@ -322,7 +322,11 @@ class CaseStudy:
             **{
                 name: getattr(self.options, name)
                 for name in (
-                    "meta_steps", "pretrain_steps", "order", "validation_tasks", "tuning_episodes",
+                    "meta_steps",
+                    "pretrain_steps",
+                    "order",
+                    "validation_tasks",
+                    "tuning_episodes",
                 )
             },
         }
@@ -336,8 +340,8 @@ class CaseStudy:
             **{
                 name: getattr(options, name)
                 for name in (
-                    "tune", "lora_rank", "top_layers", "pooling", "max_length", "shots", "queries", "steps",
-                    "head", "seed",
+                    "tune", "lora_rank", "top_layers", "pooling", "max_length", "shots", "queries",
+                    "steps", "head", "seed",
                 )
             },
         }  # fmt: skip

@@ -116,7 +116,9 @@ def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
     assert all(torch.isfinite(leaf).all() for leaf in state.values())
 
 
-@pytest.mark.parametrize("first, second, alike", [(15, 16, False), (16, 17, True), (16, 5000, True)])
+@pytest.mark.parametrize(
+    "first, second, alike", [(15, 16, False), (16, 17, True), (16, 5000, True)]
+)
 def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
     """No meta-training goes far beyond: a rule must not go by what it never saw."""
     rule, param = random_lstm(), torch.linspace(-1, 1, 6)
