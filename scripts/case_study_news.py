@@ -93,15 +93,25 @@ WAYS = 5
 TRAINING_WAYS = (2, 3, 5)
 HELD_SPORTS, LEAST_CLASSES = 2, 6
 
-# name -> options of `rnnopt meta-train`, and the option with the values that the tries give it;
-# the middle one is what a single try takes
-LEARNERS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "rule": ("--init pretrained --inner lstm", "--meta-lr", (2e-3, 5e-3, 1e-2)),
-    "maml": ("--init maml --inner sgd", "--inner-lr", (0.03, 0.1, 0.3)),
-    "meta-sgd": ("--init maml --inner meta-sgd", "--inner-lr", (0.03, 0.1, 0.3)),
-    "init-rule": ("--init maml --inner lstm", "--init-lr", (3e-5, 1e-4, 3e-4)),
+# What is tried: rates by what trains, since a rate for all weights leaves LoRA where it was. The
+# middle one is what a single try takes.
+RATES = {
+    "lora": {
+        "multitask": (1e-3, 3e-3, 1e-2), "--meta-lr": (2e-3, 5e-3, 1e-2),
+        "--inner-lr": (0.3, 1.0, 3.0), "--init-lr": (3e-4, 1e-3, 3e-3),
+    },
+    "full": {
+        "multitask": (3e-5, 1e-4, 3e-4), "--meta-lr": (2e-3, 5e-3, 1e-2),
+        "--inner-lr": (0.03, 0.1, 0.3), "--init-lr": (3e-5, 1e-4, 3e-4),
+    },
+}  # fmt: skip
+# name -> options of `rnnopt meta-train`, and the option whose rates are tried
+LEARNERS = {
+    "rule": ("--init pretrained --inner lstm", "--meta-lr"),
+    "maml": ("--init maml --inner sgd", "--inner-lr"),
+    "meta-sgd": ("--init maml --inner meta-sgd", "--inner-lr"),
+    "init-rule": ("--init maml --inner lstm", "--init-lr"),
 }
-MULTITASK_LRS = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)}
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # on the rates of MAML and Meta-SGD
 
 
@@ -154,11 +164,12 @@ class CaseStudy:
         Raises:
             KeyboardInterrupt: stopped.
         """
-        chosen = {"multitask": self._best("multitask", MULTITASK_LRS[self.options.tune])}
-        for name, (_, _, rates) in LEARNERS.items():
+        rates = RATES[self.options.tune]
+        chosen = {"multitask": self._best("multitask", rates["multitask"])}
+        for name, (_, option) in LEARNERS.items():
             if name == "rule" and self.options.rule is not None:
                 continue
-            chosen[name] = self._best(name, rates)
+            chosen[name] = self._best(name, rates[option])
         return chosen
 
     def _best(self, name: str, rates: Sequence[float]) -> Path:
@@ -179,9 +190,10 @@ class CaseStudy:
         return self.folder / "trained" / f"{name}-{best:g}"
 
     def _meta_train(self, name: str, rate: float, folder: Path) -> None:
-        words, option, _ = LEARNERS[name]
-        options = self.options
+        words, option = LEARNERS[name]
+        options, rates = self.options, RATES[self.options.tune]
         given = {
+            "init-lr": rates["--init-lr"][1],
             "encoder": options.encoder, "tune": options.tune, "lora-rank": options.lora_rank,
             "top-layers": options.top_layers or "all", "pooling": options.pooling,
             "order": options.order, "max-length": options.max_length, "shots": options.shots,

@@ -30,8 +30,8 @@ RECIPE = """
 --tune lora lora full head --exact lora head --lora-rank 8 8 2 --pooling model model mean
 --top-layers all 3 2 2 --ways 2 3 4 5 8 10 15 --shots 1 1 2 5 --most-support 25
 --batch-size 1000 1000 10 --queries 3 --order 1 --steps 12 --shortest 3 --judged 0.5
---loss-scale 1.5 --calibrated 0.7 --clip 0.2 --meta-steps 240 --tasks 3 --meta-lr 8e-3
---hidden-size 8 --max-length 28 --precision fp32 --device cpu --validate-every 40
+--loss-scale 1.5 --calibrated 0.95 --clip 0.2 --meta-steps 220 --tasks 2 --meta-lr 5e-3
+--hidden-size 8 --max-length 28 --precision fp32 --device cpu --validate-every 44
 --validation-tasks 12 --coordinates 30000 --seed 0
 """
 
