@@ -156,16 +156,19 @@ def _run(
 
 def _watch(run: MetaTraining) -> None:
     """Run, showing how it goes, and draw the picture."""
-    folder, total = run.folder.path, run.settings.meta_steps
-    with tqdm(total=total, initial=run.progress.meta_step, unit="meta-step") as bar:
+    folder, settings = run.folder.path, run.settings
+    with tqdm(total=settings.meta_steps, initial=run.progress.meta_step, unit="meta-step") as bar:
 
         def report(record: dict[str, Any]) -> None:
             bar.update(record["meta_step"] - bar.n)
             if record.get("meta_loss") is not None:
                 bar.set_postfix_str(f"meta-loss {record['meta_loss']:.3f}")
             if "validation" in record:
-                bar.write(_validation_line(record) + _decision(record, run.settings))
+                bar.write(_validation_line(record) + _decision(record, settings))
 
+        if run.met and settings.requirement is not None:  # a resumed run may have nothing to do
+            words = settings.requirement.words(run.progress.figures)
+            bar.write(f"meta-step {run.progress.meta_step}: {words}, stop")
         run.run(report)
     print(f"report: {write_report(folder)}")
     if run.progress.skipped:
@@ -246,11 +249,7 @@ def adapt(options: Namespace) -> int:
     names, train_labels, test_labels = label_numbers(train, test)
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
-    known = [
-        read_training(rule_file),
-        *([read_init_training(options.init)] if options.init else []),
-    ]
-    classes = {name: sketch for facts in known for name, sketch in seen_in(facts).items()}
+    classes = {name: sketch for facts in _known(options) for name, sketch in seen_in(facts).items()}
     seen = require_transfer({"classes": classes}, train, options.data, options.allow_overlap)
     classifier = load_classifier(options, len(names), choose_device(options.device))
     rule.to(classifier.device)
@@ -315,14 +314,32 @@ def adapt(options: Namespace) -> int:
         report["requirement"] = watch.report()
         print(confusion_text(names, judged.matrix))
         if options.test:
-            # whatever may be wrong with this file, what was learned is safe
-            write_atomically(folder / ADAPT_FILE, _json(report))
-            report["test"], data["test"] = judge_unseen(options, classifier, train, test)
-    write_atomically(folder / ADAPT_FILE, _json(report))
-    write_provenance(folder, options, data)
-    print(f"report: {write_report(folder)}")
+            # whatever may be wrong with this file, what was learned is safe, and told of
+            _write_adaptation(folder, report, options, data)
+            try:
+                report["test"], data["test"] = judge_unseen(options, classifier, train, test)
+            except InputError as error:
+                raise InputError(
+                    f"{error}; the classifier is saved in {folder}, and its report beside it"
+                ) from error
+    print(f"report: {_write_adaptation(folder, report, options, data)}")
     print(f'load it with transformers.pipeline("text-classification", "{folder}")')
     return NOT_MET if watch is not None and watch.met_step is None else 0
+
+
+def _known(options: Namespace) -> list[dict[str, Any]]:
+    """What the files of the rule and of the initial values say of their meta-training."""
+    known = [read_training(options.rule or SHIPPED_RULE)]
+    return known + ([read_init_training(options.init)] if options.init else [])
+
+
+def _write_adaptation(
+    folder: Path, report: dict[str, Any], options: Namespace, data: dict[str, Any]
+) -> Path:
+    """What adaptation found, into its folder; the report's path."""
+    write_atomically(folder / ADAPT_FILE, _json(report))
+    write_provenance(folder, options, data)
+    return write_report(folder)
 
 
 def compare(options: Namespace) -> None:
@@ -336,11 +353,14 @@ def compare(options: Namespace) -> None:
     rule_file = options.rule or SHIPPED_RULE
     rule = load_rule(rule_file)
     splits = comparison_data(options)
-    overlap = _seen_classes(read_training(rule_file), splits.test, options.allow_overlap)
-    if options.init:
-        known = read_init_training(options.init)
-        overlap += _seen_classes(known, splits.test, options.allow_overlap)
-        overlap = list(dict.fromkeys(overlap))
+    known = _known(options)
+    overlap = list(
+        dict.fromkeys(
+            pair
+            for facts in known
+            for pair in _seen_classes(facts, splits.test, options.allow_overlap)
+        )
+    )
     samplers = [comparison_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways, choose_device(options.device))
     rule.to(classifier.device)
@@ -369,7 +389,7 @@ def compare(options: Namespace) -> None:
         **facts,
         "rule": rule_fingerprint(rule),
         "seen_classes": overlap,
-        "seen_domains": seen_domains(read_training(rule_file), splits.test),
+        "seen_domains": sorted({d for facts in known for d in seen_domains(facts, splits.test)}),
         "versions": versions(),
     }
     result = {"setting": setting, **result}
@@ -430,9 +450,9 @@ def _seen_classes(
     pairs = overlapping_classes(seen, test)
     if pairs and not allow_overlap:
         raise InputError(
-            f"the rule was meta-trained on classes that it would be judged by: {pairs[0][1]!r} is "
-            f"its {pairs[0][0]!r}, and {len(pairs) - 1} more; judge it by other classes, or accept "
-            "that with --allow-overlap"
+            f"{len(pairs)} classes that meta-training, of the rule or the initial values, has seen "
+            f"would be judged by, such as {pairs[0][1]!r}, its {pairs[0][0]!r}; judge by other "
+            "classes, or accept that with --allow-overlap"
         )
     return pairs
 

@@ -162,7 +162,7 @@ def _value(where: str, row: Mapping[str, object], column: str, option: str) -> s
         )
     value = row[column]
     if option != "--text-column" and isinstance(value, int | float):
-        value = str(value)
+        value = None if value != value else str(value)  # NaN stands for nothing
     if not isinstance(value, str) or not value.strip():
         shown = "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}"
         raise InputError(

@@ -160,10 +160,10 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
     peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
     grad_rms, param_rms = root_mean_squares(sums)
     gates, outputs = rule.shifts(tensor_context(sums, peaks, steps))
-    scale = rule.reach * step_scale(sums, peaks)
+    scale = rule.reach * step_scale(sums, peaks, steps)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
-    for name, values in peaks.after(sums)._asdict().items():
+    for name, values in peaks.after(sums, steps)._asdict().items():
         torch._foreach_copy_([piece.state[name] for piece in pieces], values.unbind())
     return {
         "gate_shift": gates,

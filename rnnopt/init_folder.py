@@ -90,8 +90,8 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> Start:
     if other:
         raise InputError(
             f"the initial values in {folder} are those of another classifier ({'; '.join(other)}); "
-            "give the --encoder, --tune, --lora-rank, --top-layers and --pooling that they were "
-            "meta-trained with, or leave --init out"
+            "give the --encoder, --tune, --lora-rank, --top-layers and --pooling (`adapt` knows "
+            "the model's own only) that they were meta-trained with, or leave --init out"
         )
     values = _values(folder, classifier)
     if fingerprint(values) != facts.get("values"):
@@ -137,6 +137,9 @@ def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise InputError(
             f"{folder / INIT_FILE} holds {facts.get('format')!r}, expected {_FORMAT!r}; {remedy}"
         )
+    lacking = [name for name in ("head", "adapted", "values") if name not in facts]
+    if lacking:
+        raise InputError(f"{folder / INIT_FILE} is damaged (no {', '.join(lacking)}); {remedy}")
     return folder, facts
 
 

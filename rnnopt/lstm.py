@@ -183,11 +183,11 @@ class CoordinateLSTM(nn.Module):
         memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
         direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
-        return -self.reach * step_scale(sums, peaks) * direction, {
+        return -self.reach * step_scale(sums, peaks, moments["step"]) * direction, {
             **moments,
             "hidden": hidden.to(state["hidden"].dtype),
             "cell": cell.to(state["cell"].dtype),
-            **peaks.after(sums)._asdict(),
+            **peaks.after(sums, moments["step"])._asdict(),
         }
 
     def _bounded(self, grad: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
@@ -33,7 +34,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: an `UpdateRule`; the path of a rule file; or None for the rule that ships with the
             package. Kept as it is, not copied: `rule` of the optimizer is this object.
         lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Every
-            torch scheduler works on it.
+            torch scheduler works on it (those that cycle momentum with cycle_momentum=False).
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``: with a rule
             that is Adam this is AdamW's.
         state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
@@ -79,7 +80,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.fused = fused
         self.guard = guard
         super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "undone": 0, "climbed": 0.0}
+            params,
+            {"lr": lr, "weight_decay": weight_decay, "undone": 0, "climbed": 0.0, "lost": False},
         )
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
             self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
@@ -157,13 +159,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if LAST not in state:
                 with torch.inference_mode(False):
                     state.update(init_memory(param))
-        climbed = max(0.0, self.param_groups[0]["climbed"] + rise(work, states))
+        risen, first = rise(work, states), self.param_groups[0]
+        # One batch without a finite gradient says nothing of the step before it: it is passed
+        # over. A second one in a row says that the step left none.
+        lost = math.isinf(risen) and not first.get("lost", False)
+        climbed = first["climbed"] if lost else max(0.0, first["climbed"] + risen)
         ruined = climbed > MOST_RISE
         for group in self.param_groups:
             group["climbed"] = 0.0 if ruined else climbed
             group["undone"] += ruined
+            group["lost"] = lost
         if ruined:
             undo(work, states)
+        if ruined or lost:
             return
         before = [local(param).clone() for _, param, _ in work]
         self.apply(work)
@@ -315,6 +323,11 @@ def _resolve_rule(rule: UpdateRule | str | os.PathLike[str] | None) -> UpdateRul
         return load_rule(SHIPPED_RULE)
     if isinstance(rule, (str, os.PathLike)):
         return load_rule(rule)
+    if isinstance(rule, float | int):
+        raise TypeError(
+            f"rule={rule!r}: the second argument is a rule; the multiplier of its steps is "
+            f"lr={rule!r}, and 1.0, the default, is as meta-trained"
+        )
     if not isinstance(rule, UpdateRule):
         raise TypeError(
             f"rule={rule!r}: expected an UpdateRule (step_size, init_state, __call__), the path of "

@@ -7,6 +7,7 @@ none needs a value on the host, so nothing waits for a GPU.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model'
 # How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
 # much, as Adam does, 1 in proportion to its gradient, as SGD does.
 BALANCE = 0.25
+# Of the largest gradients so far, from one step to the next, once the first steps are over: until
+# then gradients may begin anywhere, those of a body below a head of zeros at nothing.
+_MOST_GROWTH = 10.0
+_SETTLED_STEP = 5
 # Later steps look like this one: far beyond any horizon of meta-training the rule goes on as it
 # does at its end, rather than as a network extrapolates.
 _LATEST_STEP = 16.0
@@ -56,11 +61,20 @@ class Peaks(NamedTuple):
     model_peak: Tensor
     decrease_peak: Tensor
 
-    def after(self, sums: Tensor) -> Peaks:
-        """Those after a step with these `model_sums`, (..., 13)."""
+    def after(self, sums: Tensor, step: Tensor) -> Peaks:
+        """Those after a step.
+
+        From `_SETTLED_STEP` on they grow to at most `_MOST_GROWTH` times what they were: an outlier
+        would make all later steps as much smaller as it is larger.
+
+        Args:
+            sums: what `model_sums` returned, (..., 13).
+            step: (...), 1 at the first step.
+        """
         rms, _ = root_mean_squares(sums)
         now = (rms, sums[..., SUMS], sums[..., SUMS + 1])
-        return Peaks(*(torch.maximum(old, new) for old, new in zip(self, now)))
+        settled = step >= _SETTLED_STEP
+        return Peaks(*(_grown(old, new, settled) for old, new in zip(self, now)))
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
@@ -111,7 +125,7 @@ def model_sums(sums: Tensor) -> Tensor:
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
-def step_scale(sums: Tensor, peaks: Peaks) -> Tensor:
+def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     """How far a coordinate of each tensor moves for each nat that the first step is to bring.
 
     A model whose gradient is large in many coordinates promises a nat at a small step, a head
@@ -123,13 +137,15 @@ def step_scale(sums: Tensor, peaks: Peaks) -> Tensor:
     Args:
         sums: what `model_sums` returned, (..., 13).
         peaks: before this step.
+        step: (...), 1 at the first step.
 
     Returns:
         (...).
     """
     rms, _ = root_mean_squares(sums)
-    peaks = peaks.after(sums)
-    return (rms / peaks.model_peak) ** BALANCE / (_DECREASE_FLOOR + peaks.decrease_peak)
+    peaks = peaks.after(sums, step)
+    share = (rms / peaks.model_peak).clamp(max=1)  # an outlier's is beyond its peak
+    return share**BALANCE / (_DECREASE_FLOOR + peaks.decrease_peak)
 
 
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,6 +226,12 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)],
         dim=-1,
     )
+
+
+def _grown(peak: Tensor, value: Tensor, settled: Tensor) -> Tensor:
+    """The larger of both; where settled at most `_MOST_GROWTH` times a peak that there was."""
+    bound = torch.where(settled & (peak > 0), _MOST_GROWTH * peak, math.inf)
+    return torch.maximum(peak, torch.minimum(value, bound))
 
 
 def _log_ratio(value: Tensor, peak: Tensor) -> Tensor:

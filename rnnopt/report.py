@@ -97,7 +97,8 @@ def _outcome(
     requirement = Requirement.parse(
         run["until"], ("accuracy", "loss"), len(last["validation"]["loss"])
     )
-    met = last["validation"].get("met", False) and last["meta_step"] == done
+    # not what the log says: the run that logged may have had another requirement, or none
+    met = requirement.met(last["validation"]) and last["meta_step"] == done
     verdict = (
         f"**Met at meta-step {done}**, whose rule is kept"
         if met
@@ -111,13 +112,18 @@ def _validation_table(run: Mapping[str, Any], checks: Sequence[Mapping[str, Any]
     budgets = sorted({1, (steps + 1) // 2, steps})
     header = ["meta-step", "meta-loss over all steps"]
     header += [f"{metric}@{b}" for metric in ("loss", "accuracy") for b in budgets]
-    header += ["met"] if run.get("until") is not None else []
+    requirement = None
+    if run.get("until") is not None:
+        requirement = Requirement.parse(run["until"], ("accuracy", "loss"), steps)
+        header.append("met")
     rows = []
     for record in checks:
         check = record["validation"]
         row = [record["meta_step"], f"{check['score']:.3f}"]
         row += [_figure(check[m][b - 1]) for m in ("loss", "accuracy") for b in budgets]
-        rows.append(row + (["yes" if check.get("met") else "no"] if len(header) > len(row) else []))
+        if requirement is not None:
+            row.append("yes" if requirement.met(check) else "no")
+        rows.append(row)
     return _shortened(header, rows)
 
 

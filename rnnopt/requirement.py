@@ -153,9 +153,11 @@ def _condition(
         _check_budget(budget, where, horizon, example)
     low, high = _BOUNDS[metric]
     if not low <= threshold <= high or math.isinf(threshold):
+        span = f"lie between {low:g} and {high:g}"
+        if math.isinf(high):
+            span = f"be finite and at least {low:g}"
         raise InputError(
-            f"{where}: {metric} against {threshold:g}, which must lie between {low:g} and "
-            f"{high:g}, such as {example!r}"
+            f"{where}: {metric} against {threshold:g}, which must {span}, such as {example!r}"
         )
     if (found["operator"], threshold) in ((">", high), ("<", low)):
         raise InputError(

@@ -66,8 +66,9 @@ def require_transfer(
     what = f"the domain {domain!r}" if seen["domains"] else "classes"
     examples = f" ({listed(seen['classes'], most=3)})" if seen["classes"] else ""
     raise InputError(
-        f"{path}: the rule was meta-trained on {what}{examples}, so that no figure would show "
-        "transfer; use other texts or another --rule, or accept that with --allow-overlap"
+        f"{path}: meta-training, of the rule or the initial values, has seen {what}{examples}, so "
+        "that no figure would show transfer; use other texts, another --rule or --init, or accept "
+        "that with --allow-overlap"
     )
 
 
@@ -79,10 +80,10 @@ def seen_lines(seen: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     if seen.get("domains"):
-        lines.append(f"the rule was meta-trained on the domain {listed(seen['domains'], most=3)}")
+        lines.append(f"meta-training has seen the domain {listed(seen['domains'], most=3)}")
     if seen.get("classes"):
         lines.append(
-            f"the rule was meta-trained on {len(seen['classes'])} of the classes that it is "
-            f"judged by: {listed(seen['classes'], most=3)}"
+            f"meta-training has seen {len(seen['classes'])} of the classes that are judged by: "
+            f"{listed(seen['classes'], most=3)}"
         )
     return lines

@@ -135,6 +135,11 @@ def user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
     test = read_corpus(options.test, **columns)
     judged = {text_key(text) for text in test.texts}
     kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
+    if not kept:
+        raise InputError(
+            f"--test {options.test}: all {len(train)} texts of --data are in it, and none is left "
+            "to train on; take another test file, or leave --test out"
+        )
     if len(kept) < len(train):
         print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
     return replace(train.take(kept), dropped=train.dropped), test

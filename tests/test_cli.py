@@ -235,7 +235,9 @@ def test_compare_refuses_classes_that_the_rule_has_seen(csv_file, encoder, tmp_p
     splits = read_splits([csv_file])
     save_rule(random_lstm(), tmp_path / "rule", {"classes": class_sketches(splits.test)})
     command = compare(csv_file, encoder, tmp_path / "rule", tmp_path / "o.json")
-    assert "was meta-trained on classes that it would be judged by" in fails(command, capsys)
+    assert "2 classes that meta-training, of the rule or the initial values, has seen" in fails(
+        command, capsys
+    )
     assert run([*command, "--allow-overlap"]) == 0
     assert "CAUTION: 2 test classes were seen" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "o.json").read_text())["setting"]["seen_classes"]) == 2

@@ -133,7 +133,9 @@ def test_compare_refuses_classes_that_the_initial_values_have_seen(
         f"--episodes 2 --tuning-episodes 2 --baselines adamw --rule {tmp_path / 'rule'} "
         f"--init {run_folder} --seed 3 --json {tmp_path / 'result.json'}"
     )
-    assert "was meta-trained on classes that it would be judged by" in fails(command, capsys)
+    assert "1 classes that meta-training, of the rule or the initial values, has seen" in fails(
+        command, capsys
+    )
     assert run(f"{command} --allow-overlap") == 0
 
 

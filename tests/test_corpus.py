@@ -257,6 +257,11 @@ BAD_FILES = {
         b'{"text": "t", "label": ["a"]}',
         "{path}, line 1: column 'label' is a list, needs some text",
     ),
+    "NaN label": (
+        "x.jsonl",
+        b'{"text": "t", "label": NaN}',
+        "{path}, line 1: column 'label' is empty, needs some text",
+    ),
     "number for text": (
         "x.jsonl",
         b'{"text": 7, "label": "a"}',

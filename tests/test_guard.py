@@ -81,10 +81,25 @@ def test_a_step_after_which_no_gradient_is_finite_is_undone():
     assert (param < 2.6).all()
     param.grad = torch.full((4,), float("nan"))
     optimizer.step()
+    assert optimizer.undone == 0 and (param < 2.6).all()  # one may be the batch's fault
+    optimizer.step()
     torch.testing.assert_close(param, torch.full((4,), 3.0), rtol=0, atol=0.01)
     assert optimizer.undone == 1
     optimizer.step()  # nothing is left to undo
     assert optimizer.undone == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lost_batch_is_passed_over_and_the_rule_goes_on(value):
+    param, twin = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    ours, theirs = LearnedOptimizer([param], Rash(0.1)), LearnedOptimizer([twin], Rash(0.1))
+    for _ in range(3):
+        descend(param, ours, 1)
+        descend(twin, theirs, 1)
+        param.grad = torch.full((3,), value)
+        ours.step()
+    assert ours.undone == 0
+    assert torch.equal(param, twin)
 
 
 def test_one_lost_coordinate_undoes_nothing():

@@ -171,6 +171,9 @@ def test_no_init_and_a_damaged_one_are_refused(saved, tmp_path):
     (tmp_path / "init.json").write_text('{"format": "rnnopt.init.0"}')
     with pytest.raises(InputError, match=r"holds 'rnnopt\.init\.0', expected 'rnnopt\.init\.1'"):
         read_init(tmp_path, classifier)
+    (tmp_path / "init.json").write_text('{"format": "rnnopt.init.1", "adapted": "all"}')
+    with pytest.raises(InputError, match=r"init\.json is damaged \(no head, values\)"):
+        read_init(tmp_path, classifier)
     start = Start(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start, {})
     facts = json.loads((tmp_path / "init" / "init.json").read_text())

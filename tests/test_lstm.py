@@ -8,7 +8,7 @@ from rules import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt import lstm as lstm_module
-from rnnopt.preprocess import Peaks, tensor_context
+from rnnopt.preprocess import BALANCE, Peaks, step_scale, tensor_context
 from rnnopt.rule import advance
 
 
@@ -150,3 +150,26 @@ def test_every_weight_of_the_rule_has_a_say():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CoordinateLSTM(**options)
+
+
+def test_an_outlier_slows_what_follows_tenfold_at_most():
+    """A gradient a thousand times as large, once: later scales are not a thousandth."""
+    rule, steps = CoordinateLSTM(), 9
+    param, grad = torch.randn(50), torch.randn(50)
+
+    def scales(outlier_at):
+        state, found = rule.init_state(param), []
+        for step in range(1, steps + 1):
+            g = grad * (1000 if step == outlier_at else 1)
+            sums = rule.related(rule.sums(g, state, param).unsqueeze(0))[0]
+            peaks = Peaks(*(state[name] for name in Peaks._fields))
+            found.append(float(step_scale(sums, peaks, torch.tensor(float(step)))))
+            _, state = advance(rule, param, g, state, 1.0, 0.0)
+        return found
+
+    plain, late, early = scales(None), scales(7), scales(2)
+    assert late[:6] == plain[:6]
+    assert late[6] <= plain[6]  # the outlier's own step is no larger either
+    assert plain[8] / late[8] < 10 ** (1 + BALANCE) * 1.01
+    # gradients may begin at nothing, so the first steps take them as they come
+    assert plain[8] / early[8] > 500

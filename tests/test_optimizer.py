@@ -187,7 +187,7 @@ def test_the_rule_is_the_object_that_was_given_and_not_in_param_groups():
     rule = random_lstm()
     optimizer = LearnedOptimizer(model().parameters(), rule)
     assert optimizer.rule is rule
-    counts = "undone", "climbed"  # plain numbers
+    counts = "undone", "climbed", "lost"  # plain values
     assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *counts}
 
 
@@ -279,7 +279,8 @@ def test_without_a_rule_the_shipped_one_is_loaded():
         ({"lr": -1.0}, ValueError, "lr=-1.0: must be finite and at least 0"),
         ({"lr": float("nan")}, ValueError, "lr=nan: must be finite"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1: must be finite and at least 0"),
-        ({"rule": 3}, TypeError, "rule=3: expected an UpdateRule"),
+        ({"rule": object()}, TypeError, "expected an UpdateRule"),
+        ({"rule": 1e-3}, TypeError, r"the multiplier of its steps is lr=0.001, and 1.0"),
         ({"rule": Path("nowhere")}, InputError, "can't read nowhere"),
     ],
 )

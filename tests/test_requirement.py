@@ -122,7 +122,7 @@ def test_the_decision_says_figure_and_mark():
         ("accuracy@-3>=0.9", r"budget @-3 must lie between 1 and 10"),
         ("accuracy@11>=0.9", r"budget @11 must lie between 1 and 10"),
         ("accuracy>=90", "accuracy against 90, which must lie between 0 and 1"),
-        ("loss<-1", "loss against -1, which must lie between 0 and inf"),
+        ("loss<-1", "loss against -1, which must be finite and at least 0"),
         ("loss<inf", "loss against inf"),
         ("accuracy>1", "is never > 1; use >= or another number"),
         ("loss<0", "is never < 0; use <= or another number"),

@@ -1,6 +1,7 @@
 """Until it is good enough: meta-training and adaptation that end where a requirement is met."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,7 @@ def test_meta_training_stops_where_the_requirement_is_met(
     assert f"**Met at meta-step {step}**" in report
     # taken up again it has nothing to do
     assert run([*command, "--resume"]) == 0
+    assert ": met, stop" in capsys.readouterr().out
     assert records(tmp_path / "run")[-1]["meta_step"] == step
     # with a requirement out of reach it goes on as the run that nothing stopped, to the bit
     further = meta_train(csv_file, encoder, tmp_path / "run", *EVERY, "--until", "accuracy>=1")
@@ -105,6 +107,15 @@ def test_meta_training_stops_where_the_requirement_is_met(
     assert [start["meta_step"] for start in starts] == [0, step, step]
     assert [start["options"]["until"] for start in starts] == [requirement] * 2 + ["accuracy>=1"]
     assert "## Starts" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_requirement_that_comes_later_is_told_by_itself(plain, csv_file, encoder, tmp_path):
+    """The run's log knows nothing of it."""
+    shutil.copytree(plain, tmp_path / "run")
+    command = meta_train(csv_file, encoder, tmp_path / "run", *EVERY, "--until", "loss@2<1000")
+    assert run([*command, "--resume"]) == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "**Met at meta-step 5**" in report and "| no " not in report
 
 
 def test_an_untrained_rule_may_do(csv_file, encoder, tmp_path):
@@ -272,7 +283,10 @@ def test_the_test_file_is_read_when_all_else_is_done(
     test = tmp_path / "test.csv"
     test.write_text("text,label\nno such label,unheard of\n")
     more = ["--test", test, "--until", "accuracy>=0.01", "--rule", adam_rule]
-    assert "label 'unheard of'" in fails(adapt(csv_file, encoder, tmp_path / "a", *more), capsys)
+    message = fails(adapt(csv_file, encoder, tmp_path / "a", *more), capsys)
+    assert "label 'unheard of'" in message and "the classifier is saved in" in message
+    assert "**Met after" in (tmp_path / "a" / "report.md").read_text()
+    assert (tmp_path / "a" / "provenance.json").exists()
     saved = json.loads((tmp_path / "a" / "adapt.json").read_text())
     assert (tmp_path / "a" / "model.safetensors").exists()
     rows = csv_file.read_text().splitlines()
@@ -327,16 +341,16 @@ def test_adapt_refuses_what_the_rule_was_meta_trained_on(csv_file, encoder, tmp_
     save_rule(random_lstm(), tmp_path / "rule", {"classes": class_sketches(splits.train)})
     more = ["--rule", tmp_path / "rule"]
     message = fails(adapt(csv_file, encoder, tmp_path / "out", *more), capsys)
-    assert "the rule was meta-trained on the domain 'things'" in message
+    assert "of the rule or the initial values, has seen the domain 'things'" in message
     assert "--allow-overlap" in message
     other = tmp_path / "other.csv"  # the same texts and labels under another name
     other.write_bytes(csv_file.read_bytes())
     message = fails(adapt(other, encoder, tmp_path / "out", *more), capsys)
-    assert "meta-trained on classes (things/" in message
+    assert "has seen classes (things/" in message
     assert not (tmp_path / "out").exists()
     assert run(adapt(csv_file, encoder, tmp_path / "out", *more, "--allow-overlap")) == 0
     report = (tmp_path / "out" / "report.md").read_text().splitlines()
-    assert report[2].startswith("> **Overlap**: the rule was meta-trained on the domain things")
+    assert report[2].startswith("> **Overlap**: meta-training has seen the domain things")
 
 
 def test_a_domain_is_the_folder_of_a_file_called_train(csv_file, encoder, tmp_path, capsys):
@@ -345,7 +359,7 @@ def test_a_domain_is_the_folder_of_a_file_called_train(csv_file, encoder, tmp_pa
     data.write_bytes(csv_file.read_bytes())
     save_rule(random_lstm(), tmp_path / "rule", {"validation_classes": {"mail/spam": []}})
     command = adapt(data, encoder, tmp_path / "out", "--rule", tmp_path / "rule")
-    assert "meta-trained on the domain 'mail'," in fails(command, capsys)
+    assert "has seen the domain 'mail'," in fails(command, capsys)
 
 
 # -- the report
@@ -372,8 +386,8 @@ def test_a_comparison_has_its_report_beside_it(csv_file, encoder, tmp_path):
     report = tmp_path / "o.json.md"
     before = report.read_bytes()
     top = before.decode().splitlines()
-    assert top[2] == "> **Overlap**: the rule was meta-trained on the domain things."
-    assert top[3].startswith("> **Overlap**: the rule was meta-trained on 2 of the classes")
+    assert top[2] == "> **Overlap**: meta-training has seen the domain things."
+    assert top[3].startswith("> **Overlap**: meta-training has seen 2 of the classes")
     assert "| learned" in before.decode()
     report.unlink()
     assert run(["report", out]) == 0
