@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from rnnopt.metasgd import MetaSGD
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
+SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
 # The rules that a file can hold. A number rises when a rule's arithmetic changes.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
@@ -31,6 +32,17 @@ _KINDS: dict[str, Callable[..., SavedRule]] = {
     **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
 }
 _ABOUT = "rnnopt"
+
+
+def shipped_rule(params: Iterable[Tensor]) -> Path:
+    """The file of the shipped rule for a model of which these parameters train.
+
+    A linear classifier alone, which is a matrix and a bias of as many rows, has a rule to itself:
+    its loss is convex, and what is right for it lets a head run away from the encoder below it.
+    """
+    shapes = sorted((param.shape for param in params), key=len)
+    alone = [len(shape) for shape in shapes] == [1, 2] and shapes[0][0] == shapes[1][0]
+    return SHIPPED_HEAD_RULE if alone else SHIPPED_RULE
 
 
 def write_atomically(path: Path, data: bytes) -> None:

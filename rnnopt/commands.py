@@ -18,7 +18,6 @@ from rnnopt.checkpoint import (
     RULE_FILE,
     SHIPPED_RULE,
     claim_folder,
-    load_rule,
     read_training,
     rule_fingerprint,
     write_atomically,
@@ -35,6 +34,7 @@ from rnnopt.learned import LearnedSettings
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.options import (
     choose_device,
+    choose_rule,
     choose_start,
     episode_sampler,
     load_classifier,
@@ -247,13 +247,11 @@ def adapt(options: Namespace) -> int:
         raise InputError(f"--lr {options.lr}: must be positive and finite; 1 is as meta-trained")
     train, test = user_texts(options)
     names, train_labels, test_labels = label_numbers(train, test)
-    rule_file = options.rule or SHIPPED_RULE
-    rule = load_rule(rule_file)
     classes = {name: sketch for facts in _known(options) for name, sketch in seen_in(facts).items()}
     seen = require_transfer({"classes": classes}, train, options.data, options.allow_overlap)
     classifier = load_classifier(options, len(names), choose_device(options.device))
-    rule.to(classifier.device)
     start = choose_start(options, classifier)
+    rule_file, rule = choose_rule(options, start.params(classifier).values())
     support = in_batches(classifier, train.texts, train_labels)
     start.begin(classifier, support, len(names), options.seed)
     optimizer = start.optimizer(classifier, rule, lr=options.lr)
@@ -328,7 +326,10 @@ def adapt(options: Namespace) -> int:
 
 
 def _known(options: Namespace) -> list[dict[str, Any]]:
-    """What the files of the rule and of the initial values say of their meta-training."""
+    """What the files of the rule and of the initial values say of their meta-training.
+
+    Both rules that ship have seen the same.
+    """
     known = [read_training(options.rule or SHIPPED_RULE)]
     return known + ([read_init_training(options.init)] if options.init else [])
 
@@ -350,8 +351,6 @@ def compare(options: Namespace) -> None:
     if options.tuned_steps is not None:
         require_at_least(1, options, "tuned_steps")
     tuned_budgets = default_budgets(options.tuned_steps or options.steps)
-    rule_file = options.rule or SHIPPED_RULE
-    rule = load_rule(rule_file)
     splits = comparison_data(options)
     known = _known(options)
     overlap = list(
@@ -363,8 +362,8 @@ def compare(options: Namespace) -> None:
     )
     samplers = [comparison_sampler(options, part) for part in (splits.validation, splits.test)]
     classifier = load_classifier(options, options.ways, choose_device(options.device))
-    rule.to(classifier.device)
     start = choose_start(options, classifier)
+    _, rule = choose_rule(options, start.params(classifier).values())
     tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
     facts = _facts(options, splits, classifier, start) | _fewer_ways(options, samplers)

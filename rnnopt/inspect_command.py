@@ -8,13 +8,14 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from rnnopt.checkpoint import SHIPPED_RULE, load_rule, write_atomically
+from rnnopt.checkpoint import write_atomically
 from rnnopt.corpus import Corpus
 from rnnopt.encoder import encoder_name, small_bert
 from rnnopt.errors import InputError
 from rnnopt.inspect_rule import inspect_rule, inspection_text
 from rnnopt.options import (
     choose_device,
+    choose_rule,
     episode_sampler,
     load_classifier,
     read_data,
@@ -32,10 +33,9 @@ def inspect(options: Namespace) -> None:
     output = None if options.output is None else Path(options.output)
     if output is not None and output.suffix not in SUFFIXES:
         raise InputError(f"--output {output}: its name must end in {' or '.join(SUFFIXES)}")
-    rule = load_rule(options.rule or SHIPPED_RULE)
     corpus = read_data(options).test
     classifier = _classifier(options, corpus)
-    rule.to(classifier.device)
+    _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
     task = TaskSource(episode_sampler(options, corpus), classifier).load(0)
     classifier.reset(task.ways, seed=options.seed)
     found = inspect_rule(rule, classifier, task, options.steps, options.kind, options.at_step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from rnnopt.checkpoint import SHIPPED_RULE, load_rule
+from rnnopt.checkpoint import load_rule, shipped_rule
 from rnnopt.fused import FusedStep, Piece
 from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
 from rnnopt.kernels import fused_step
@@ -32,7 +32,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors or param groups, as every torch optimizer takes them.
         rule: an `UpdateRule`; the path of a rule file; or None for the rule that ships with the
-            package. Kept as it is, not copied: `rule` of the optimizer is this object.
+            package, see `rnnopt.checkpoint.shipped_rule`. Kept as it is, not copied: `rule` of the
+            optimizer is this object.
         lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Every
             torch scheduler works on it (those that cycle momentum with cycle_momentum=False).
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``: with a rule
@@ -73,16 +74,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         guard: bool | None = None,
     ) -> None:
-        # An attribute, never in param_groups: `higher` deep-copies the groups, and the
-        # meta-gradient of a copy is silently None (higher issue #62).
-        self.rule = _resolve_rule(rule)
-        self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
-        self.fused = fused
-        self.guard = guard
         super().__init__(
             params,
             {"lr": lr, "weight_decay": weight_decay, "undone": 0, "climbed": 0.0, "lost": False},
         )
+        # An attribute, never in param_groups: `higher` deep-copies the groups, and the
+        # meta-gradient of a copy is silently None (higher issue #62).
+        self.rule = _resolve_rule(rule, self.param_groups)
+        self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
+        self.fused = fused
+        self.guard = guard
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
             self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
         self._careful: UpdateRule | None = None
@@ -318,9 +319,11 @@ def _first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def _resolve_rule(rule: UpdateRule | str | os.PathLike[str] | None) -> UpdateRule:
+def _resolve_rule(
+    rule: UpdateRule | str | os.PathLike[str] | None, groups: Sequence[dict[str, Any]]
+) -> UpdateRule:
     if rule is None:
-        return load_rule(SHIPPED_RULE)
+        return load_rule(shipped_rule(param for group in groups for param in group["params"]))
     if isinstance(rule, (str, os.PathLike)):
         return load_rule(rule)
     if isinstance(rule, float | int):

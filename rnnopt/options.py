@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rnnopt.checkpoint import SavedRule, load_rule, shipped_rule
 from rnnopt.corpus import Corpus
 from rnnopt.embedded import stdlib_splits
 from rnnopt.episodes import EpisodeSampler
@@ -151,6 +154,17 @@ def choose_start(options: Namespace, classifier: Classifier) -> Start:
         head=options.head or start.head,
         adapted=options.adapt_only or start.adapted,
     )
+
+
+def choose_rule(options: Namespace, params: Iterable[Tensor]) -> tuple[Path, SavedRule]:
+    """--rule, or the shipped one for what trains: its file, and itself on the parameters' device.
+
+    Raises:
+        InputError: the file can't be used.
+    """
+    tensors = list(params)
+    file = Path(options.rule) if options.rule else shipped_rule(tensors)
+    return file, load_rule(file).to(tensors[0].device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -31,14 +31,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rnnopt import LearnedOptimizer
-from rnnopt.checkpoint import SHIPPED_RULE, SavedRule, load_rule, rule_fingerprint, write_atomically
+from rnnopt.checkpoint import SavedRule, rule_fingerprint, write_atomically
 from rnnopt.comparators import Baseline, Build
 from rnnopt.corpus import Corpus
 from rnnopt.encoder import encoder_name
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import LEARNED, Comparison, default_budgets
 from rnnopt.journal import Journal
-from rnnopt.options import choose_device
+from rnnopt.options import choose_device, choose_rule
 from rnnopt.splits import read_splits
 from rnnopt.task import TaskSource
 from rnnopt.text import Classifier
@@ -111,7 +111,7 @@ def half_encoder(encoder: str, folder: Path) -> Path:
 
 def compare(name: str, condition: Condition, options: argparse.Namespace) -> dict[str, Any]:
     """The rule, its variants and AdamW under a condition, as `rnnopt.evaluate` has it."""
-    splits, rule = read_splits([options.data]), load_rule(options.rule)
+    splits = read_splits([options.data])
     encoder = options.encoder
     if condition.half_depth:
         encoder = half_encoder(encoder, Path(options.output))
@@ -120,6 +120,8 @@ def compare(name: str, condition: Condition, options: argparse.Namespace) -> dic
         dropout=condition.dropout, max_length=options.max_length, precision=options.precision,
         device=choose_device(options.device),
     )  # fmt: skip
+
+    _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
 
     def source(corpus: Corpus) -> TaskSource:
         sampler = EpisodeSampler(
@@ -182,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--data", metavar="FOLDER")
     parser.add_argument("--encoder", metavar="NAME_OR_PATH")
-    parser.add_argument("--rule", default=str(SHIPPED_RULE), help="[the shipped one]")
+    parser.add_argument("--rule", help="[the one shipped for what trains]")
     parser.add_argument("--tune", choices=("head", "lora", "full"), default="lora", help="[lora]")
     parser.add_argument(
         "--conditions", nargs="+", default=["*"], metavar="PATTERN",

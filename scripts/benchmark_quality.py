@@ -26,7 +26,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from typing import Any
 from benchmark import progress
 from quality_table import quality_table
 
-from rnnopt.checkpoint import SHIPPED_RULE, load_rule, rule_fingerprint
+from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_fingerprint
 from rnnopt.cli import main as rnnopt
 from rnnopt.comparators import BASELINES
 from rnnopt.frozen import FROZEN
@@ -138,14 +138,14 @@ class Cell:
     def file(self, options: argparse.Namespace) -> Path:
         return Path(options.output) / f"{self.name}.json"
 
-    def finished(self, options: argparse.Namespace, rule: str) -> bool:
-        """Whether its file has all that is asked for, of this rule."""
+    def finished(self, options: argparse.Namespace, rules: Collection[str]) -> bool:
+        """Whether its file has all that is asked for, of one of these rules."""
         if not self.file(options).exists():
             return False
         result = json.loads(self.file(options).read_text())
         setting = result["setting"]
         return (
-            setting["rule"] == rule
+            setting["rule"] in rules
             and all(setting[name] == getattr(options, name) for name in SAME)
             and result["episodes"] >= options.episodes
             and set(options.baselines or self.baselines) <= result["methods"].keys()
@@ -173,8 +173,9 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     Returns:
         0, also if the time was up; 2 if a cell was refused; 130 after Ctrl-C.
     """
-    rule = rule_fingerprint(load_rule(options.rule))
-    left = [cell for cell in cells if not cell.finished(options, rule)]
+    files = (SHIPPED_RULE, SHIPPED_HEAD_RULE) if options.rule is None else (options.rule,)
+    rules = [rule_fingerprint(load_rule(file)) for file in files]
+    left = [cell for cell in cells if not cell.finished(options, rules)]
     refused, started, total = [], time.monotonic(), sum(cell.cost for cell in left)
     done = 0.0
     with Deadline(options.time_limit) as deadline:
@@ -191,7 +192,7 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
             done += cell.cost
             elapsed = time.monotonic() - started
             progress(f"{elapsed / 60:.1f} min, about {elapsed * (total / done - 1) / 60:.0f} left")
-    finished = sum(cell.finished(options, rule) for cell in cells)
+    finished = sum(cell.finished(options, rules) for cell in cells)
     print(f"{finished} of {len(cells)} cells are finished; refused: {', '.join(refused) or 'none'}")
     return 2 if refused else 0
 
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--data", metavar="FOLDER", help="that holds the folders of the sets")
     parser.add_argument("--encoder", metavar="NAME_OR_PATH")
-    parser.add_argument("--rule", default=str(SHIPPED_RULE), help="[the shipped one]")
+    parser.add_argument("--rule", help="[the one shipped for what trains]")
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN",
         help='names of cells, with wildcards, such as "core-*-head-*" [all]',

@@ -14,7 +14,13 @@ from rules import RULES, random_lstm
 from torch import nn
 
 from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
-from rnnopt.checkpoint import SHIPPED_RULE
+from rnnopt.checkpoint import (
+    SHIPPED_HEAD_RULE,
+    SHIPPED_RULE,
+    load_rule,
+    rule_fingerprint,
+    shipped_rule,
+)
 
 each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
 
@@ -266,8 +272,29 @@ def test_a_rule_may_come_from_a_file(tmp_path):
         assert all(map(torch.equal, rule.parameters(), loaded.parameters()))
 
 
-def test_without_a_rule_the_shipped_one_is_loaded():
-    assert SHIPPED_RULE.stat().st_size <= 200_000
+@pytest.mark.parametrize(
+    ("shapes", "head"),
+    [
+        ([(3, 8), (3,)], True),
+        ([(3,), (3, 8)], True),
+        ([(3, 8)], False),  # may be a prompt as well
+        ([(3, 8), (8,)], False),
+        ([(8, 8), (8,), (3, 8), (3,)], False),
+        ([(3, 8, 1), (3,)], False),
+        ([(3,)], False),
+    ],
+)
+def test_a_linear_classifier_alone_has_a_shipped_rule_to_itself(shapes, head):
+    wanted = SHIPPED_HEAD_RULE if head else SHIPPED_RULE
+    params = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    assert shipped_rule(params) == wanted
+    for passed in (params, [{"params": params[:1]}, *({"params": [p]} for p in params[1:])]):
+        rule = LearnedOptimizer(passed).rule
+        assert rule_fingerprint(rule) == rule_fingerprint(load_rule(wanted))
+
+
+def test_without_a_rule_a_shipped_one_is_loaded():
+    assert SHIPPED_RULE.stat().st_size + SHIPPED_HEAD_RULE.stat().st_size <= 200_000
     net = model()
     train(net, LearnedOptimizer(net.parameters()), range(2))
     assert all(torch.isfinite(value).all() for value in values(net))
