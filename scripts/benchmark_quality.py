@@ -26,7 +26,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Cell:
         """Of `rnnopt compare`."""
         texts, folder = SETS[self.data], Path(options.data)
         given = {
-            "data": folder / self.data, "encoder": options.encoder, "rule": options.rule,
+            "data": folder / self.data, "encoder": options.encoder, "rule": self.rule(options),
             "tune": self.tune, "ways": self.ways, "shots": self.shots, "pooling": self.pooling,
             "queries": options.queries, "steps": options.steps,
             "tuned-steps": max(self.tuned_steps, options.steps),
@@ -138,14 +138,19 @@ class Cell:
     def file(self, options: argparse.Namespace) -> Path:
         return Path(options.output) / f"{self.name}.json"
 
-    def finished(self, options: argparse.Namespace, rules: Collection[str]) -> bool:
-        """Whether its file has all that is asked for, of one of these rules."""
+    def rule(self, options: argparse.Namespace) -> Path:
+        """The rule's file: --rule, or the shipped one for what trains."""
+        shipped = SHIPPED_HEAD_RULE if self.tune == "head" else SHIPPED_RULE
+        return shipped if options.rule is None else Path(options.rule)
+
+    def finished(self, options: argparse.Namespace) -> bool:
+        """Whether its file has all that is asked for, of the rule as it is now."""
         if not self.file(options).exists():
             return False
         result = json.loads(self.file(options).read_text())
         setting = result["setting"]
         return (
-            setting["rule"] in rules
+            setting["rule"] == rule_fingerprint(load_rule(self.rule(options)))
             and all(setting[name] == getattr(options, name) for name in SAME)
             and result["episodes"] >= options.episodes
             and set(options.baselines or self.baselines) <= result["methods"].keys()
@@ -173,9 +178,9 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     Returns:
         0, also if the time was up; 2 if a cell was refused; 130 after Ctrl-C.
     """
-    files = (SHIPPED_RULE, SHIPPED_HEAD_RULE) if options.rule is None else (options.rule,)
-    rules = [rule_fingerprint(load_rule(file)) for file in files]
-    left = [cell for cell in cells if not cell.finished(options, rules)]
+    for file in {cell.rule(options) for cell in cells}:
+        load_rule(file)  # one that can't be used is refused before anything runs
+    left = [cell for cell in cells if not cell.finished(options)]
     refused, started, total = [], time.monotonic(), sum(cell.cost for cell in left)
     done = 0.0
     with Deadline(options.time_limit) as deadline:
@@ -192,7 +197,7 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
             done += cell.cost
             elapsed = time.monotonic() - started
             progress(f"{elapsed / 60:.1f} min, about {elapsed * (total / done - 1) / 60:.0f} left")
-    finished = sum(cell.finished(options, rules) for cell in cells)
+    finished = sum(cell.finished(options) for cell in cells)
     print(f"{finished} of {len(cells)} cells are finished; refused: {', '.join(refused) or 'none'}")
     return 2 if refused else 0
 
