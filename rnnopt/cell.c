@@ -11,7 +11,7 @@
 #define FEATURES 5
 #define INPUTS (FEATURES + HIDDEN)
 #define OUTPUTS 3
-#define SUMS 7
+#define SUMS 8
 /* One register's worth: halves of larger vectors would run out of registers, twice as slow. */
 #ifdef __AVX512F__
 #define LANES 16
@@ -36,6 +36,7 @@ typedef struct {
     float m_debt, v_debt;      /* 1 - beta^t */
     float grad_rms, param_rms; /* what features are relative to */
     float scale;               /* reach * step_scale */
+    float growth;              /* of the parameter, relative to itself */
     float rate, decay;         /* lr, and lr * step_size * weight_decay */
 } Tensor;
 
@@ -155,7 +156,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
                  int64_t last, double *partial) {
     for (int64_t k = first; k < last; k++) {
         const Tensor *t = &tensors[blocks[k].tensor];
-        vec pp = {}, gg = {}, mm = {}, mg = {}, size = {}, touched = {};
+        vec pp = {}, gg = {}, mm = {}, mg = {}, pg = {}, size = {}, touched = {};
         for (int64_t at = blocks[k].begin; at < blocks[k].end; at += LANES) {
             int64_t left = blocks[k].end - at;
             int count = left < LANES ? (int)left : LANES;
@@ -166,6 +167,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
             gg += g * g;
             mm += m * m;
             mg += m * g;
+            pg += p * g;
             size += (vec)((bits)g & INT32_MAX);
             touched += (vec)((bits)splat(1.0f) & (g != 0.0f));
         }
@@ -177,6 +179,7 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
         out[4] = total(mm);
         out[5] = total(mg);
         out[6] = total(size);
+        out[7] = total(pg);
     }
 }
 
@@ -236,7 +239,8 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
     vec es = exponential(clamp(-2.0f / bound * outputs[0], -28.0f, 28.0f));
     vec factor = exponential(bound * (1.0f - es) / (1.0f + es));
     vec direction = (1.0f + outputs[1]) * adam + outputs[2] * relative;
-    vec change = t->rate * (-t->scale * factor * direction) - t->decay * p;
+    vec grown = t->growth * (vec)((bits)p & live);
+    vec change = t->rate * (grown - t->scale * factor * direction) - t->decay * p;
     store(t->param + at, pick(finite, p + change, p), count);
     store(t->m + at, pick(finite, next_m, m), count);
     store(t->v + at, pick(finite, next_v, v), count);

@@ -220,6 +220,28 @@ def _add_meta_train(commands: Any) -> None:
         help="share of the query loss that is taken at the temperature which suits the logits "
         "best: tells classes apart rather than be sure of them [0]",
     )
+    parser.add_argument(
+        "--sure-from",
+        type=int,
+        default=1,
+        metavar="T",
+        help="before step T all of the query loss is taken so: a rule may be sure of the classes "
+        "later than it tells them apart [1]",
+    )
+    parser.add_argument(
+        "--learn",
+        choices=("all", "growth"),
+        default="all",
+        help="of the LSTM: all that it does, or the growth of tensors alone, with Adam's "
+        "directions and step sizes [all]",
+    )
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        metavar="RULE",
+        help="begin with this rule rather than a fresh one: a rule file, the folder of a run, or "
+        "the word shipped",
+    )
     parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
     _add_initial_values(parser)
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")

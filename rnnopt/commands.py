@@ -22,7 +22,7 @@ from rnnopt.checkpoint import (
     rule_fingerprint,
     write_atomically,
 )
-from rnnopt.corpus import Corpus, summary
+from rnnopt.corpus import Corpus, listed, summary
 from rnnopt.encoder import encoder_name
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.errors import InputError
@@ -30,7 +30,7 @@ from rnnopt.evaluate import Comparison, default_budgets
 from rnnopt.held_out import comparison_data, comparison_sampler
 from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
-from rnnopt.learned import LearnedSettings
+from rnnopt.learned import LearnedSettings, origin_path
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.options import (
     choose_device,
@@ -146,12 +146,28 @@ def _run(
         training={
             **task_facts,
             "settings": asdict(settings),
-            "classes": class_sketches(corpora[0]),
+            "classes": {**_seen_before(options, train, corpora[1]), **class_sketches(corpora[0])},
             "validation_classes": class_sketches(corpora[1]),
         },
         resume=options.resume,
         team=team,
     )
+
+
+def _seen_before(options: Namespace, train: TaskSource, validation: Corpus) -> dict[str, Any]:
+    """The classes that the rule of --from was made with, none of which may choose the new one."""
+    if options.origin is None:
+        return {}
+    params = (param for _, param in train.classifier.trainable())
+    facts = read_training(origin_path(options.origin, params))
+    found = overlapping_classes(facts.get("classes", {}), validation)
+    if found and not options.allow_overlap:
+        raise InputError(
+            f"--from {options.origin}: was meta-trained on {len(found)} of the validation classes "
+            f"({listed([' = '.join(dict.fromkeys(pair)) for pair in found], most=3)}), which are "
+            "to choose the new rule; use other data, or accept that with --allow-overlap"
+        )
+    return seen_in(facts)
 
 
 def _watch(run: MetaTraining) -> None:
@@ -198,11 +214,14 @@ def _settings(options: Namespace) -> MetaTrainSettings:
         judged=options.judged,
         loss_scale=options.loss_scale,
         calibrated=options.calibrated,
+        sure_from=options.sure_from,
         exact=tuple(options.exact),
         hidden_size=options.hidden_size,
         learned=LearnedSettings(
             inner=options.inner,
             inner_lr=options.inner_lr,
+            learn=options.learn,
+            origin=options.origin,
             init=options.init,
             init_lr=options.init_lr,
             init_penalty=options.init_penalty,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.lstm import CoordinateLSTM
-from rnnopt.preprocess import Peaks, root_mean_squares, step_scale, tensor_context
+from rnnopt.preprocess import Peaks, root_mean_squares, step_scale
 from rnnopt.rule import State
 
 
@@ -98,7 +98,7 @@ class FusedStep:
         Args:
             measured: what `measure` returned.
             sums: what the rule's `related` tells each of the tensors that they are pieces of,
-                (pieces, 13).
+                (pieces, 14).
         """
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class Measured:
 
     Attributes:
         pieces: P of them.
-        sums: over each piece, (P, 7).
+        sums: over each piece, (P, 8).
         kept: what the kernel will want again: its tables, and the gradients that they point to.
     """
 
@@ -150,16 +150,16 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 13).
+        sums: what the rule's `related` tells the tensors, (P, 14).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
-        grad_rms, param_rms; scale.
+        grad_rms, param_rms; scale; growth.
     """
     steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
     peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
     grad_rms, param_rms = root_mean_squares(sums)
-    gates, outputs = rule.shifts(tensor_context(sums, peaks, steps))
+    gates, outputs, growth = rule.shifts(sums, peaks, steps)
     scale = rule.reach * step_scale(sums, peaks, steps)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
@@ -173,4 +173,5 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
         "grad_rms": grad_rms,
         "param_rms": param_rms,
         "scale": scale,
+        "growth": growth,
     }

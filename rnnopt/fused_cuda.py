@@ -121,7 +121,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
 
 
 def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tensor:
-    """See `rnnopt.preprocess.tensor_sums`: (P, 7), the same bits at every call."""
+    """See `rnnopt.preprocess.tensor_sums`: (P, 8), the same bits at every call."""
     blocks, starts = _blocks(counts, _SUM_BLOCK, table.device)
     partial = torch.empty(len(blocks), _MEASURED.value, device=table.device, dtype=torch.float32)
     if len(blocks):
@@ -216,6 +216,7 @@ def _partial_sums(
     tl.store(out + 3, tl.sum(m * m, axis=0))
     tl.store(out + 4, tl.sum(m * g, axis=0))
     tl.store(out + 5, tl.sum(tl.abs(g), axis=0))
+    tl.store(out + 6, tl.sum(p * g, axis=0))
 
 
 @triton.jit
@@ -309,7 +310,7 @@ def _step_live(
     p = tl.load(params, mask=mask, other=0.0).to(tl.float32)
     m += m_gain * (g - m)
     tl.store(ms, m, mask=finite)
-    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, grad_rms, param_rms, scale
+    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, RMS of g and p, scale, growth
     live = v > 0
     scale = tl.sqrt(v / tl.load(common + 1)) + eps
     adam = m / tl.load(common) / scale
@@ -324,7 +325,8 @@ def _step_live(
     factor = tl.exp(log_bound * (1.0 - e) / (1.0 + e))
     direction = (1.0 + more) * adam + a * relative
     rate = tl.load((row + 7).to(tl.pointer_type(tl.float32)))
-    change = rate * (-tl.load(common + 4) * factor * direction) - decay * p
+    grown = tl.where(live, tl.load(common + 5) * p, 0.0)
+    change = rate * (grown - tl.load(common + 4) * factor * direction) - decay * p
     tl.store(params, (p + change).to(PARAM), mask=finite)
 
 
@@ -350,7 +352,7 @@ def _step_block(
         v = v_keep * v + v_gain * (g * g)
         tl.store(vs + at, v, mask=finite)
         _step_live(
-            row, context + (4 * HIDDEN + OUTPUTS + 5) * tensor, gate_weight, output_weight,
+            row, context + (4 * HIDDEN + OUTPUTS + 6) * tensor, gate_weight, output_weight,
             at, mask, finite, params, g, v,
             m_gain, eps, log_bound, ratio_floor, decay,
             HIDDEN, FEATURES, OUTPUTS, PARAM, MEMORY,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnnopt.baselines import SGD, Adam
-from rnnopt.checkpoint import SavedRule
+from rnnopt.checkpoint import SavedRule, load_rule, shipped_rule
 from rnnopt.errors import InputError
 from rnnopt.initial import Init, InitialValues
 from rnnopt.lstm import CoordinateLSTM
@@ -21,6 +23,8 @@ from rnnopt.text import Classifier
 from rnnopt.unroll import Unrolled, UnrollSettings
 
 InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
+Learn = Literal["all", "growth"]
+SHIPPED = "shipped"  # the word for the shipped rule of what trains, as the origin of a new one
 INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
@@ -31,6 +35,10 @@ class LearnedSettings:
     Attributes:
         inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights.
         inner_lr: its step size, at first (of the LSTM its reach); None for `INNER_LR`.
+        learn: ``"growth"`` leaves directions and step sizes Adam's and learns the growth of tensors
+            alone, see `rnnopt.lstm.CoordinateLSTM`.
+        origin: the LSTM that meta-training begins with, a rule file, a run's folder or `SHIPPED`;
+            None for a fresh one.
         init: which initial values: pretrained ones, or such as are meta-learned, see
             `rnnopt.initial`; ``"maml"`` by their meta-gradient of either order, ``"reptile"`` by
             Reptile's, which the meta-optimizer takes for one, as Nichol et al. 2018 propose.
@@ -42,6 +50,8 @@ class LearnedSettings:
 
     inner: InnerRule = "lstm"
     inner_lr: float | None = None
+    learn: Learn = "all"
+    origin: str | None = None
     init: Init = "pretrained"
     init_lr: float = 1e-4
     init_penalty: float = 0.0
@@ -55,6 +65,13 @@ class LearnedSettings:
                 raise InputError(f"{name}={value}: must be positive and finite")
         if not 0 <= self.init_penalty < math.inf:
             raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
+        if self.origin is not None and (self.inner != "lstm" or self.inner_lr is not None):
+            raise InputError(
+                f"--from {self.origin} with --inner or --inner-lr: a rule brings both; leave them "
+                "out, or --from"
+            )
+        if self.learn == "growth" and self.inner != "lstm":
+            raise InputError(f"--learn growth with --inner {self.inner}: of the LSTM only")
         if self.init == "pretrained" and self.inner in ("sgd", "adam"):
             raise InputError(
                 f"--inner {self.inner} with --init pretrained: neither has anything to learn; "
@@ -83,6 +100,11 @@ class LearnedSettings:
         return replace(unroll, initial=kinds[self.init])
 
 
+def origin_path(origin: str, params: Iterable[Tensor]) -> str | Path:
+    """The rule file that `LearnedSettings.origin` means where these parameters train."""
+    return shipped_rule(params) if origin == SHIPPED else origin
+
+
 class Learned(nn.Module):
     """The inner rule and the initial values as one module.
 
@@ -108,6 +130,8 @@ class Learned(nn.Module):
         self.settings = settings
         self.start = Start(settings.head, settings.adapted)
         self.rule = self._inner_rule(classifier, hidden_size, seed)
+        if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
+            self.rule.still_directions()
         self.init = None if settings.init == "pretrained" else InitialValues(classifier)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
@@ -121,13 +145,26 @@ class Learned(nn.Module):
             return Adam(lr)
         if inner == "meta-sgd":
             return MetaSGD(list(self.start.params(classifier)), lr)
+        if self.settings.origin is not None:
+            return self._original(self.settings.origin, classifier, hidden_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return CoordinateLSTM(hidden_size=hidden_size, reach=lr)
 
+    def _original(self, origin: str, classifier: Classifier, hidden_size: int) -> SavedRule:
+        rule = load_rule(origin_path(origin, self.start.params(classifier).values()))
+        if not isinstance(rule, CoordinateLSTM):
+            raise InputError(f"--from {origin}: holds {type(rule).__name__}, expected an LSTM")
+        if rule.hidden_size != hidden_size:
+            raise InputError(
+                f"--from {origin}: has {rule.hidden_size} hidden units, not {hidden_size}; give "
+                f"--hidden-size {rule.hidden_size}"
+            )
+        return rule.requires_grad_(True).train()
+
     def groups(self, meta_lr: float) -> list[dict[str, Any]]:
         """The meta-optimizer's groups, each with its highest learning rate as ``peak``."""
-        groups = [{"params": list(self.rule.parameters()), "peak": meta_lr}]
+        groups = [{"params": _free(self.rule), "peak": meta_lr}]
         if self.init is not None:
             groups.append({"params": list(self.init.parameters()), "peak": self.settings.init_lr})
         return groups
@@ -157,7 +194,7 @@ class Learned(nn.Module):
             The norm of all of it before.
         """
         parts = [self.rule] if self.init is None else [self.rule, self.init]
-        norms = [nn.utils.clip_grad_norm_(list(part.parameters()), bound) for part in parts]
+        norms = [nn.utils.clip_grad_norm_(_free(part), bound) for part in parts]
         return math.hypot(*map(float, norms))
 
     def add_penalty(self) -> None:
@@ -168,3 +205,8 @@ class Learned(nn.Module):
     def report(self) -> dict[str, float]:
         """For the log: ``init_distance``, how far the values are from the pretrained ones."""
         return {} if self.init is None else {"init_distance": self.init.distance()}
+
+
+def _free(module: nn.Module) -> list[nn.Parameter]:
+    """The weights that are learned."""
+    return [weight for weight in module.parameters() if weight.requires_grad]

@@ -21,6 +21,7 @@ from rnnopt.preprocess import (
     COORDINATE_FEATURES,
     Peaks,
     coordinate_features,
+    growth_request,
     model_sums,
     root_mean_squares,
     step_scale,
@@ -37,6 +38,11 @@ GRADIENT_BOUND = 1e15
 # not grow with the largest tensor.
 CHUNK = 16_384
 OUTPUTS = 3
+# The learned growth of a tensor by itself is a factor of exp(-1) .. exp(1) a step, where the
+# gradient asks for nothing else; and none after so many steps: what a fresh head needs is done by
+# then, and what is left would compound.
+LOG_GROWTH_BOUND = 1.0
+GROWTH_STEPS = 8
 MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
@@ -46,15 +52,25 @@ class CoordinateLSTM(nn.Module):
     It steers Adam's direction rather than replacing it (source: Andrychowicz et al. 2016,
     arXiv:1606.04474, for the coordinate-wise LSTM; Kingma & Ba 2015 for m and v)::
 
-        update = -reach * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
+        update = (exp(w) - 1) * p
+            - reach * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
 
     where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
-    s is bounded smoothly by `LOG_FACTOR_BOUND`, and scale is the tensor's, see
+    w in that layer alone; s and w are bounded smoothly by `LOG_FACTOR_BOUND` and
+    `LOG_GROWTH_BOUND`, w is weighed by `rnnopt.preprocess.growth_request` and 0 beyond
+    `GROWTH_STEPS`, and scale is the tensor's, see
     `rnnopt.preprocess.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
     with steps that suit each. It can go Adam's way (k = a = 0), that of gradient descent (k = -1,
-    a = 1), or any between and beyond. With the output weights at zero, as they are initialised, the
-    rule *is* Adam with learning rate reach * scale. A coordinate that never had a gradient keeps a
-    zero state and gets a zero update.
+    a = 1), or any between and beyond.
+
+    Growth, the first term, parts how sure a classifier is from what it tells apart. While a head is
+    small the encoder below it has to move far to fit the support set, which is how it learns
+    features that carry over (the rich regime of Chizat et al. 2019, arXiv:1812.07956); a head that
+    is large at once fits it with the features that there are. So a head may stay small while the
+    encoder learns, and then grow in the direction that it has, which changes no prediction.
+
+    With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
+    reach * scale. A coordinate that never had a gradient keeps a zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
@@ -103,6 +119,8 @@ class CoordinateLSTM(nn.Module):
         self.output_weight = nn.Parameter(torch.empty(OUTPUTS, H))
         self.output_context = nn.Parameter(torch.empty(OUTPUTS, K))
         self.output_bias = nn.Parameter(torch.empty(OUTPUTS))
+        self.growth_context = nn.Parameter(torch.empty(K))
+        self.growth_bias = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,8 +136,18 @@ class CoordinateLSTM(nn.Module):
     @torch.no_grad()
     def zero_output(self) -> None:
         """Make the rule exactly Adam with learning rate reach * scale."""
-        for parameter in (self.output_weight, self.output_context, self.output_bias):
-            parameter.zero_()
+        for name, parameter in self.named_parameters():
+            if name.startswith(("output_", "growth_")):
+                parameter.zero_()
+
+    @torch.no_grad()
+    def still_directions(self) -> None:
+        """Make directions and step sizes Adam's for good; growth alone is left to learn."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("output_"):
+                parameter.zero_()
+            if name.startswith(("output_", "gate_")):
+                parameter.requires_grad_(False)
 
     def careful(self) -> CoordinateLSTM:
         """See `rnnopt.guard.GuardedRule.careful`: what this rule is with its output at zero."""
@@ -175,15 +203,19 @@ class CoordinateLSTM(nn.Module):
         m_hat, root = debias(moments, self.betas)
         grad_rms, param_rms = root_mean_squares(sums)
         peaks = Peaks(*(state[name] for name in Peaks._fields))
-        gates, outputs = self.shifts(tensor_context(sums, peaks, moments["step"]))
+        gates, outputs, growth = self.shifts(sums, peaks, moments["step"])
         scale = root + self.eps
         adam, relative = m_hat / scale, grad / grad_rms
         features = coordinate_features(adam, grad / scale, relative, param / param_rms)
-        directions = torch.stack([adam, relative, (moments["v"] > 0).to(grad.dtype)])
+        live = (moments["v"] > 0).to(grad.dtype)
+        directions = torch.stack([adam, relative, live])
         memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
         direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
-        return -self.reach * step_scale(sums, peaks, moments["step"]) * direction, {
+        update = growth * (param * live) - (
+            self.reach * step_scale(sums, peaks, moments["step"]) * direction
+        )
+        return update, {
             **moments,
             "hidden": hidden.to(state["hidden"].dtype),
             "cell": cell.to(state["cell"].dtype),
@@ -193,23 +225,29 @@ class CoordinateLSTM(nn.Module):
     def _bounded(self, grad: Tensor) -> Tensor:
         return grad.to(self.gate_weight.dtype).clamp(-GRADIENT_BOUND, GRADIENT_BOUND)
 
-    def shifts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def shifts(self, sums: Tensor, peaks: Peaks, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a tensor's context adds to each of its coordinates.
 
         Args:
-            context: (..., C).
+            sums: see `rnnopt.preprocess.tensor_context`.
+            peaks: see there.
+            step: see there.
 
         Returns:
-            To the gates (..., 4 H) and to the outputs (..., 3).
+            To the gates (..., 4 H) and to the outputs (..., 3); and of its own value, (...).
         """
+        context = tensor_context(sums, peaks, step)
         device = context.device  # parameters of one model may live on several
         weights = {name: weight.to(device) for name, weight in self.named_parameters()}
         view = torch.tanh(
             linear(context, weights["context_weight"], weights["context_bias"])
         )  # (..., K)
+        growth = view @ weights["growth_context"] + weights["growth_bias"]
+        growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * growth_request(sums)
         return (
             linear(view, weights["gate_context"], weights["gate_bias"]),
             linear(view, weights["output_context"], weights["output_bias"]),
+            torch.where(step <= GROWTH_STEPS, torch.expm1(growth), 0),
         )
 
     def _run_cell(

@@ -56,6 +56,9 @@ class MetaTrainSettings:
         calibrated: share of `rnnopt.task.calibrated_loss` in the query loss that judges each step:
             a rule can win plain cross-entropy by confidence, with a head that fits the support set
             at once and leaves the encoder as it was; this it can win by telling classes apart only.
+        sure_from: the first step at which the rest of that share counts; before it the share is 1:
+            a rule is to tell classes apart at once and may be sure of them later, which lets a head
+            stay small while an encoder learns below it.
         exact: kinds of training (see `rnnopt.text.Classifier.load`, tune) whose meta-gradient is of
             second order whatever `unroll` says. Only that order sees what a step does to the
             gradients of later ones, and where few coordinates train it costs little more.
@@ -78,6 +81,7 @@ class MetaTrainSettings:
     judged: float = 1.0
     loss_scale: float = 1.0
     calibrated: float = 0.0
+    sure_from: int = 1
     exact: tuple[str, ...] = ()
     hidden_size: int = 8
     learned: LearnedSettings = field(default_factory=LearnedSettings)
@@ -119,6 +123,11 @@ class MetaTrainSettings:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
         if not 0 <= self.calibrated <= 1:
             raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
+        if not 1 <= self.sure_from <= self.unroll.steps:
+            raise InputError(
+                f"sure_from={self.sure_from}: must lie between 1 and the last step, "
+                f"{self.unroll.steps}"
+            )
         for tune in self.exact:
             if tune not in get_args(Tune):
                 raise InputError(f"exact={tune!r}: choose from {', '.join(get_args(Tune))}")
@@ -132,6 +141,10 @@ class MetaTrainSettings:
         if classifier.kind["tune"] not in self.exact:
             return self.unroll
         return self._exactly()
+
+    def share(self, step: int) -> float:
+        """The calibrated share of the query loss after step number `step` (from 0)."""
+        return self.calibrated if step + 1 >= self.sure_from else 1.0
 
     def _exactly(self) -> UnrollSettings:
         return replace(self.unroll, order=2, coordinates=None)
@@ -320,7 +333,7 @@ class MetaTraining:
             classifier.model,
             self.start.optimizer(classifier, self.rule),
             lambda module, step: scale * support(module, step),
-            task.query_loss(classifier, settings.calibrated),
+            task.query_loss(classifier, settings.share),
             _thinned(unrolled, settings.judged, generator),
             seed=number,
         )
@@ -352,7 +365,8 @@ class MetaTraining:
             )
         # (budgets,) each
         loss, calibrated, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)
-        score = float(torch.lerp(loss, calibrated, self.settings.calibrated).mean())
+        shares = loss.new_tensor([self.settings.share(b - 1) for b in budgets])
+        score = float(torch.lerp(loss, calibrated, shares).mean())
         figures = {
             "loss": finite_or_none(loss.tolist()),
             "accuracy": finite_or_none(accuracy.tolist()),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 COORDINATE_FEATURES = 5
-SUMS = 7
-CONTEXT_FEATURES = 12
+SUMS = 8
+CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
 _GRAD_FLOOR = 1e-10
@@ -27,9 +27,12 @@ _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model'
 # How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
 # much, as Adam does, 1 in proportion to its gradient, as SGD does.
 BALANCE = 0.25
+# How far all steps follow the model's largest gradient as it falls: 1 would be plain gradient
+# descent, 0 keeps a step's promise however little of the loss is left.
+REST = 0.5
 # Of the largest gradients so far, from one step to the next, once the first steps are over: until
 # then gradients may begin anywhere, those of a body below a head of zeros at nothing.
-_MOST_GROWTH = 10.0
+_MOST_GROWTH = 4.0
 _SETTLED_STEP = 5
 # Later steps look like this one: far beyond any horizon of meta-training the rule goes on as it
 # does at its end, rather than as a network extrapolates.
@@ -38,14 +41,18 @@ _LATEST_STEP = 16.0
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
 
+_REQUEST = 0.25  # for growth, at which half of it is granted, see `growth_request`
+_PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
+_PULL_UNIT = 0.125  # nats: about what the margin of a fresh head is after its first step
+
 # Typical value and spread of each context feature on Hugging Face encoders, for inputs near
 # [-2, 2]. Of the tensor: log RMS of the parameter, log RMS of the gradient, log of its ratio to the
 # largest one before, cos(memory, gradient), log N, 1 / step, log step. Of it in the model: log RMS
 # of the gradient against the largest tensor's. Of the model: log of the decrease that a unit step
 # promises (see `step_scale`) against the largest before, cos(memory, gradient), log N, log of the
-# decrease.
-_CONTEXT_SHIFT = (-3.0, -7.0, 0.0, 0.0, 9.0, 0.0, 2.0, -2.0, 0.0, 0.0, 12.0, 3.0)
-_CONTEXT_SCALE = (2.0, 3.0, 1.0, 1.0, 3.0, 1.0, 1.5, 2.0, 1.0, 1.0, 4.0, 2.0)
+# decrease. Of the tensor again: asinh of the pull, and -cos(parameter, gradient).
+_CONTEXT_SHIFT = (-3.0, -7.0, 0.0, 0.0, 9.0, 0.0, 2.0, -2.0, 0.0, 0.0, 12.0, 3.0, 0.0, 0.0)
+_CONTEXT_SCALE = (2.0, 3.0, 1.0, 1.0, 3.0, 1.0, 1.5, 2.0, 1.0, 1.0, 4.0, 2.0, 1.5, 0.5)
 
 
 class Peaks(NamedTuple):
@@ -68,7 +75,7 @@ class Peaks(NamedTuple):
         would make all later steps as much smaller as it is larger.
 
         Args:
-            sums: what `model_sums` returned, (..., 13).
+            sums: what `model_sums` returned, (..., 14).
             step: (...), 1 at the first step.
         """
         rms, _ = root_mean_squares(sums)
@@ -89,7 +96,7 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
         param: (N,).
 
     Returns:
-        (7,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|.
+        (8,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|, of p g.
     """
     one = torch.ones((), dtype=param.dtype, device=param.device)
     return torch.stack(
@@ -101,6 +108,7 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
             (memory * memory).sum(),
             (memory * grad).sum(),
             grad.abs().sum(),
+            (param * grad).sum(),
         ]
     )
 
@@ -109,10 +117,10 @@ def model_sums(sums: Tensor) -> Tensor:
     """Tell each tensor what those that are stepped together amount to.
 
     Args:
-        sums: what `tensor_sums` returned for each of P tensors, (P, 7).
+        sums: what `tensor_sums` returned for each of P tensors, (P, 8).
 
     Returns:
-        (P, 13): beside the seven of the tensor, the same in every row: the largest RMS of a
+        (P, 14): beside the eight of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; and over all
         coordinates N, sum of g^2, of m^2, of m g.
@@ -120,7 +128,7 @@ def model_sums(sums: Tensor) -> Tensor:
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
-    size, _, grad_square, _, memory_square, product, _ = sums.sum(dim=0).unbind()
+    size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     shared = torch.stack([largest, decrease, size, grad_square, memory_square, product])
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
@@ -132,10 +140,11 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     alone at a large one. The largest gradients so far are the measure, so that a model that has
     been fitted, whose gradients vanish, comes to rest::
 
-        scale = (RMS(g) / largest RMS so far)^BALANCE / (floor + largest decrease so far)
+        scale = (RMS(g) / largest so far)^BALANCE * (largest RMS now / largest so far)^REST
+            / (floor + largest decrease so far)
 
     Args:
-        sums: what `model_sums` returned, (..., 13).
+        sums: what `model_sums` returned, (..., 14).
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -144,8 +153,25 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     """
     rms, _ = root_mean_squares(sums)
     peaks = peaks.after(sums, step)
-    share = (rms / peaks.model_peak).clamp(max=1)  # an outlier's is beyond its peak
-    return share**BALANCE / (_DECREASE_FLOOR + peaks.decrease_peak)
+    # an outlier's is beyond its peak
+    share, rest = ((size / peaks.model_peak).clamp(max=1) for size in (rms, sums[..., SUMS]))
+    return share**BALANCE * rest**REST / (_DECREASE_FLOOR + peaks.decrease_peak)
+
+
+def growth_request(sums: Tensor) -> Tensor:
+    """How far a tensor's gradient asks for nothing but that the tensor grows, from 0 to 1; (...).
+
+    ``x^2 / (x^2 + 1/16)``, where ``x = max(0, -cos(p, g)) * RMS(g) / largest RMS``. Of a head that
+    tells the classes apart and is small x is 1/2 and more; of pretrained tensors next to nothing,
+    since normalisation makes most of them blind to their own size, and the others' gradients are
+    smaller than the head's.
+
+    Args:
+        sums: what `model_sums` returned, (..., 14).
+    """
+    rms, _ = root_mean_squares(sums)
+    request = (_pull_cosine(sums).clamp(min=0) * rms / sums[..., SUMS]) ** 2
+    return request / (request + _REQUEST**2)
 
 
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,17 +218,22 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     The RMS of the parameter tells a fresh head or a zero LoRA factor from a pretrained matrix; the
     gradient's share and the size of all that trains tell what kind of training this is. A
     gradient's size against its peak tells how far adaptation has come, or that it went wrong; its
-    cosine with the memory tells a step that overshoots.
+    cosine with the memory tells a step that overshoots. The pull, -sum(p g), is the nats by which
+    the loss would fall if the tensor grew by its own size: of a head the margin by which its logits
+    favour the right class, weighed by how wrong they are; its cosine, how far the gradient asks for
+    nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 13); the leading dimensions, if any, are tensors.
+        sums: what `model_sums` returned, (..., 14); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
     Returns:
         (..., C), standardised.
     """
-    size, param_square, grad_square, _, memory_square, product, _ = sums[..., :SUMS].unbind(-1)
+    size, param_square, grad_square, _, memory_square, product, _, pull = sums[..., :SUMS].unbind(
+        -1
+    )
     largest, decrease, model_size, *model = sums[..., SUMS:].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
     share = torch.log(grad_rms / largest)
@@ -220,12 +251,20 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         _cosine(model_size, *model),
         torch.log(model_size),
         torch.log(_DECREASE_FLOOR + decrease),
+        torch.asinh(-pull.clamp(-_PULL_BOUND, _PULL_BOUND) / _PULL_UNIT),
+        _pull_cosine(sums),
     )
     # scalar by scalar: a tensor of the constants would be copied to the device, and waited for
     return torch.stack(
         [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)],
         dim=-1,
     )
+
+
+def _pull_cosine(sums: Tensor) -> Tensor:
+    """-cos(parameter, gradient): 1 where the gradient asks for nothing but growth."""
+    size, param_square, grad_square = sums[..., 0], sums[..., 1], sums[..., 2]
+    return -_cosine(size, grad_square, param_square, sums[..., SUMS - 1])
 
 
 def _grown(peak: Tensor, value: Tensor, settled: Tensor) -> Tensor:
@@ -240,7 +279,7 @@ def _log_ratio(value: Tensor, peak: Tensor) -> Tensor:
     return torch.where(peak > 0, ratio, 0).clamp(-_RATIO_BOUND, _RATIO_BOUND)
 
 
-def _cosine(size: Tensor, grad_square: Tensor, memory_square: Tensor, product: Tensor) -> Tensor:
-    """Between gradient and memory; 0 where either is."""
-    rms = [torch.sqrt(square / size + _GRAD_FLOOR**2) for square in (grad_square, memory_square)]
+def _cosine(size: Tensor, grad_square: Tensor, other_square: Tensor, product: Tensor) -> Tensor:
+    """Between the gradient and another vector; 0 where either is."""
+    rms = [torch.sqrt(square / size + _GRAD_FLOOR**2) for square in (grad_square, other_square)]
     return product / size / (rms[0] * rms[1])

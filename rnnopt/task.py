@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -151,9 +151,11 @@ class Task:
         """The loss that adaptation descends."""
         return lambda module, step: self.batches[step % len(self.batches)].loss(classifier, module)
 
-    def query_loss(self, classifier: Classifier, calibrated: float = 0.0) -> LossFunction:
-        """The loss that judges it, see `LabelledTexts.loss`."""
-        return lambda module, step: self.query.loss(classifier, module, calibrated)
+    def query_loss(
+        self, classifier: Classifier, calibrated: Callable[[int], float] = lambda step: 0.0
+    ) -> LossFunction:
+        """The loss that judges it, see `LabelledTexts.loss`; its share after a step, from 0."""
+        return lambda module, step: self.query.loss(classifier, module, calibrated(step))
 
 
 class TaskSource:

@@ -55,8 +55,9 @@ def shrink(folder: Path, factor: float) -> None:
     """Write the folder's best rule with its output shrunk."""
     rule = load_rule(folder)
     with torch.no_grad():
-        for weight in (rule.output_weight, rule.output_context, rule.output_bias):
-            weight.mul_(factor)
+        for name, weight in rule.named_parameters():
+            if name.startswith(("output_", "growth_")):
+                weight.mul_(factor)
     training = {**read_training(folder), "output_shrunk_by": factor}
     save_rule(rule, folder / "shipped.safetensors", training)
 

@@ -15,8 +15,10 @@ def random_lstm(
         torch.manual_seed(seed)
         rule = CoordinateLSTM(**options)
         with torch.no_grad():
-            for weight in rule.parameters():
-                weight.add_(0.3 * torch.randn_like(weight))
+            for name, weight in rule.named_parameters():
+                # growth compounds: parameters would leave all bounds, and rounding with them
+                size = 0.03 if name.startswith("growth_") else 0.3
+                weight.add_(size * torch.randn_like(weight))
     return rule.to(dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from rules import random_lstm
 
 from rnnopt import Adam, load_rule, save_rule
-from rnnopt.checkpoint import read_training
+from rnnopt.checkpoint import SHIPPED_HEAD_RULE, read_tensors, read_training
 from rnnopt.cli import main
 from rnnopt.options import load_kinds
 from rnnopt.splits import class_sketches, read_splits
@@ -383,3 +383,64 @@ def test_python_m_rnnopt_is_the_command():
         [sys.executable, "-m", "rnnopt", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_meta_train_begins_with_another_rule_and_remembers_its_classes(
+    csv_file, encoder, tmp_path, capsys
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(meta_train(csv_file, encoder, first)) == 0
+    assert run(meta_train(csv_file, encoder, second, "--from", first, "--meta-lr", "1e-12")) == 0
+    for name, weight in load_rule(first).named_parameters():
+        torch.testing.assert_close(load_rule(second).get_parameter(name), weight)
+    # a rule of other classes, continued: what it had seen is not forgotten
+    other = tmp_path / "other.safetensors"
+    seen = {"elsewhere/x": ["0" * 12]}
+    save_rule(load_rule(first), other, {"classes": seen})
+    third = tmp_path / "third"
+    assert run(meta_train(csv_file, encoder, third, "--from", other)) == 0
+    assert read_training(third)["classes"] == {**seen, **read_training(first)["classes"]}
+
+
+def test_meta_train_begins_with_the_shipped_rule(csv_file, encoder, tmp_path):
+    folder = tmp_path / "run"
+    assert (
+        run(meta_train(csv_file, encoder, folder, "--from", "shipped", "--meta-lr", "1e-12")) == 0
+    )
+    for name, weight in load_rule(SHIPPED_HEAD_RULE).named_parameters():
+        torch.testing.assert_close(load_rule(folder).get_parameter(name), weight)
+    assert "clinc150/book_hotel" in read_training(folder)["classes"]
+
+
+def test_meta_train_refuses_rules_that_it_cannot_begin_with(csv_file, encoder, tmp_path, capsys):
+    def refused(rule, *more):
+        save_rule(rule, tmp_path / "rule.safetensors", training)
+        options = ("--from", tmp_path / "rule.safetensors", *more)
+        return fails(meta_train(csv_file, encoder, tmp_path / "run", *options), capsys)
+
+    training = {}
+    assert "has 4 hidden units, not 8; give --hidden-size 4" in refused(random_lstm(hidden_size=4))
+    assert "holds Adam, expected an LSTM" in refused(Adam(1e-3))
+    assert "leave them out, or --from" in refused(random_lstm(), "--inner-lr", "0.5")
+    training = {"classes": class_sketches(read_splits([csv_file]).validation)}
+    assert "which are to choose the new rule; use other data" in refused(random_lstm())
+
+
+def test_growth_alone_can_be_learned(csv_file, encoder, tmp_path, capsys):
+    """Directions and step sizes stay Adam's, whatever the rule that it begins with does."""
+    save_rule(random_lstm(), tmp_path / "origin.safetensors")
+    more = ["--learn", "growth", "--from", tmp_path / "origin.safetensors", "--steps", "6"]
+    assert run(meta_train(csv_file, encoder, tmp_path / "run", *more)) == 0
+    before = load_rule(tmp_path / "origin.safetensors")
+    after, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    for name in dict(before.named_parameters()):
+        weight = after[f"rule.{name}"]
+        if name.startswith("output_"):
+            assert not weight.any()
+        else:
+            learned = not name.startswith("gate_")
+            assert torch.equal(weight, before.get_parameter(name)) != learned, name
+    command = meta_train(
+        csv_file, encoder, tmp_path / "other", "--learn", "growth", "--inner", "sgd"
+    )
+    assert "--learn growth with --inner sgd: of the LSTM only" in fails(command, capsys)

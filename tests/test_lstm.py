@@ -1,5 +1,7 @@
 """What defines `CoordinateLSTM`."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,14 +10,15 @@ from rules import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt import lstm as lstm_module
-from rnnopt.preprocess import BALANCE, Peaks, step_scale, tensor_context
+from rnnopt.preprocess import BALANCE, REST, Peaks, step_scale, tensor_context
 from rnnopt.rule import advance
 
 
 @settings(max_examples=20, deadline=None)
 @given(hidden_size=st.integers(1, 12), seed=st.integers(0, 99))
 def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
-    """reach (RMS / largest RMS so far)^0.25 / (8 + largest promise so far), worked out here."""
+    """reach (RMS / largest so far)^0.25 (largest RMS now / so far)^0.5 / (8 + largest promise so
+    far), worked out here."""
     generator = torch.Generator().manual_seed(seed)
     rule = random_lstm(hidden_size=hidden_size, reach=0.01)
     rule.zero_output()
@@ -32,18 +35,21 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
         shares = [(size / max(sizes)) ** 0.25 for size in sizes]
         promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
         largest, most = max(largest, *sizes), max(most, promised)
+        rest = (max(sizes) / largest) ** 0.5
         for group, size in zip(reference.param_groups, sizes):
-            group["lr"] = 0.01 * (size / largest) ** 0.25 / (8 + most)
+            group["lr"] = 0.01 * (size / largest) ** 0.25 * rest / (8 + most)
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
 
 
 def test_a_new_rule_is_adam():
-    rule = CoordinateLSTM()
-    assert all(
-        not weight.any() for weight in (rule.output_weight, rule.output_context, rule.output_bias)
-    )
+    weights = CoordinateLSTM().named_parameters()
+    zero = {name for name, weight in weights if not weight.any()} - {"context_bias"}
+    assert zero == {
+        *("output_weight", "output_context", "output_bias"),
+        *("growth_context", "growth_bias"),
+    }
 
 
 def test_state_is_18_numbers_a_coordinate_at_the_default_size():
@@ -69,6 +75,8 @@ def test_untouched_rows_change_nothing_for_the_touched_ones_but_their_size():
     rule = random_lstm()
     with torch.no_grad():
         rule.context_weight.zero_()  # the context knows the tensor's size and RMS
+        rule.context_bias.zero_()
+        rule.growth_bias.zero_()  # and growth goes by the whole tensor
     grad = torch.randn(3, 5)
     small, _ = advance(rule, torch.ones(3, 5), grad, rule.init_state(grad), 1.0, 0.0)
     padded = torch.cat([grad, torch.zeros(100, 5)])
@@ -98,6 +106,8 @@ def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale,
     rule = random_lstm()
     with torch.no_grad():
         rule.context_weight.zero_()  # the context does know the gradient's RMS
+        rule.growth_bias.zero_()  # growth is relative to the parameter
+        rule.context_bias.zero_()
     generator = torch.Generator().manual_seed(seed)
     param, grad = (torch.randn(20, generator=generator) for _ in range(2))
     plain, _ = advance(rule, param, grad, rule.init_state(param), 1.0, 0.0)
@@ -127,6 +137,43 @@ def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
     peaks = Peaks(*(state[name] for name in Peaks._fields))
     contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
     assert torch.equal(*contexts) == alike
+
+
+@settings(max_examples=20, deadline=None)
+@given(raw=st.floats(-9, 9), seed=st.integers(0, 9))
+def test_a_tensor_grows_by_itself_for_eight_steps_as_its_gradient_asks_for_that(raw, seed):
+    rule, still = CoordinateLSTM(), CoordinateLSTM()
+    with torch.no_grad():
+        rule.growth_bias.fill_(raw)
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.randn(4, 5, generator=generator)
+    state = rule.init_state(param)
+    for step in range(1, 11):
+        # as much against the parameter as across it, and beside a tensor of twice the gradient
+        grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
+        grad[2] = 0
+        sums = rule.sums(grad.flatten(), state, param.flatten())
+        largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0])
+        told = rule.related(torch.stack([sums, largest]))[0]
+        adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
+        delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
+        asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
+        asked = (asked / 2) ** 2
+        granted = asked / (asked + 1 / 16) if step <= 8 else 0.0
+        growth = math.expm1(math.tanh(raw) * granted)
+        grown = 0.5 * growth * param
+        grown[2] = 0
+        torch.testing.assert_close(delta, adam + grown, rtol=1e-4, atol=1e-5)
+
+
+def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alone():
+    rule, param = CoordinateLSTM(), torch.tensor([3.0, 4.0])
+    state = rule.init_state(param)
+    for grad, pull, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
+        sums = rule.related(rule.sums(torch.tensor(grad), state, param).unsqueeze(0))[0]
+        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        found = tensor_context(sums, peaks, torch.tensor(1.0))[-2:].tolist()
+        assert found == pytest.approx([math.asinh(pull / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
 
 
 def test_every_weight_of_the_rule_has_a_say():
@@ -171,6 +218,6 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     assert late[:6] == plain[:6]
     assert late[6] <= plain[6]  # the outlier's own step is no larger either
     assert scales(7, size=1e6)[6] <= plain[6]
-    assert plain[8] / late[8] < 10 ** (1 + BALANCE) * 1.01
+    assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
     # gradients may begin at nothing, so the first steps take them as they come
     assert plain[8] / early[8] > 500

@@ -167,7 +167,7 @@ def test_a_requirement_is_met_by_a_fresh_validation_only(sources, tmp_path):
 class InfiniteTask(Task):
     """A task whose query loss is infinite."""
 
-    def query_loss(self, classifier, calibrated=0.0):
+    def query_loss(self, classifier, calibrated):
         plain = super().query_loss(classifier, calibrated)
         return lambda module, step: plain(module, step) * float("inf")
 
@@ -220,6 +220,23 @@ def test_the_calibrated_share_judges_training_and_validation(sources, tmp_path):
     assert scores[0.5] == pytest.approx((scores[0.0] + scores[1.0]) / 2, rel=1e-5)
     losses = {share: lines[1]["meta_loss"] for share, lines in runs.items()}
     assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
+
+
+def test_before_it_may_be_sure_a_rule_is_judged_by_the_calibrated_loss_alone(sources, tmp_path):
+    scores, losses = {}, {}
+    for name, options in {
+        "calibrated": {"calibrated": 1.0},
+        "sure from 3": {"sure_from": 3},
+        "plain": {},
+    }.items():
+        chosen = settings(2, meta_lr=1e-12, validate_every=1, **options)
+        training(sources, tmp_path / name, chosen).run()
+        lines = records(tmp_path / name)
+        scores[name] = lines[0]["validation"]["score"]
+        losses[name] = lines[1]["query_losses"]
+    assert len(losses["plain"]) == 3
+    assert losses["sure from 3"] == [*losses["calibrated"][:2], losses["plain"][2]]
+    assert scores["calibrated"] < scores["sure from 3"] < scores["plain"]
 
 
 def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
@@ -304,6 +321,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"judged": 0.0}, "judged=0.0: a share of the steps, above 0"),
         ({"loss_scale": 0.5}, "loss_scale=0.5: must be finite and at least 1"),
         ({"calibrated": 1.1}, "calibrated=1.1: a share, from 0 to 1"),
+        ({"sure_from": 4}, "sure_from=4: must lie between 1 and the last step, 3"),
         ({"exact": ("heads",)}, "exact='heads': choose from full, lora, head"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
