@@ -98,7 +98,7 @@ class FusedStep:
         Args:
             measured: what `measure` returned.
             sums: what the rule's `related` tells each of the tensors that they are pieces of,
-                (pieces, 14).
+                (pieces, 15).
         """
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 14).
+        sums: what the rule's `related` tells the tensors, (P, 15).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;

@@ -41,7 +41,7 @@ _LATEST_STEP = 16.0
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
 
-_REQUEST = 0.25  # for growth, at which half of it is granted, see `growth_request`
+_REQUEST = 0.15  # for growth, at which half of it is granted, see `growth_request`
 _PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
 _PULL_UNIT = 0.125  # nats: about what the margin of a fresh head is after its first step
 
@@ -75,7 +75,7 @@ class Peaks(NamedTuple):
         would make all later steps as much smaller as it is larger.
 
         Args:
-            sums: what `model_sums` returned, (..., 14).
+            sums: what `model_sums` returned, (..., 15).
             step: (...), 1 at the first step.
         """
         rms, _ = root_mean_squares(sums)
@@ -120,16 +120,17 @@ def model_sums(sums: Tensor) -> Tensor:
         sums: what `tensor_sums` returned for each of P tensors, (P, 8).
 
     Returns:
-        (P, 14): beside the eight of the tensor, the same in every row: the largest RMS of a
+        (P, 15): beside the eight of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; and over all
-        coordinates N, sum of g^2, of m^2, of m g.
+        coordinates N, sum of g^2, of m^2, of m g; and the largest weight, see `growth_request`.
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
-    shared = torch.stack([largest, decrease, size, grad_square, memory_square, product])
+    heaviest = _weights(sums).amax()
+    shared = torch.stack([largest, decrease, size, grad_square, memory_square, product, heaviest])
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
@@ -144,7 +145,7 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
             / (floor + largest decrease so far)
 
     Args:
-        sums: what `model_sums` returned, (..., 14).
+        sums: what `model_sums` returned, (..., 15).
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -161,16 +162,16 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
 def growth_request(sums: Tensor) -> Tensor:
     """How far a tensor's gradient asks for nothing but that the tensor grows, from 0 to 1; (...).
 
-    ``x^2 / (x^2 + 1/16)``, where ``x = max(0, -cos(p, g)) * RMS(g) / largest RMS``. Of a head that
-    tells the classes apart and is small x is 1/2 and more; of pretrained tensors next to nothing,
-    since normalisation makes most of them blind to their own size, and the others' gradients are
-    smaller than the head's.
+    ``x^2 / (x^2 + 0.15^2)`` of ``x = max(0, -cos(p, g)) * weight / largest weight``, where a
+    tensor's weight is the RMS of its gradient times its norm: neither a few coordinates nor a great
+    many small ones make it large. Of a head that is small and tells the classes apart x is 1/2 and
+    more; of pretrained tensors next to nothing, for normalisation makes most of them blind to their
+    own size, and the others weigh less than the head.
 
     Args:
-        sums: what `model_sums` returned, (..., 14).
+        sums: what `model_sums` returned, (..., 15).
     """
-    rms, _ = root_mean_squares(sums)
-    request = (_pull_cosine(sums).clamp(min=0) * rms / sums[..., SUMS]) ** 2
+    request = (_pull_cosine(sums).clamp(min=0) * _weights(sums) / sums[..., -1]) ** 2
     return request / (request + _REQUEST**2)
 
 
@@ -224,7 +225,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 14); the leading dimensions, if any, are tensors.
+        sums: what `model_sums` returned, (..., 15); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -234,7 +235,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     size, param_square, grad_square, _, memory_square, product, _, pull = sums[..., :SUMS].unbind(
         -1
     )
-    largest, decrease, model_size, *model = sums[..., SUMS:].unbind(-1)
+    largest, decrease, model_size, *model, _ = sums[..., SUMS:].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
     share = torch.log(grad_rms / largest)
     step = step.to(sums.dtype).clamp(max=_LATEST_STEP)
@@ -259,6 +260,12 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)],
         dim=-1,
     )
+
+
+def _weights(sums: Tensor) -> Tensor:
+    """RMS of the gradient times its norm, (...), see `growth_request`."""
+    rms, _ = root_mean_squares(sums)
+    return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1))
 
 
 def _pull_cosine(sums: Tensor) -> Tensor:

@@ -149,17 +149,18 @@ def test_a_tensor_grows_by_itself_for_eight_steps_as_its_gradient_asks_for_that(
     param = torch.randn(4, 5, generator=generator)
     state = rule.init_state(param)
     for step in range(1, 11):
-        # as much against the parameter as across it, and beside a tensor of twice the gradient
+        # as much against the parameter as across it, and beside a tensor of more weight
         grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
         grad[2] = 0
         sums = rule.sums(grad.flatten(), state, param.flatten())
         largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0])
+        heavier = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
         told = rule.related(torch.stack([sums, largest]))[0]
         adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
         delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
         asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
-        asked = (asked / 2) ** 2
-        granted = asked / (asked + 1 / 16) if step <= 8 else 0.0
+        asked = (asked / heavier) ** 2
+        granted = asked / (asked + 0.15**2) if step <= 8 else 0.0
         growth = math.expm1(math.tanh(raw) * granted)
         grown = 0.5 * growth * param
         grown[2] = 0
