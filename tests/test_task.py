@@ -145,7 +145,10 @@ def test_the_query_loss_mixes_both(classifier, task):
     (logits, labels), share = some_logits(0), 0.3
     mixed = 0.7 * cross_entropy(logits, labels) + 0.3 * calibrated_loss(logits, labels)
     torch.testing.assert_close(mixed_loss(logits, labels, share), mixed)
-    losses = [task.query_loss(classifier, x)(classifier.model, 0).item() for x in (0, share, 1)]
+    losses = [
+        task.query_loss(classifier, lambda step, x=x: x)(classifier.model, 0).item()
+        for x in (0, share, 1)
+    ]
     assert losses[1] == pytest.approx(0.7 * losses[0] + 0.3 * losses[2], rel=1e-5)
     score = judge(classifier, task.query)
     assert (score.loss, score.calibrated) == pytest.approx((losses[0], losses[2]), rel=1e-5)
