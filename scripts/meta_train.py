@@ -30,8 +30,9 @@ from rnnopt.lstm import CoordinateLSTM
 SOURCES = ("clinc150", "liu54", "huffpost36", "reuters31")
 RECIPE = """
 --tune head --exact head --ways 2 3 4 5 8 10 15 --shots 1 1 2 5 10 --most-support 40 --queries 3
---max-length 32 --steps 20 --shortest 3 --judged 0.5 --loss-scale 1.5 --calibrated 0.5 --sure-from 4
---order 1 --clip 0.2 --tasks 4 --meta-steps 120 --meta-lr 6e-3 --hidden-size 8 --validate-every 40
+--batch-size 1000 1000 8 4 --max-length 32 --steps 20 --shortest 3 --judged 0.5 --loss-scale 1.5
+--calibrated 0.5 --sure-from 4 --order 1 --clip 0.2 --tasks 4 --meta-steps 120 --meta-lr 6e-3
+--hidden-size 8 --validate-every 40
 --validation-tasks 16 --precision fp32 --device cpu --seed 0
 """
 
