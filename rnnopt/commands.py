@@ -30,7 +30,7 @@ from rnnopt.evaluate import Comparison, default_budgets
 from rnnopt.held_out import comparison_data, comparison_sampler
 from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init_training
 from rnnopt.journal import Journal
-from rnnopt.learned import LearnedSettings, origin_path
+from rnnopt.learned import LearnedSettings
 from rnnopt.metatrain import MetaTraining, MetaTrainSettings, finite_or_none
 from rnnopt.options import (
     choose_device,
@@ -51,6 +51,7 @@ from rnnopt.requirement import NOT_MET
 from rnnopt.sources import describe, overlap_lines, sources_table
 from rnnopt.splits import (
     Splits,
+    class_pair,
     class_sketches,
     overlapping_classes,
 )
@@ -146,7 +147,10 @@ def _run(
         training={
             **task_facts,
             "settings": asdict(settings),
-            "classes": {**_seen_before(options, train, corpora[1]), **class_sketches(corpora[0])},
+            "classes": {
+                **_seen_before(options, settings.learned, train.classifier, corpora[1]),
+                **class_sketches(corpora[0]),
+            },
             "validation_classes": class_sketches(corpora[1]),
         },
         resume=options.resume,
@@ -154,18 +158,20 @@ def _run(
     )
 
 
-def _seen_before(options: Namespace, train: TaskSource, validation: Corpus) -> dict[str, Any]:
+def _seen_before(
+    options: Namespace, settings: LearnedSettings, classifier: Classifier, validation: Corpus
+) -> dict[str, Any]:
     """The classes that the rule of --from was made with, none of which may choose the new one."""
-    if options.origin is None:
+    origin = settings.origin_path(classifier)
+    if origin is None:
         return {}
-    params = (param for _, param in train.classifier.trainable())
-    facts = read_training(origin_path(options.origin, params))
+    facts = read_training(origin)
     found = overlapping_classes(facts.get("classes", {}), validation)
     if found and not options.allow_overlap:
         raise InputError(
             f"--from {options.origin}: was meta-trained on {len(found)} of the validation classes "
-            f"({listed([' = '.join(dict.fromkeys(pair)) for pair in found], most=3)}), which are "
-            "to choose the new rule; use other data, or accept that with --allow-overlap"
+            f"({listed(map(class_pair, found), most=3)}), which are to choose the new rule; use "
+            "other data, or accept that with --allow-overlap"
         )
     return seen_in(facts)
 
@@ -464,8 +470,7 @@ def _seen_classes(
     training: dict[str, Any], test: Corpus, allow_overlap: bool
 ) -> list[tuple[str, str]]:
     """Test classes that the rule was meta-trained on, by name or by their texts."""
-    seen = {**training.get("classes", {}), **training.get("validation_classes", {})}
-    pairs = overlapping_classes(seen, test)
+    pairs = overlapping_classes(seen_in(training), test)
     if pairs and not allow_overlap:
         raise InputError(
             f"{len(pairs)} classes that meta-training, of the rule or the initial values, has seen "

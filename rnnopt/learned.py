@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rnnopt.baselines import SGD, Adam
 from rnnopt.checkpoint import SavedRule, load_rule, shipped_rule
@@ -99,10 +98,16 @@ class LearnedSettings:
         }  # fmt: skip
         return replace(unroll, initial=kinds[self.init])
 
+    @property
+    def start(self) -> Start:
+        """How tasks start, from the pretrained values."""
+        return Start(self.head, self.adapted)
 
-def origin_path(origin: str, params: Iterable[Tensor]) -> str | Path:
-    """The rule file that `LearnedSettings.origin` means where these parameters train."""
-    return shipped_rule(params) if origin == SHIPPED else origin
+    def origin_path(self, classifier: Classifier) -> Path | None:
+        """The rule file that `origin` means where this classifier is adapted."""
+        if self.origin == SHIPPED:
+            return shipped_rule(self.start.params(classifier).values())
+        return None if self.origin is None else Path(self.origin)
 
 
 class Learned(nn.Module):
@@ -128,7 +133,7 @@ class Learned(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.start = Start(settings.head, settings.adapted)
+        self.start = settings.start
         self.rule = self._inner_rule(classifier, hidden_size, seed)
         if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
             self.rule.still_directions()
@@ -145,14 +150,16 @@ class Learned(nn.Module):
             return Adam(lr)
         if inner == "meta-sgd":
             return MetaSGD(list(self.start.params(classifier)), lr)
-        if self.settings.origin is not None:
-            return self._original(self.settings.origin, classifier, hidden_size)
+        path = self.settings.origin_path(classifier)
+        if path is not None:
+            return self._original(path, hidden_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return CoordinateLSTM(hidden_size=hidden_size, reach=lr)
 
-    def _original(self, origin: str, classifier: Classifier, hidden_size: int) -> SavedRule:
-        rule = load_rule(origin_path(origin, self.start.params(classifier).values()))
+    def _original(self, path: Path, hidden_size: int) -> SavedRule:
+        """The rule to begin with, ready to be trained."""
+        rule, origin = load_rule(path), self.settings.origin
         if not isinstance(rule, CoordinateLSTM):
             raise InputError(f"--from {origin}: holds {type(rule).__name__}, expected an LSTM")
         if rule.hidden_size != hidden_size:

@@ -67,7 +67,7 @@ class CoordinateLSTM(nn.Module):
     small the encoder below it has to move far to fit the support set, which is how it learns
     features that carry over (the rich regime of Chizat et al. 2019, arXiv:1812.07956); a head that
     is large at once fits it with the features that there are. So a head may stay small while the
-    encoder learns, and then grow in the direction that it has, which changes no prediction.
+    encoder learns, and then grow in the direction that it has, which hardly changes a prediction.
 
     With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
     reach * scale. A coordinate that never had a gradient keeps a zero state and gets a zero update.

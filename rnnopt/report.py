@@ -15,6 +15,7 @@ from rnnopt.folder import LOG_FILE, RUN_FILE
 from rnnopt.provenance import PROVENANCE_FILE, read_json
 from rnnopt.requirement import Requirement
 from rnnopt.sources import overlap_lines, sources_table
+from rnnopt.splits import class_pair
 from rnnopt.tables import NOT_FINITE, comparison_table, confusion_text, table
 from rnnopt.transfer import seen_lines
 
@@ -171,7 +172,7 @@ def _judged(title: str, judged: Mapping[str, Any]) -> str:
 def _comparison(file: Path, say: Callable[[str], None]) -> list[str]:
     result = _read(file)
     setting = result["setting"]
-    classes = [" = ".join(dict.fromkeys(pair)) for pair in setting["seen_classes"]]
+    classes = [class_pair(pair) for pair in setting["seen_classes"]]
     seen = {"domains": setting.get("seen_domains", []), "classes": classes}
     rows = [[name, _shown(value)] for name, value in setting.items() if name != "seen_classes"]
     return [

@@ -10,7 +10,7 @@ from typing import Any
 
 from rnnopt.corpus import Corpus, listed, merge
 from rnnopt.errors import InputError
-from rnnopt.splits import PART_NAMES, Splits, check_disjoint
+from rnnopt.splits import PART_NAMES, Splits, check_disjoint, class_pair
 from rnnopt.tables import table
 
 
@@ -161,7 +161,7 @@ def _overlaps(corpora: Mapping[str, Corpus]) -> list[dict[str, Any]]:
         pairs = check_disjoint(corpora[one], corpora[other], allow_overlap=True)
         texts = len(hashes[one] & hashes[other])
         if pairs or texts:
-            examples = [" = ".join(dict.fromkeys(pair)) for pair in pairs[:3]]
+            examples = [class_pair(pair) for pair in pairs[:3]]
             found.append(
                 {
                     "between": [one, other],

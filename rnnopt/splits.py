@@ -220,6 +220,11 @@ def class_sketches(corpus: Corpus) -> dict[str, list[str]]:
     return {name: sorted(hashes)[:SKETCH_SIZE] for name, hashes in corpus.class_hashes.items()}
 
 
+def class_pair(pair: Sequence[str]) -> str:
+    """A class's names on two sides, for people: both, or the one that both sides have."""
+    return " = ".join(dict.fromkeys(pair))
+
+
 def overlapping_classes(seen: Mapping[str, Sequence[str]], corpus: Corpus) -> list[tuple[str, str]]:
     """Which classes of the corpus were seen before.
 
@@ -261,7 +266,7 @@ def check_disjoint(
     """
     pairs = _same_classes(train.class_hashes, other.class_hashes)
     if pairs and not allow_overlap:
-        shown = listed((" = ".join(dict.fromkeys(pair)) for pair in pairs), most=3)
+        shown = listed(map(class_pair, pairs), most=3)
         raise InputError(
             f"{what} have classes in common, by name or by their texts ({shown}), and must have "
             "none; remove one of each pair, name the column that tells domains apart with "

@@ -10,7 +10,7 @@ from typing import Any
 
 from rnnopt.corpus import Corpus, listed
 from rnnopt.errors import InputError
-from rnnopt.splits import overlapping_classes, source_files
+from rnnopt.splits import class_pair, overlapping_classes, source_files
 
 
 def seen_in(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def require_transfer(
     known = seen_in(training)
     seen = {
         "domains": seen_domains(training, here),
-        "classes": [" = ".join(dict.fromkeys(pair)) for pair in overlapping_classes(known, here)],
+        "classes": [class_pair(pair) for pair in overlapping_classes(known, here)],
     }
     if allow_overlap or not any(seen.values()):
         return seen

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -32,17 +33,15 @@ RECIPE = """
 --tune head --exact head --ways 2 3 4 5 8 10 15 --shots 1 1 2 5 10 --most-support 40 --queries 3
 --batch-size 1000 1000 8 4 --max-length 32 --steps 20 --shortest 3 --judged 0.5 --loss-scale 1.5
 --calibrated 0.5 --sure-from 4 --order 1 --clip 0.2 --tasks 4 --meta-steps 120 --meta-lr 6e-3
---hidden-size 8 --validate-every 40
---validation-tasks 16 --precision fp32 --device cpu --seed 0
+--hidden-size 8 --validate-every 40 --validation-tasks 16 --precision fp32 --device cpu --seed 0
 """
 
 
 def ship(folder: Path) -> None:
     """Write both rules from the best one of a run."""
-    rule, training = load_rule(folder), read_training(folder)
+    rule, training = cast(CoordinateLSTM, load_rule(folder)), read_training(folder)
     save_rule(rule, folder / "shipped" / SHIPPED_HEAD_RULE.name, training)
-    if isinstance(rule, CoordinateLSTM):
-        rule.still_directions()
+    rule.still_directions()
     save_rule(rule, folder / "shipped" / SHIPPED_RULE.name, {**training, "growth_alone": True})
 
 

@@ -30,8 +30,9 @@ def test_what_is_taken_out_is_at_zero_and_nothing_else(ablations, tune):
             assert not weight.any() if gone else kept, (name, part)
 
 
-def test_every_variant_gets_a_row(ablations, monkeypatch, csv_file, encoder):
+def test_every_variant_gets_a_row(ablations, monkeypatch, csv_file, encoder, tmp_path):
     monkeypatch.setattr(ablations, "CELLS", ((csv_file.name, 2, 1),))
-    lines = list(ablations.rows(csv_file.parent, str(encoder), "head", episodes=1))
+    lines = list(ablations.rows(csv_file.parent, str(encoder), "head", 2, tmp_path))
     assert len(lines) == 2 + len(ablations.variants("head"))
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert list(ablations.rows(csv_file.parent, str(encoder), "head", 2, tmp_path)) == lines
