@@ -62,17 +62,19 @@ class Peaks(NamedTuple):
         tensor_peak: of the RMS of the tensor's gradient.
         model_peak: of the largest RMS of a tensor's gradient in the model.
         decrease_peak: of the promised decrease, see `model_sums`.
+        request_peak: of `growth_request`.
     """
 
     tensor_peak: Tensor
     model_peak: Tensor
     decrease_peak: Tensor
+    request_peak: Tensor
 
     def after(self, sums: Tensor, step: Tensor) -> Peaks:
         """Those after a step.
 
-        From `_SETTLED_STEP` on they grow to at most `_MOST_GROWTH` times what they were: an outlier
-        would make all later steps as much smaller as it is larger.
+        From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
+        were: an outlier would make all later steps as much smaller as it is larger.
 
         Args:
             sums: what `model_sums` returned, (..., 15).
@@ -81,7 +83,9 @@ class Peaks(NamedTuple):
         rms, _ = root_mean_squares(sums)
         now = (rms, sums[..., SUMS], sums[..., SUMS + 1])
         settled = step >= _SETTLED_STEP
-        return Peaks(*(_grown(old, new, settled) for old, new in zip(self, now)))
+        tensor, model, decrease = (_grown(old, new, settled) for old, new in zip(self, now))
+        request = torch.maximum(self.request_peak, growth_request(sums))
+        return Peaks(tensor, model, decrease, request)
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
@@ -142,7 +146,12 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     been fitted, whose gradients vanish, comes to rest::
 
         scale = (RMS(g) / largest so far)^BALANCE * (largest RMS now / largest so far)^REST
-            / (floor + largest decrease so far)
+            * (1 - request * max(0, cos(m, g)))^2 / (floor + largest decrease so far)
+
+    with the largest request before this step, see `growth_request`. What has asked for nothing but
+    growth points the right way: a head, at the means of its classes. From then on it grows, and
+    steps by what is new in its gradient: much in minibatches, little in full batches, where all
+    that would follow is to bend towards the few texts that are hardest to fit.
 
     Args:
         sums: what `model_sums` returned, (..., 15).
@@ -153,10 +162,13 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         (...).
     """
     rms, _ = root_mean_squares(sums)
+    size, _, grad_square, _, memory_square, product, *_ = sums.unbind(-1)
+    agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
+    new = (1 - peaks.request_peak * agreement) ** 2
     peaks = peaks.after(sums, step)
     # an outlier's is beyond its peak
     share, rest = ((size / peaks.model_peak).clamp(max=1) for size in (rms, sums[..., SUMS]))
-    return share**BALANCE * rest**REST / (_DECREASE_FLOOR + peaks.decrease_peak)
+    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + peaks.decrease_peak)
 
 
 def growth_request(sums: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ from rnnopt.preprocess import BALANCE, REST, Peaks, step_scale, tensor_context
 from rnnopt.rule import advance
 
 
+def cosine(one, other):
+    return float(torch.cosine_similarity(one.detach().flatten(), other.flatten(), dim=0))
+
+
 @settings(max_examples=20, deadline=None)
 @given(hidden_size=st.integers(1, 12), seed=st.integers(0, 99))
 def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
@@ -26,7 +30,7 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
     twins = [param.clone().requires_grad_() for param in ours]
     optimizer = LearnedOptimizer([param.requires_grad_() for param in ours], rule)
     reference = torch.optim.Adam([{"params": [twin]} for twin in twins])
-    largest, most = 0.0, 0.0
+    largest, most, requests = 0.0, 0.0, [0.0, 0.0]
     for step in range(20):
         for size, param, twin in zip((5.0, 0.3 + step), ours, twins):
             param.grad = size * torch.randn(param.shape, generator=generator)
@@ -36,8 +40,13 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
         promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
         largest, most = max(largest, *sizes), max(most, promised)
         rest = (max(sizes) / largest) ** 0.5
-        for group, size in zip(reference.param_groups, sizes):
-            group["lr"] = 0.01 * (size / largest) ** 0.25 * rest / (8 + most)
+        weights = [size**2 * twin.numel() ** 0.5 for size, twin in zip(sizes, twins)]
+        for i, (group, size, twin) in enumerate(zip(reference.param_groups, sizes, twins)):
+            memory = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
+            new = (1 - requests[i] * max(0.0, cosine(memory, twin.grad))) ** 2
+            group["lr"] = 0.01 * new * (size / largest) ** 0.25 * rest / (8 + most)
+            asked = max(0.0, -cosine(twin, twin.grad)) * weights[i] / max(weights)
+            requests[i] = max(requests[i], asked**2 / (asked**2 + 0.15**2))
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
@@ -198,6 +207,28 @@ def test_every_weight_of_the_rule_has_a_say():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CoordinateLSTM(**options)
+
+
+def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
+    """In a full batch, whose gradient repeats, next to nothing; in one at right angles, as ever."""
+    rule, param = CoordinateLSTM(), torch.randn(50)
+    grad, other = -param, torch.randn(50)  # the gradient asks the tensor to grow
+    other -= grad * (other @ grad) / (grad @ grad)
+    state = rule.init_state(param)
+
+    def scale(g, without_request=False):
+        sums = rule.related(rule.sums(g, state, param).unsqueeze(0))[0]
+        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        if without_request:
+            peaks = peaks._replace(request_peak=torch.tensor(0.0))
+        return float(step_scale(sums, peaks, state["step"] + 1))
+
+    assert scale(grad) == scale(grad, without_request=True) > 0
+    _, state = advance(rule, param, grad, state, 1.0, 0.0)
+    request = 1 / (1 + 0.15**2)
+    assert scale(grad) == pytest.approx(scale(grad, True) * (1 - request) ** 2, rel=1e-4)
+    assert scale(other) == pytest.approx(scale(other, True), rel=1e-4)
+    assert scale(-grad) == scale(-grad, without_request=True)
 
 
 def test_an_outlier_slows_what_follows_tenfold_at_most():
