@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run on a machine that has only Python 3.11 or newer and git.
-#   bash scripts/run.sh demo     meta-train and compare on the embedded default, about 4 minutes
-#   bash scripts/run.sh tests    lint, types and the default test suite, offline, about 9 minutes
+#   bash scripts/run.sh demo     meta-train and compare on the embedded default, about 7 minutes
+#   bash scripts/run.sh tests    lint, types and the default test suite, offline, 9 minutes or more
 # Makes .venv beside the sources on the first call and keeps it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
