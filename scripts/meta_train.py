@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would end in other last bits
-    start = Path(options.output).with_suffix(".start.safetensors")
+    start = Path(f"{Path(options.output)}.start.safetensors")
     gradient_descent(start)
     code = main(
         [
