@@ -143,7 +143,7 @@ INLINE vec arsinh(vec x) {
     return (vec)((bits)logarithm(size + root(size * size + 1.0f)) | sign);
 }
 
-/* -- the sums over a tensor, see preprocess.tensor_sums */
+/* -- the sums over a tensor, see preprocess.tensor_sums: all but the last */
 
 INLINE vec bounded(const Rule *rule, const float *at, int count, bits *finite) {
     vec g = load(at, count);

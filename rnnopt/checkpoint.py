@@ -28,7 +28,7 @@ SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
 # The rules that a file can hold. A number rises when a rule's arithmetic changes.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
-    "rnnopt.CoordinateLSTM.5": CoordinateLSTM,
+    "rnnopt.CoordinateLSTM.6": CoordinateLSTM,
     **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
 }
 _ABOUT = "rnnopt"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.lstm import CoordinateLSTM
-from rnnopt.preprocess import Peaks, root_mean_squares, step_scale
+from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale
 from rnnopt.rule import State
 
 
@@ -61,8 +61,12 @@ class Piece:
             and all(tensor.is_contiguous() for tensor in (self.param, *leaves))
             and self.state["hidden"].dtype in (torch.float32, torch.bfloat16)
             and self.state["hidden"].dtype == self.state["cell"].dtype
-            and all(self.state[name].dtype == torch.float32 for name in ("m", "v", *Peaks._fields))
+            and all(self.state[name].dtype == torch.float32 for name in _FULL)
         )
+
+
+TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
+_FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
 
 
 class FusedStep:
@@ -98,7 +102,7 @@ class FusedStep:
         Args:
             measured: what `measure` returned.
             sums: what the rule's `related` tells each of the tensors that they are pieces of,
-                (pieces, 15).
+                (pieces, 16).
         """
         raise NotImplementedError
 
@@ -109,13 +113,19 @@ class Measured:
 
     Attributes:
         pieces: P of them.
-        sums: over each piece, (P, 8).
+        sums: over each piece, (P, 9).
         kept: what the kernel will want again: its tables, and the gradients that they point to.
     """
 
     pieces: Sequence[Piece]
     sums: Tensor
     kept: tuple[Any, ...]
+
+
+def with_matrices(sums: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Put the last of `rnnopt.preprocess.tensor_sums` beside those taken; (P, 8) -> (P, 9)."""
+    matrix = torch.stack([piece.state["matrix"] for piece in pieces])
+    return torch.column_stack([sums, matrix * sums[:, 0]])
 
 
 def describe(
@@ -150,7 +160,7 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 15).
+        sums: what the rule's `related` tells the tensors, (P, 16).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.fused import FusedStep, Measured, Piece, contexts, describe
+from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, contexts, describe, with_matrices
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
-from rnnopt.preprocess import RATIO_FLOOR, SUMS
+from rnnopt.preprocess import RATIO_FLOOR
 
 SOURCE = Path(__file__).with_name("cell.c")
 # Coordinates to a block, what one thread takes at a time: its arrays (1.2 MB) stay in a core's
@@ -57,7 +57,7 @@ class CompiledStep(FusedStep):
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the end of the step
         tensors = describe(self._rule, pieces, grads, self._layout)
         blocks = _blocks(tuple(piece.param.numel() for piece in pieces))
-        partial = np.zeros((len(blocks), SUMS))
+        partial = np.zeros((len(blocks), TAKEN))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         _share(
             lambda first, last: self._kernel.rnnopt_sums(
@@ -65,9 +65,9 @@ class CompiledStep(FusedStep):
             ),
             blocks,
         )
-        sums = torch.zeros(len(pieces), SUMS, dtype=torch.float64)
+        sums = torch.zeros(len(pieces), TAKEN, dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
-        return Measured(pieces, sums.float(), (rule, tensors, blocks, grads))
+        return Measured(pieces, with_matrices(sums.float(), pieces), (rule, tensors, blocks, grads))
 
     def take(self, measured: Measured, sums: Tensor) -> None:
         """See `FusedStep`."""

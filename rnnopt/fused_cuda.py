@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnopt.fused import FusedStep, Measured, Piece, contexts, describe
+from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, contexts, describe, with_matrices
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
-from rnnopt.preprocess import COORDINATE_FEATURES, RATIO_FLOOR, SUMS
+from rnnopt.preprocess import COORDINATE_FEATURES, RATIO_FLOOR
 
 # Threads to a block of coordinates: four warps hide each other's waiting, and four or more such
 # blocks fit a multiprocessor.
@@ -46,7 +46,7 @@ _OPTIONS: dict[str, Any] = {
 _SUM_BLOCK = 2048
 # Of those blocks, how many are added up at once.
 _LANES = tl.constexpr(256)
-_MEASURED = tl.constexpr(SUMS - 1)  # the first sum is N, which is known
+_MEASURED = tl.constexpr(TAKEN - 1)  # the first sum is N, which is known
 
 # One tensor, 64 bytes: eight words, of which the last holds two float32.
 _LAYOUT = np.dtype(
@@ -79,7 +79,8 @@ class TritonStep(FusedStep):
             # anything did would take as long. 64 bytes a tensor, from pinned memory, which torch
             # keeps until the copy is done: nobody waits.
             table = _to_device(describe(rule, pieces, grads, _LAYOUT).view(np.int64), device)
-            return Measured(pieces, _sums(table, counts, types), (table, counts, types, grads))
+            sums = with_matrices(_sums(table, counts, types), pieces)
+            return Measured(pieces, sums, (table, counts, types, grads))
 
     def take(self, measured: Measured, sums: Tensor) -> None:
         """See `FusedStep`."""
@@ -121,7 +122,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
 
 
 def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tensor:
-    """See `rnnopt.preprocess.tensor_sums`: (P, 8), the same bits at every call."""
+    """All but the last of `rnnopt.preprocess.tensor_sums`: (P, 8), the same bits at every call."""
     blocks, starts = _blocks(counts, _SUM_BLOCK, table.device)
     partial = torch.empty(len(blocks), _MEASURED.value, device=table.device, dtype=torch.float32)
     if len(blocks):
@@ -129,7 +130,7 @@ def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tenso
             table, blocks, partial, GRADIENT_BOUND,
             BLOCK=_SUM_BLOCK, PARAM=types[0], GRAD=types[1], **_OPTIONS,
         )  # fmt: skip
-    sums = torch.empty(len(counts), SUMS, device=table.device, dtype=torch.float32)
+    sums = torch.empty(len(counts), TAKEN, device=table.device, dtype=torch.float32)
     _added_sums[(len(counts),)](table, starts, partial, sums, **_OPTIONS)
     return sums
 

@@ -170,7 +170,8 @@ class CoordinateLSTM(nn.Module):
         """Zeros.
 
         ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
-        steps taken; and 0-d each what `rnnopt.preprocess.Peaks` holds. All in the dtype of the
+        steps taken; ``matrix`` 0-d: 1 for a tensor of two dimensions or more, 0 for a vector; and
+        0-d each what `rnnopt.preprocess.Peaks` holds. All in the dtype of the
         rule's weights, but for the LSTM's if `memory_dtype` says otherwise: it bears rounding,
         which Adam's moments, slow averages, do not.
         """
@@ -181,12 +182,14 @@ class CoordinateLSTM(nn.Module):
             **init_moments(param, dtype),
             "hidden": memory,
             "cell": memory.clone(),
+            "matrix": torch.tensor(float(param.dim() > 1), dtype=dtype, device=param.device),
             **{name: torch.zeros((), dtype=dtype, device=param.device) for name in Peaks._fields},
         }
 
     def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """See `rnnopt.rule.TensorWideRule.sums`."""
-        return tensor_sums(self._bounded(grad), state["m"], param.to(self.gate_weight.dtype))
+        param = param.to(self.gate_weight.dtype)
+        return tensor_sums(self._bounded(grad), state["m"], param, state["matrix"])
 
     def related(self, sums: Tensor) -> Tensor:
         """See `rnnopt.rule.TensorWideRule.related`."""
@@ -219,6 +222,7 @@ class CoordinateLSTM(nn.Module):
             **moments,
             "hidden": hidden.to(state["hidden"].dtype),
             "cell": cell.to(state["cell"].dtype),
+            "matrix": state["matrix"],
             **peaks.after(sums, moments["step"])._asdict(),
         }
 

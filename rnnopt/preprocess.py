@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 COORDINATE_FEATURES = 5
-SUMS = 8
+SUMS = 9
+_PULL, _MATRIX = 7, 8  # which of them, see `tensor_sums`
 CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
@@ -41,6 +42,7 @@ _LATEST_STEP = 16.0
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
 
+_LEAST_WEIGHT = 1e-30  # of the heaviest matrix, where there is none
 _REQUEST = 0.15  # for growth, at which half of it is granted, see `growth_request`
 _PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
 _PULL_UNIT = 0.125  # nats: about what the margin of a fresh head is after its first step
@@ -77,7 +79,7 @@ class Peaks(NamedTuple):
         were: an outlier would make all later steps as much smaller as it is larger.
 
         Args:
-            sums: what `model_sums` returned, (..., 15).
+            sums: what `model_sums` returned, (..., 16).
             step: (...), 1 at the first step.
         """
         rms, _ = root_mean_squares(sums)
@@ -88,7 +90,7 @@ class Peaks(NamedTuple):
         return Peaks(tensor, model, decrease, request)
 
 
-def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
+def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
     """All that a rule has to know of a tensor as a whole, as sums over its coordinates.
 
     Sums, so that the pieces of a tensor that is sharded over processes, or the blocks of one that
@@ -98,9 +100,11 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
         grad: (N,).
         memory: Adam's first moment before this step, (N,).
         param: (N,).
+        matrix: 0-d, 1 for a tensor of two dimensions or more, 0 for a vector.
 
     Returns:
-        (8,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|, of p g.
+        (9,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|, of p g, and N of
+        a matrix, 0 of a vector.
     """
     one = torch.ones((), dtype=param.dtype, device=param.device)
     return torch.stack(
@@ -113,6 +117,7 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor) -> Tensor:
             (memory * grad).sum(),
             grad.abs().sum(),
             (param * grad).sum(),
+            matrix * param.numel(),
         ]
     )
 
@@ -121,10 +126,10 @@ def model_sums(sums: Tensor) -> Tensor:
     """Tell each tensor what those that are stepped together amount to.
 
     Args:
-        sums: what `tensor_sums` returned for each of P tensors, (P, 8).
+        sums: what `tensor_sums` returned for each of P tensors, (P, 9).
 
     Returns:
-        (P, 15): beside the eight of the tensor, the same in every row: the largest RMS of a
+        (P, 16): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; and over all
         coordinates N, sum of g^2, of m^2, of m g; and the largest weight, see `growth_request`.
@@ -133,7 +138,7 @@ def model_sums(sums: Tensor) -> Tensor:
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
-    heaviest = _weights(sums).amax()
+    heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
     shared = torch.stack([largest, decrease, size, grad_square, memory_square, product, heaviest])
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
@@ -154,7 +159,7 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     that would follow is to bend towards the few texts that are hardest to fit.
 
     Args:
-        sums: what `model_sums` returned, (..., 15).
+        sums: what `model_sums` returned, (..., 16).
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -175,13 +180,14 @@ def growth_request(sums: Tensor) -> Tensor:
     """How far a tensor's gradient asks for nothing but that the tensor grows, from 0 to 1; (...).
 
     ``x^2 / (x^2 + 0.15^2)`` of ``x = max(0, -cos(p, g)) * weight / largest weight``, where a
-    tensor's weight is the RMS of its gradient times its norm: neither a few coordinates nor a great
-    many small ones make it large. Of a head that is small and tells the classes apart x is 1/2 and
-    more; of pretrained tensors next to nothing, for normalisation makes most of them blind to their
-    own size, and the others weigh less than the head.
+    matrix's weight is the RMS of its gradient times its norm: neither a few coordinates nor a great
+    many small ones make it large. A vector's is 0: a bias that grew would bend every decision
+    towards the classes that it favours. Of a head that is small and tells the classes apart x is
+    1/2 and more; of pretrained matrices next to nothing, for normalisation makes most of them blind
+    to their own size, and the others weigh less than the head.
 
     Args:
-        sums: what `model_sums` returned, (..., 15).
+        sums: what `model_sums` returned, (..., 16).
     """
     request = (_pull_cosine(sums).clamp(min=0) * _weights(sums) / sums[..., -1]) ** 2
     return request / (request + _REQUEST**2)
@@ -237,16 +243,16 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 15); the leading dimensions, if any, are tensors.
+        sums: what `model_sums` returned, (..., 16); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
     Returns:
         (..., C), standardised.
     """
-    size, param_square, grad_square, _, memory_square, product, _, pull = sums[..., :SUMS].unbind(
-        -1
-    )
+    size, param_square, grad_square, _, memory_square, product, _, pull, _ = sums[
+        ..., :SUMS
+    ].unbind(-1)
     largest, decrease, model_size, *model, _ = sums[..., SUMS:].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
     share = torch.log(grad_rms / largest)
@@ -275,15 +281,16 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
 
 
 def _weights(sums: Tensor) -> Tensor:
-    """RMS of the gradient times its norm, (...), see `growth_request`."""
+    """Of a matrix RMS of the gradient times its norm, (...), see `growth_request`."""
     rms, _ = root_mean_squares(sums)
-    return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1))
+    matrix = sums[..., _MATRIX] / sums[..., 0].clamp(min=1)
+    return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1)) * matrix
 
 
 def _pull_cosine(sums: Tensor) -> Tensor:
     """-cos(parameter, gradient): 1 where the gradient asks for nothing but growth."""
     size, param_square, grad_square = sums[..., 0], sums[..., 1], sums[..., 2]
-    return -_cosine(size, grad_square, param_square, sums[..., SUMS - 1])
+    return -_cosine(size, grad_square, param_square, sums[..., _PULL])
 
 
 def _grown(peak: Tensor, value: Tensor, settled: Tensor) -> Tensor:

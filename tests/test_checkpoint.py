@@ -59,7 +59,7 @@ def damaged(tmp_path, name):
         ("cut in the header", "no complete safetensors file"),
         ("empty", "no complete safetensors file"),
         ("pickle", "no complete safetensors file"),
-        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.5'"),
+        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.6'"),
         ("other config", "weights and config do not fit together"),
         ("unknown option", "weights and config do not fit together"),
         ("not finite", "weights that are not finite"),

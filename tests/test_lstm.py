@@ -10,7 +10,14 @@ from rules import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt import lstm as lstm_module
-from rnnopt.preprocess import BALANCE, REST, Peaks, step_scale, tensor_context
+from rnnopt.preprocess import (
+    BALANCE,
+    REST,
+    Peaks,
+    growth_request,
+    step_scale,
+    tensor_context,
+)
 from rnnopt.rule import advance
 
 
@@ -26,13 +33,13 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
     generator = torch.Generator().manual_seed(seed)
     rule = random_lstm(hidden_size=hidden_size, reach=0.01)
     rule.zero_output()
-    ours = [torch.randn(3, 4, generator=generator), torch.randn(50, generator=generator)]
+    ours = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5, 10), (7,))]
     twins = [param.clone().requires_grad_() for param in ours]
     optimizer = LearnedOptimizer([param.requires_grad_() for param in ours], rule)
     reference = torch.optim.Adam([{"params": [twin]} for twin in twins])
-    largest, most, requests = 0.0, 0.0, [0.0, 0.0]
+    largest, most, requests = 0.0, 0.0, [0.0, 0.0, 0.0]
     for step in range(20):
-        for size, param, twin in zip((5.0, 0.3 + step), ours, twins):
+        for size, param, twin in zip((5.0, 0.3 + step, 20.0), ours, twins):
             param.grad = size * torch.randn(param.shape, generator=generator)
             twin.grad = param.grad.clone()
         sizes = [float(twin.grad.square().mean().sqrt()) for twin in twins]
@@ -40,7 +47,9 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
         promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
         largest, most = max(largest, *sizes), max(most, promised)
         rest = (max(sizes) / largest) ** 0.5
-        weights = [size**2 * twin.numel() ** 0.5 for size, twin in zip(sizes, twins)]
+        weights = [  # a vector's is nothing, however large its gradient
+            size**2 * twin.numel() ** 0.5 * (twin.dim() > 1) for size, twin in zip(sizes, twins)
+        ]
         for i, (group, size, twin) in enumerate(zip(reference.param_groups, sizes, twins)):
             memory = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
             new = (1 - requests[i] * max(0.0, cosine(memory, twin.grad))) ** 2
@@ -162,7 +171,7 @@ def test_a_tensor_grows_by_itself_for_eight_steps_as_its_gradient_asks_for_that(
         grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
         grad[2] = 0
         sums = rule.sums(grad.flatten(), state, param.flatten())
-        largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0])
+        largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0, 20])
         heavier = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
         told = rule.related(torch.stack([sums, largest]))[0]
         adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
@@ -187,10 +196,10 @@ def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alo
 
 
 def test_every_weight_of_the_rule_has_a_say():
-    rule, param = random_lstm(), torch.randn(20)
+    rule, param = random_lstm(), torch.randn(4, 5)
     state = rule.init_state(param)
     for _ in range(2):  # the recurrent weights act from the second step on
-        delta, state = advance(rule, param, torch.randn(20), state, 1.0, 0.0)
+        delta, state = advance(rule, param, torch.randn(4, 5), state, 1.0, 0.0)
     delta.square().sum().backward()
     for name, weight in rule.named_parameters():
         assert weight.grad.count_nonzero() == weight.numel(), name
@@ -209,15 +218,28 @@ def test_bad_settings_are_refused(options, message):
         CoordinateLSTM(**options)
 
 
+def test_a_vector_does_not_grow_and_does_not_keep_a_matrix_from_it():
+    """A bias that grew would bend every decision towards the classes that it favours."""
+    rule, head, bias = CoordinateLSTM(), torch.randn(5, 10), torch.randn(5)
+    rows = []
+    for param, size in ((head, 1.0), (bias, 100.0)):  # both ask for growth, the bias for far more
+        state = rule.init_state(param)
+        flat = param.flatten()
+        rows.append(rule.sums(-size * flat, state, flat))
+    asked = growth_request(rule.related(torch.stack(rows)))
+    assert asked.tolist() == pytest.approx([1 / (1 + 0.15**2), 0], abs=1e-5)
+    assert growth_request(rule.related(rows[1].unsqueeze(0))).tolist() == [0]  # alone
+
+
 def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
     """In a full batch, whose gradient repeats, next to nothing; in one at right angles, as ever."""
-    rule, param = CoordinateLSTM(), torch.randn(50)
-    grad, other = -param, torch.randn(50)  # the gradient asks the tensor to grow
-    other -= grad * (other @ grad) / (grad @ grad)
+    rule, param = CoordinateLSTM(), torch.randn(5, 10)
+    grad, other = -param, torch.randn(5, 10)  # the gradient asks the tensor to grow
+    other -= grad * (other * grad).sum() / (grad * grad).sum()
     state = rule.init_state(param)
 
     def scale(g, without_request=False):
-        sums = rule.related(rule.sums(g, state, param).unsqueeze(0))[0]
+        sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
         peaks = Peaks(*(state[name] for name in Peaks._fields))
         if without_request:
             peaks = peaks._replace(request_peak=torch.tensor(0.0))
