@@ -2,6 +2,7 @@
 
     python scripts/benchmark_quality.py --data DATA --encoder MINILM --output quality --rule RULE
     python scripts/benchmark_quality.py --output quality --table
+    python scripts/benchmark_quality.py --output quality --fill README.md
 
 A cell is a set of texts, what trains, ways, shots and pooling. Core cells have every baseline, wide
 ones AdamW and Schedule-Free AdamW. DATA holds one folder for each of the sets below; MINILM is
@@ -26,15 +27,21 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmark import progress
-from quality_table import quality_table
+from quality_table import TRAINS, filled, quality_table, short_table
 
-from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_fingerprint
+from rnnopt.checkpoint import (
+    SHIPPED_HEAD_RULE,
+    SHIPPED_RULE,
+    load_rule,
+    rule_fingerprint,
+    write_atomically,
+)
 from rnnopt.cli import main as rnnopt
 from rnnopt.comparators import BASELINES
 from rnnopt.frozen import FROZEN
@@ -72,7 +79,7 @@ SETS = {
     "amazon16_partial": Texts(135),
     "bbcsport5": Texts(300, "all"),
 }
-CORE_SETS = ("clinc150", "stackoverflow20")
+CORE_SETS = {"clinc150": "CLINC150", "stackoverflow20": "StackOverflow"}
 SHAPES = ((5, 1), (10, 5))  # ways, shots
 EVERY = (*BASELINES, *FROZEN)
 FEW = ("adamw", "schedulefree")
@@ -105,6 +112,15 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.group}-{self.data}-{self.tune}-{self.ways}way-{self.shots}shot"
+
+    def title(self, result: Mapping[str, Any]) -> str:
+        """Of a core or mean cell, in the short table."""
+        ways = result["setting"].get("ways_used", {"report": self.ways})["report"]
+        pooling = ", mean pooling" if self.pooling == "mean" else ""
+        return (
+            f"{CORE_SETS[self.data]}, {TRAINS[self.tune]}{pooling}, {ways}-way {self.shots}-shot "
+            f"({result['episodes']} episodes)"
+        )
 
     @property
     def cost(self) -> float:
@@ -230,6 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the cells' files")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument(
+        "--fill", type=Path, metavar="FILE",
+        help="write the short table of core and mean cells between FILE's two comments for it",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="FOLDER", help="that holds the folders of the sets")
     parser.add_argument("--encoder", metavar="NAME_OR_PATH")
     parser.add_argument("--rule", help="[the one shipped for what trains]")
@@ -266,17 +286,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(cell.name for cell in cells))
         return 0
-    if options.table:
+    if options.table or options.fill:
         files = {cell.name: cell.file(options) for cell in cells}
         results = {
             name: json.loads(file.read_text()) for name, file in files.items() if file.exists()
         }
         if not results:
             parser.error(f"--output {options.output}: no finished cell there; run some first")
-        print(quality_table(results))
+        if options.table:
+            print(quality_table(results))
+        if options.fill:
+            titles = {
+                cell.name: cell.title(results[cell.name])
+                for cell in sorted(cells, key=lambda cell: (list(COST).index(cell.tune), cell.name))
+                if cell.name in results and cell.data in CORE_SETS
+            }
+            try:
+                text = filled(options.fill.read_text(), short_table(results, titles))
+            except (OSError, ValueError) as error:
+                parser.error(f"--fill {options.fill}: {error}")
+            write_atomically(options.fill, text.encode())
         return 0
     if options.data is None or options.encoder is None:
-        parser.error("--data and --encoder are needed, unless --table or --list is given")
+        parser.error("--data and --encoder are needed, unless --table, --fill or --list is given")
     return run(cells, options)
 
 

@@ -28,11 +28,18 @@ UNTUNED = ("adamw-default", "muon-default", "prodigy", "schedulefree", "dadapt")
 LAST = 20  # budget up to which targets 2 and 3 hold
 SURPRISE = 0.01
 LEVEL_SHARE = 0.95
+# The short table: what stands in it, and how names are spelled there.
+SHORT = (1, 2, 3, 5, 10, 20)
+SHORT_LOSS = (1, 5)
+SHORT_METHODS = (LEARNED, "adamw", "sgd", "schedulefree")
+TRAINS = {"head": "head alone", "lora": "LoRA rank 8 + head", "full": "all weights"}
+BEGIN, END = "<!-- short_table of quality_table.py -->", "<!-- end of it -->"
 SPELLED = {
     LEARNED: "**rnnopt**",
     "adamw": "AdamW, tuned",
     "sgd": "SGD, tuned",
     "muon": "Muon, tuned",
+    "schedulefree": "Schedule-Free AdamW",
 }
 
 
@@ -77,6 +84,48 @@ def quality_table(results: Mapping[str, Result]) -> str:
     )
 
 
+def short_table(results: Mapping[str, Result], titles: Mapping[str, str]) -> str:
+    """A few methods in a few cells, with what the rule is ahead of tuned AdamW by.
+
+    Args:
+        results: by the cell's name.
+        titles: how each cell is called, in the order of the table.
+    """
+    columns = [*(str(b) for b in SHORT), *(f"loss at {b}" for b in SHORT_LOSS)]
+    lines = ["| | method | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for name, title in titles.items():
+        result = results[name]
+        for method in SHORT_METHODS:
+            if method in result["methods"]:
+                spelled = SPELLED[method] + (", nothing set" if method == LEARNED else "")
+                row = _short_row(result["methods"][method])
+                lines.append(f"| {title} | {spelled} | {row} |")
+                title = ""
+        if "adamw" in result["paired"]:
+            row = _short_row(result["paired"]["adamw"], sign="+")
+            lines.append(f"| | *rnnopt - AdamW, paired* | {row} |")
+    return "\n".join(lines)
+
+
+def _short_row(entry: Mapping[str, Any], sign: str = "") -> str:
+    cells = [entry["accuracy"].get(str(b)) for b in SHORT]
+    cells += [entry["loss"].get(str(b)) for b in SHORT_LOSS]
+    return " | ".join(_figure(cell, sign) for cell in cells)
+
+
+def filled(text: str, table: str) -> str:
+    """A document with the table between its `BEGIN` and `END`.
+
+    Raises:
+        ValueError: it has not one of each, in this order.
+    """
+    before, found, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (found and end):
+        raise ValueError(f"no place for the table: it goes between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
 def _figures(results: Mapping[str, Result]) -> str:
     lines = [
         "| cell | method | "
@@ -112,8 +161,8 @@ def _title(name: str, result: Result) -> str:
     return f"{name} ({'; '.join(notes)})"
 
 
-def _figure(cell: Mapping[str, float] | None) -> str:
-    return f"{cell['mean']:.3f} ± {cell['ci95']:.3f}" if cell else ""
+def _figure(cell: Mapping[str, float] | None, sign: str = "") -> str:
+    return f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}" if cell else ""
 
 
 def _steps(results: Mapping[str, Result]) -> str:

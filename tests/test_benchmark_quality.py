@@ -58,7 +58,7 @@ def quality(script, data, encoder, tmp_path):
 SMALL = ("--cells", "core-clinc150-head-5way-1shot", "wide-agnews_test-lora-5way-1shot")
 
 
-def test_cells_are_run_once_and_make_a_table(quality, tmp_path, capsys):
+def test_cells_are_run_once_and_make_tables(quality, script, tmp_path, capsys):
     assert quality(*SMALL) == 0
     out = capsys.readouterr()
     assert out.out.splitlines()[-1] == "2 of 2 cells are finished; refused: none"
@@ -72,6 +72,21 @@ def test_cells_are_run_once_and_make_a_table(quality, tmp_path, capsys):
     assert "cell 1" not in capsys.readouterr().err
     assert quality(*SMALL, "--table") == 0
     table = capsys.readouterr().out
+    readme = tmp_path / "README.md"
+    begin, end = script("quality_table").BEGIN, script("quality_table").END
+    readme.write_text(f"before\n{begin}\n| old |\n{end}\nafter\n")
+    for _ in range(2):  # again and again
+        assert quality(*SMALL, "--fill", readme) == 0
+        filled = readme.read_text()
+        assert filled.startswith(f"before\n{begin}\n| | method |") and "| old |" not in filled
+        assert filled.endswith(f"|\n{end}\nafter\n")
+        assert "| CLINC150, head alone, 3-way 1-shot (2 episodes) | **rnnopt**, no" in filled
+        assert "| SGD, tuned |" in filled and "agnews" not in filled
+    readme.write_text("no place")
+    with pytest.raises(SystemExit):
+        quality(*SMALL, "--fill", readme)
+    assert readme.read_text() == "no place"
+    assert "no place for the table: it goes between" in capsys.readouterr().err
     assert "| wide-agnews_test-lora-5way-1shot (2 ways, all it has; 3 ways to tune by; " in table
     assert "Target 3: ahead of the best baseline at the same budget, or level, in " in table
 
