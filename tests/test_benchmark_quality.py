@@ -181,7 +181,9 @@ def made_result(learned, **baselines):
     return {
         "episodes": 3,
         "setting": {"ways": 5, "seen_classes": []},
-        "methods": {name: entry(figures) for name, figures in methods.items()},
+        "methods": {
+            name: entry(figures) | {"seconds_per_step": 1.0} for name, figures in methods.items()
+        },
         "values": {name: column(figures) for name, figures in methods.items()},
     }
 
@@ -221,3 +223,17 @@ def test_a_target_that_is_missed_says_by_how_much(script):
     assert steps.count("**missed by 0.100**") == 2  # 3 steps and the loss
     assert "-0.100 ± 0.000, **missed by 0.120**" in steps  # 10 steps, two points above
     assert "100.0% of 4 cells" in text and "-0.000" not in text.split("Target 3")[1]
+
+
+def test_the_time_to_adamws_accuracy_at_40_steps(script):
+    """Reached at step 3, each of which takes twice as long: 40 / (3 * 2); or not at all."""
+    adamw = {1: 0.4, 5: 0.5, 40: 0.8}
+    early, never = (
+        made_result({1: 0.5, 3: high, 5: high, 10: high}, adamw=adamw) for high in (0.85, 0.7)
+    )
+    for result in (early, never):
+        for method, seconds in (("learned", 0.2), ("adamw", 0.1)):
+            result["methods"][method]["seconds_per_step"] = seconds
+    text = script("quality_table").quality_table({"early": early, "never": never})
+    assert "| early | 3 | 6.7, met |" in text
+    assert "| never | not in 10 | **missed** |" in text
