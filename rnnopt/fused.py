@@ -19,6 +19,9 @@ from rnnopt.lstm import CoordinateLSTM
 from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale
 from rnnopt.rule import State
 
+TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
+_FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
+
 
 @dataclass
 class Piece:
@@ -63,10 +66,6 @@ class Piece:
             and self.state["hidden"].dtype == self.state["cell"].dtype
             and all(self.state[name].dtype == torch.float32 for name in _FULL)
         )
-
-
-TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
-_FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
 
 
 class FusedStep:

@@ -82,12 +82,8 @@ class Peaks(NamedTuple):
             sums: what `model_sums` returned, (..., 16).
             step: (...), 1 at the first step.
         """
-        rms, _ = root_mean_squares(sums)
-        now = (rms, sums[..., SUMS], sums[..., SUMS + 1])
-        settled = step >= _SETTLED_STEP
-        tensor, model, decrease = (_grown(old, new, settled) for old, new in zip(self, now))
         request = torch.maximum(self.request_peak, growth_request(sums))
-        return Peaks(tensor, model, decrease, request)
+        return Peaks(*_gradient_peaks(self, sums, step), request)
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
@@ -170,10 +166,10 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     size, _, grad_square, _, memory_square, product, *_ = sums.unbind(-1)
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
     new = (1 - peaks.request_peak * agreement) ** 2
-    peaks = peaks.after(sums, step)
+    _, largest, decrease = _gradient_peaks(peaks, sums, step)
     # an outlier's is beyond its peak
-    share, rest = ((size / peaks.model_peak).clamp(max=1) for size in (rms, sums[..., SUMS]))
-    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + peaks.decrease_peak)
+    share, rest = ((size / largest).clamp(max=1) for size in (rms, sums[..., SUMS]))
+    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + decrease)
 
 
 def growth_request(sums: Tensor) -> Tensor:
@@ -291,6 +287,17 @@ def _pull_cosine(sums: Tensor) -> Tensor:
     """-cos(parameter, gradient): 1 where the gradient asks for nothing but growth."""
     size, param_square, grad_square = sums[..., 0], sums[..., 1], sums[..., 2]
     return -_cosine(size, grad_square, param_square, sums[..., _PULL])
+
+
+def _gradient_peaks(peaks: Peaks, sums: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three of `Peaks.after`."""
+    rms, _ = root_mean_squares(sums)
+    settled = step >= _SETTLED_STEP
+    return (
+        _grown(peaks.tensor_peak, rms, settled),
+        _grown(peaks.model_peak, sums[..., SUMS], settled),
+        _grown(peaks.decrease_peak, sums[..., SUMS + 1], settled),
+    )
 
 
 def _grown(peak: Tensor, value: Tensor, settled: Tensor) -> Tensor:

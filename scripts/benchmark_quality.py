@@ -302,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if cell.name in results and cell.data in CORE_SETS
             }
             try:
-                text = filled(options.fill.read_text(), short_table(results, titles))
+                text = filled(
+                    options.fill.read_text(encoding="utf-8"), short_table(results, titles)
+                )
             except (OSError, ValueError) as error:
                 parser.error(f"--fill {options.fill}: {error}")
             write_atomically(options.fill, text.encode())
