@@ -29,6 +29,7 @@ from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import LEARNED, Comparison
 from rnnopt.journal import Journal
 from rnnopt.lstm import CoordinateLSTM
+from rnnopt.preprocess import COORDINATE_FEATURES
 from rnnopt.splits import read_splits
 from rnnopt.task import TaskSource
 from rnnopt.text import Classifier, Tune
@@ -53,6 +54,14 @@ def without(path: Path, *prefixes: str) -> CoordinateLSTM:
     return rule
 
 
+def unseen(path: Path, *inputs: int) -> CoordinateLSTM:
+    """The rule in a file, blind to these of its coordinate features, see `coordinate_features`."""
+    rule = without(path)
+    with torch.no_grad():
+        rule.gate_weight[:, list(inputs)] = 0.0
+    return rule
+
+
 def variants(tune: str) -> dict[str, CoordinateLSTM]:
     """Name -> rule; the shipped one first."""
     own, other = SHIPPED_RULE, SHIPPED_HEAD_RULE
@@ -62,6 +71,12 @@ def variants(tune: str) -> dict[str, CoordinateLSTM]:
     if tune == "head":
         found["no steering"] = without(own, "output_")
         found["neither: Adam at the model's scale"] = without(own, "output_", "growth_")
+        found["no tensor context"] = without(own, "context_weight")
+        found["no normalised directions"] = unseen(own, 0, 1)
+        found["no gradient against its tensor's"] = unseen(own, 2, 3)
+        found["no memory in the LSTM"] = unseen(
+            own, *range(COORDINATE_FEATURES, COORDINATE_FEATURES + found[SHIPPED].hidden_size)
+        )
     else:
         found["lent: steered as a head is"] = without(other)
     return found
@@ -72,18 +87,26 @@ def stepped_by(rule: CoordinateLSTM) -> Build:
     return lambda classifier, params, _, steps: LearnedOptimizer(params.values(), rule)
 
 
-def rows(data: Path, encoder: str, tune: Tune, episodes: int, output: Path) -> Iterator[str]:
-    """The table, line by line."""
+def rows(
+    rules: dict[str, CoordinateLSTM],
+    data: Path,
+    encoder: str,
+    tune: Tune,
+    episodes: int,
+    output: Path,
+) -> Iterator[str]:
+    """The table, line by line: `SHIPPED` among the rules, and what the others are behind it."""
     header = ["validation classes", "variant", *(f"{metric} at {b}" for metric, b in SHOWN)]
     yield "| " + " | ".join(header) + " |"
     yield "|---" * len(header) + "|"
     classifier = Classifier.load(
         encoder, tune=tune, ways=5, max_length=32, device=torch.device("cpu"), precision="fp32"
     )
-    rules = variants(tune)
-    shipped = rules.pop(SHIPPED)
+    shipped = rules[SHIPPED]
     # the name of a run, which is kept, tells its rule
-    others = {f"{name} {rule_fingerprint(rule)}": rule for name, rule in rules.items()}
+    others = {
+        f"{name} {rule_fingerprint(rule)}": rule for name, rule in rules.items() if name != SHIPPED
+    }
     for folder, ways, shots in CELLS:
         corpus = read_splits([str(data / folder)]).validation
         sampler = EpisodeSampler(corpus, ways=ways, shots=shots, queries=QUERIES, seed=SEED)
@@ -129,5 +152,9 @@ if __name__ == "__main__":
     parser.add_argument("--episodes", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for row in rows(options.data, options.encoder, options.tune, options.episodes, options.output):
+    rules = variants(options.tune)
+    table = rows(
+        rules, options.data, options.encoder, options.tune, options.episodes, options.output
+    )
+    for row in table:
         print(row, flush=True)

@@ -39,10 +39,10 @@ RECIPE = """
 """
 
 
-def gradient_descent(path: Path) -> None:
+def gradient_descent(path: Path, hidden_size: int = 8) -> None:
     """Write a new rule whose output is the plain gradient's direction."""
     torch.manual_seed(0)
-    rule = CoordinateLSTM(hidden_size=8)
+    rule = CoordinateLSTM(hidden_size=hidden_size)
     with torch.no_grad():
         rule.output_bias.copy_(torch.tensor([0.0, -1.0, 1.0]))  # s, k, a, see CoordinateLSTM
     save_rule(rule, path, {})

@@ -1,38 +1,80 @@
-"""scripts/ablations.py on a tiny encoder."""
+"""scripts/ablations.py and scripts/ablations_trained.py on a tiny encoder."""
 
 import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+TAKEN_OUT = {  # of each variant: weights by the beginning of their names, and columns of the gates
+    "no growth": (("growth_",), ()),
+    "no steering": (("output_",), ()),
+    "neither: Adam at the model's scale": (("growth_", "output_"), ()),
+    "no tensor context": (("context_weight",), ()),
+    "no normalised directions": ((), (0, 1)),
+    "no gradient against its tensor's": ((), (2, 3)),
+    "no memory in the LSTM": ((), (5, 6, 7, 8, 9, 10, 11, 12)),
+}
 
 
 @pytest.fixture
-def ablations(monkeypatch):
-    """The script as a module."""
+def script(monkeypatch):
+    """A script by its name, as a module."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("ablations")
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("tune", ["head", "lora"])
-def test_what_is_taken_out_is_at_zero_and_nothing_else(ablations, tune):
-    (_, shipped), *others = ablations.variants(tune).items()
+def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
+    (_, shipped), *others = script("ablations").variants(tune).items()
     for name, rule in others:
         if name.startswith("lent"):
             continue
-        both = name.startswith("neither")
+        prefixes, columns = TAKEN_OUT[name]
         for part, weight in rule.named_parameters():
-            gone = (part.startswith("growth_") and (both or name == "no growth")) or (
-                part.startswith("output_") and (both or name == "no steering")
-            )
-            kept = (weight == shipped.get_parameter(part)).all()
-            assert not weight.any() if gone else kept, (name, part)
+            expected = shipped.get_parameter(part).detach().clone()
+            if part.startswith(prefixes):
+                expected.zero_()
+            if part == "gate_weight":
+                expected[:, list(columns)] = 0.0
+            assert torch.equal(weight, expected), (name, part)
 
 
-def test_every_variant_gets_a_row(ablations, monkeypatch, csv_file, encoder, tmp_path):
+def test_every_variant_gets_a_row(script, monkeypatch, csv_file, encoder, tmp_path):
+    ablations = script("ablations")
     monkeypatch.setattr(ablations, "CELLS", ((csv_file.name, 2, 1),))
-    lines = list(ablations.rows(csv_file.parent, str(encoder), "head", 2, tmp_path))
-    assert len(lines) == 2 + len(ablations.variants("head"))
+    rules = ablations.variants("head")
+
+    def table():
+        return list(ablations.rows(rules, csv_file.parent, str(encoder), "head", 2, tmp_path))
+
+    lines = table()
+    assert len(lines) == 2 + len(rules)
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
-    assert list(ablations.rows(csv_file.parent, str(encoder), "head", 2, tmp_path)) == lines
+    assert table() == lines  # from what it kept
+
+
+def test_every_change_is_one_to_the_recipe(script):
+    trained = script("ablations_trained")
+    for name, change in trained.CHANGES.items():
+        assert trained.changed(change) != trained.changed(trained.Change()) or (
+            change.sources != trained.SOURCES
+        ), name
+
+
+def test_a_variant_is_trained_once(script, monkeypatch, csv_file, encoder, tmp_path):
+    trained = script("ablations_trained")
+    short = "--tune head --exact head --ways 2 --shots 1 --queries 1 --steps 2 --meta-steps 2"
+    monkeypatch.setattr(trained, "RECIPE", f"{short} --validate-every 1 --device cpu")
+    change = trained.Change(
+        "--hidden-size 3", without="--exact head", sources=(csv_file.name,), hidden_size=3
+    )
+    folder = tmp_path / "run"
+    rule = trained.meta_train(change, csv_file.parent, str(encoder), folder)
+    assert rule.hidden_size == 3
+    log = (folder / "log.jsonl").read_bytes()
+    again = trained.meta_train(change, csv_file.parent, str(encoder), folder)
+    assert (folder / "log.jsonl").read_bytes() == log
+    for name, weight in rule.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name))
