@@ -141,15 +141,21 @@ def line(title: str, name: str, figures: dict[str, Any], sign: str) -> str:
     return "| " + " | ".join([title, name, *shown]) + " |"
 
 
-if __name__ == "__main__":
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What `rows` has to know."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--tune", choices=("head", "lora", "full"), default="head")
     parser.add_argument("--episodes", type=int, default=20)
+    return parser
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--tune", choices=("head", "lora", "full"), default="head")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rules = variants(options.tune)

@@ -13,17 +13,15 @@ Markdown table like that of ablations.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from ablations import SHIPPED, rows
-from meta_train import RECIPE, SOURCES, gradient_descent
+from ablations import SHIPPED, arguments, rows
+from meta_train import RECIPE, SOURCES, meta_train
 
 from rnnopt.checkpoint import SHIPPED_HEAD_RULE, load_rule
-from rnnopt.cli import main
 from rnnopt.lstm import CoordinateLSTM
 
 
@@ -40,9 +38,9 @@ CHANGES = {
     "first order": Change(without="--exact head"),
     "one source (CLINC150)": Change(sources=SOURCES[:1]),
     "meta-loss on the support set": Change("--query-weight 0 --support-weight 1"),
-    "hidden size 4": Change("--hidden-size 4", hidden_size=4),
-    "hidden size 16": Change("--hidden-size 16", hidden_size=16),
-    "hidden size 32": Change("--hidden-size 32", hidden_size=32),
+    "hidden size 4": Change(hidden_size=4),
+    "hidden size 16": Change(hidden_size=16),
+    "hidden size 32": Change(hidden_size=32),
     "8 steps unrolled": Change("--steps 8"),
     "meta-loss not calibrated": Change("--calibrated 0 --sure-from 1"),
     "full batches only": Change("--batch-size 1000"),
@@ -62,18 +60,17 @@ def changed(change: Change) -> list[str]:
     return [*recipe.replace(change.without, "").split(), *change.options.split()]
 
 
-def meta_train(change: Change, data: Path, encoder: str, output: Path) -> CoordinateLSTM:
+def trained(change: Change, data: Path, encoder: str, output: Path) -> CoordinateLSTM:
     """The best rule of a variant's run, which begins, goes on or has ended."""
-    start = Path(f"{output}.start.safetensors")
     output.parent.mkdir(parents=True, exist_ok=True)
-    gradient_descent(start, change.hidden_size)
-    code = main(
-        [
-            "meta-train",
-            *("--data", *(str(data / source) for source in change.sources)),
-            *("--encoder", encoder, "--output", str(output), "--from", str(start), "--resume"),
-            *changed(change),
-        ]
+    code = meta_train(
+        data,
+        encoder,
+        output,
+        resume=True,
+        sources=change.sources,
+        recipe=changed(change),
+        hidden_size=change.hidden_size,
     )
     if code != 0:
         sys.exit(code)
@@ -81,20 +78,14 @@ def meta_train(change: Change, data: Path, encoder: str, output: Path) -> Coordi
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--encoder", required=True)
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--episodes", type=int, default=20)
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(CHANGES), default=tuple(CHANGES))
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in meta_train.py
     rules = {SHIPPED: cast(CoordinateLSTM, load_rule(SHIPPED_HEAD_RULE))}
     for name in options.only:
         folder = options.output / "".join(c if c.isalnum() else "-" for c in name)
-        rules[name] = meta_train(CHANGES[name], options.data, options.encoder, folder)
+        rules[name] = trained(CHANGES[name], options.data, options.encoder, folder)
     table = rows(rules, options.data, options.encoder, "head", options.episodes, options.output)
     for row in table:
         print(row, flush=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -35,17 +36,43 @@ RECIPE = """
 --tune head --exact head --ways 2 3 4 5 8 10 15 --shots 1 1 2 5 10 --most-support 40 --queries 3
 --batch-size 1000 1000 8 4 --max-length 32 --steps 20 --shortest 3 --judged 0.5 --loss-scale 1.5
 --calibrated 0.5 --sure-from 4 --order 1 --clip 0.2 --tasks 4 --meta-steps 120 --meta-lr 6e-3
---hidden-size 8 --validate-every 40 --validation-tasks 16 --precision fp32 --device cpu --seed 0
+--validate-every 40 --validation-tasks 16 --precision fp32 --device cpu --seed 0
 """
 
 
-def gradient_descent(path: Path, hidden_size: int = 8) -> None:
+def gradient_descent(path: Path, hidden_size: int) -> None:
     """Write a new rule whose output is the plain gradient's direction."""
     torch.manual_seed(0)
     rule = CoordinateLSTM(hidden_size=hidden_size)
     with torch.no_grad():
         rule.output_bias.copy_(torch.tensor([0.0, -1.0, 1.0]))  # s, k, a, see CoordinateLSTM
     save_rule(rule, path, {})
+
+
+def meta_train(
+    data: Path,
+    encoder: str,
+    output: Path,
+    *,
+    resume: bool,
+    sources: Sequence[str] = SOURCES,
+    recipe: Sequence[str] = RECIPE.split(),
+    hidden_size: int = 8,
+) -> int:
+    """Run it, the last of an option counts; the exit code."""
+    start = Path(f"{output}.start.safetensors")
+    gradient_descent(start, hidden_size)
+    return main(
+        [
+            "meta-train",
+            *("--data", *(str(data / source) for source in sources)),
+            *("--encoder", encoder),
+            *("--output", str(output), "--from", str(start)),
+            *(["--resume"] if resume else []),
+            *recipe,
+            *("--hidden-size", str(hidden_size)),
+        ]
+    )
 
 
 def ship(folder: Path) -> None:
@@ -66,18 +93,8 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would end in other last bits
-    start = Path(f"{Path(options.output)}.start.safetensors")
-    gradient_descent(start)
-    code = main(
-        [
-            "meta-train",
-            *("--data", *(str(Path(options.data) / source) for source in SOURCES)),
-            *("--encoder", options.encoder),
-            *("--output", options.output, "--from", str(start)),
-            *(["--resume"] if options.resume else []),
-            *RECIPE.split(),
-        ]
-    )
+    output = Path(options.output)
+    code = meta_train(Path(options.data), options.encoder, output, resume=options.resume)
     if code == 0:
-        ship(Path(options.output))
+        ship(output)
     sys.exit(code)
