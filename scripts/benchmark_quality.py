@@ -219,25 +219,37 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
 
 
 class Deadline:
-    """Raises KeyboardInterrupt, which every command takes for a stop, once the time is up."""
+    """Raises KeyboardInterrupt, which every command takes for a stop, once the time is up.
+
+    Where it can't be raised, in a finalizer or a callback of the collector, Python reports it to
+    `sys.unraisablehook` and goes on; it is raised again then.
+    """
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds, self.passed = seconds, False
 
     def __enter__(self) -> Deadline:
         if self.seconds is not None:
-            self.before = signal.signal(signal.SIGALRM, self._stop)
+            self.before = signal.signal(signal.SIGALRM, self._stop), sys.unraisablehook
+            sys.unraisablehook = self._raise_again
             signal.setitimer(signal.ITIMER_REAL, self.seconds)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
+            handler, sys.unraisablehook = self.before
+            signal.signal(signal.SIGALRM, handler)
 
     def _stop(self, *_: Any) -> None:
         self.passed = True
         raise KeyboardInterrupt
+
+    def _raise_again(self, unraisable: Any) -> None:
+        if self.passed and unraisable.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            self.before[1](unraisable)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

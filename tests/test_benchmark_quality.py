@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,17 @@ def test_the_time_to_adamws_accuracy_at_40_steps(script):
     text = script("quality_table").quality_table({"early": early, "never": never})
     assert "| early | 3 | 6.7, met |" in text
     assert "| never | not in 10 | **missed** |" in text
+
+
+def test_a_deadline_that_falls_into_a_finalizer_is_not_lost(script):
+    class Slow:
+        def __del__(self):
+            while not deadline.passed:
+                time.sleep(0.001)
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), script("benchmark_quality").Deadline(0.05) as deadline:
+        Slow()
+        assert deadline.passed  # and nothing was raised here
+        time.sleep(30)
+    assert sys.unraisablehook is before
