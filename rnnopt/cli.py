@@ -242,7 +242,12 @@ def _add_meta_train(commands: Any) -> None:
         help="begin with this rule rather than a fresh one: a rule file, the folder of a run, or "
         "the word shipped",
     )
-    parser.add_argument("--hidden-size", type=int, default=8, help="of the rule [8]")
+    parser.add_argument(
+        "--hidden-size",
+        type=int,
+        metavar="H",
+        help="of the LSTM, 0 for none [that of --from, else 8]",
+    )
     _add_initial_values(parser)
     parser.add_argument("--truncation", type=int, help="cut the graph after so many steps")
     parser.add_argument(

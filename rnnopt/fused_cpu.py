@@ -157,7 +157,7 @@ def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
         [
             ("pointers", np.int64, 6),
             ("count", np.int64),
-            ("gate_shift", np.float32, 4 * hidden_size),
+            ("gate_shift", np.float32, (4 * hidden_size,)),
             ("output_shift", np.float32, OUTPUTS),
             *((name, np.float32) for name in numbers),
         ],

@@ -24,6 +24,7 @@ from rnnopt.unroll import Unrolled, UnrollSettings
 InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
 Learn = Literal["all", "growth"]
 SHIPPED = "shipped"  # the word for the shipped rule of what trains, as the origin of a new one
+HIDDEN_SIZE = 8  # of a new LSTM
 INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
@@ -116,7 +117,7 @@ class Learned(nn.Module):
     Args:
         settings: see `LearnedSettings`.
         classifier: what tasks adapt.
-        hidden_size: of the LSTM.
+        hidden_size: of the LSTM; None: that of the rule that it begins with, else 8.
         seed: of its weights; the global random state is left alone.
 
     Attributes:
@@ -129,19 +130,23 @@ class Learned(nn.Module):
     """
 
     def __init__(
-        self, settings: LearnedSettings, classifier: Classifier, hidden_size: int, seed: int
+        self,
+        settings: LearnedSettings,
+        classifier: Classifier,
+        hidden_size: int | None,
+        seed: int,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.start = settings.start
         self.rule = self._inner_rule(classifier, hidden_size, seed)
         if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
-            self.rule.still_directions()
+            self.rule = self.rule.growth_alone()
         self.init = None if settings.init == "pretrained" else InitialValues(classifier)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
 
-    def _inner_rule(self, classifier: Classifier, hidden_size: int, seed: int) -> SavedRule:
+    def _inner_rule(self, classifier: Classifier, hidden_size: int | None, seed: int) -> SavedRule:
         inner = self.settings.inner
         lr = INNER_LR[inner] if self.settings.inner_lr is None else self.settings.inner_lr
         if inner == "sgd":
@@ -155,17 +160,18 @@ class Learned(nn.Module):
             return self._original(path, hidden_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return CoordinateLSTM(hidden_size=hidden_size, reach=lr)
+            units = HIDDEN_SIZE if hidden_size is None else hidden_size
+            return CoordinateLSTM(hidden_size=units, reach=lr)
 
-    def _original(self, path: Path, hidden_size: int) -> SavedRule:
+    def _original(self, path: Path, hidden_size: int | None) -> SavedRule:
         """The rule to begin with, ready to be trained."""
         rule, origin = load_rule(path), self.settings.origin
         if not isinstance(rule, CoordinateLSTM):
             raise InputError(f"--from {origin}: holds {type(rule).__name__}, expected an LSTM")
-        if rule.hidden_size != hidden_size:
+        if hidden_size not in (None, rule.hidden_size):
             raise InputError(
-                f"--from {origin}: has {rule.hidden_size} hidden units, not {hidden_size}; give "
-                f"--hidden-size {rule.hidden_size}"
+                f"--from {origin}: has {rule.hidden_size} hidden units, not {hidden_size}; leave "
+                "--hidden-size out"
             )
         return rule.requires_grad_(True).train()
 

@@ -75,7 +75,8 @@ class CoordinateLSTM(nn.Module):
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
     Args:
-        hidden_size: H; state per coordinate is 2 H + 2 numbers.
+        hidden_size: H; state per coordinate is 2 H + 2 numbers. 0 for none, where what a tensor's
+            context tells is enough: Adam's state then.
         context_size: K.
         reach: nats by which the loss would fall in the first step at zero output, were it linear.
         betas: Adam's decay rates.
@@ -97,9 +98,10 @@ class CoordinateLSTM(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("context_size", context_size)):
-            if not 1 <= size <= MOST_UNITS:
-                raise InputError(f"{name}={size}: must lie between 1 and {MOST_UNITS}")
+        sizes = (("hidden_size", hidden_size, 0), ("context_size", context_size, 1))
+        for name, size, least in sizes:
+            if not least <= size <= MOST_UNITS:
+                raise InputError(f"{name}={size}: must lie between {least} and {MOST_UNITS}")
         for name, value in (("reach", reach), ("eps", eps)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be positive and finite")
@@ -127,7 +129,8 @@ class CoordinateLSTM(nn.Module):
         """Glorot weights, forget gates open (Gers et al. 2000), output at zero: Adam."""
         H = self.hidden_size
         for weight in (self.context_weight, self.gate_weight, self.gate_context):
-            nn.init.xavier_uniform_(weight)
+            if weight.numel():  # torch warns of nothing to initialise
+                nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.context_bias)
         nn.init.zeros_(self.gate_bias)
         nn.init.ones_(self.gate_bias[H : 2 * H])
@@ -141,13 +144,19 @@ class CoordinateLSTM(nn.Module):
                 parameter.zero_()
 
     @torch.no_grad()
-    def still_directions(self) -> None:
-        """Make directions and step sizes Adam's for good; growth alone is left to learn."""
-        for name, parameter in self.named_parameters():
-            if name.startswith("output_"):
-                parameter.zero_()
-            if name.startswith(("output_", "gate_")):
+    def growth_alone(self) -> CoordinateLSTM:
+        """A rule that grows tensors as this one does, with Adam's directions, step sizes and state.
+
+        Growth, with the context that decides it, is all that is left to learn.
+        """
+        with torch.random.fork_rng(devices=[]):
+            rule = CoordinateLSTM(**{**self.config, "hidden_size": 0}).to(self.growth_bias)
+        for name, parameter in rule.named_parameters():
+            if name.startswith(("context_", "growth_")):
+                parameter.copy_(self.get_parameter(name))
+            else:
                 parameter.requires_grad_(False)
+        return rule
 
     def careful(self) -> CoordinateLSTM:
         """See `rnnopt.guard.GuardedRule.careful`: what this rule is with its output at zero."""

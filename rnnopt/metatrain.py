@@ -62,7 +62,7 @@ class MetaTrainSettings:
         exact: kinds of training (see `rnnopt.text.Classifier.load`, tune) whose meta-gradient is of
             second order whatever `unroll` says. Only that order sees what a step does to the
             gradients of later ones, and where few coordinates train it costs little more.
-        hidden_size: of the rule.
+        hidden_size: of the rule, see `rnnopt.learned.Learned`.
         learned: the inner rule, the initial values, and how tasks start.
         seed: of everything random.
         validate_every: meta-steps between validations; one more at the end.
@@ -83,7 +83,7 @@ class MetaTrainSettings:
     calibrated: float = 0.0
     sure_from: int = 1
     exact: tuple[str, ...] = ()
-    hidden_size: int = 8
+    hidden_size: int | None = None
     learned: LearnedSettings = field(default_factory=LearnedSettings)
     seed: int = 0
     validate_every: int = 50
@@ -95,7 +95,6 @@ class MetaTrainSettings:
         for name in (
             "meta_steps",
             "tasks_per_meta_step",
-            "hidden_size",
             "validate_every",
             "validation_tasks",
             "checkpoint_every",

@@ -39,7 +39,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``: with a rule
             that is Adam this is AdamW's.
         state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
-            torch.bfloat16 makes 40 bytes a coordinate of 72. None: as the rule's weights.
+            torch.bfloat16 makes 40 bytes a coordinate of an LSTM's 72. None: as the rule's weights.
         fused: None takes the kernel where it can; False never; True wants one to be there.
             Parameters that a kernel can't take (another dtype or device than it knows, or memory
             out of order) are stepped plainly beside it.

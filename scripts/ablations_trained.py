@@ -38,6 +38,7 @@ CHANGES = {
     "first order": Change(without="--exact head"),
     "one source (CLINC150)": Change(sources=SOURCES[:1]),
     "meta-loss on the support set": Change("--query-weight 0 --support-weight 1"),
+    "no LSTM": Change(hidden_size=0),
     "hidden size 4": Change(hidden_size=4),
     "hidden size 16": Change(hidden_size=16),
     "hidden size 32": Change(hidden_size=32),

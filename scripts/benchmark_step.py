@@ -1,5 +1,8 @@
 """Time one step of `LearnedOptimizer` beside what surrounds it and what it competes with.
 
+The step of the shipped rule for LoRA and all weights, which has no LSTM, and that of a rule with 8
+hidden units, as `rnnopt meta-train` makes.
+
     python scripts/benchmark_step.py --json step.json [--encoder MINILM]
 
 MINILM is a folder with all-MiniLM-L6-v2; without it a model of the same shape with random weights
@@ -33,7 +36,7 @@ from benchmark import (
 )
 from torch import Tensor, nn
 
-from rnnopt import LearnedOptimizer
+from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt.kernels import fused_step
 from rnnopt.text import Tune
 
@@ -45,6 +48,7 @@ TEXTBOOK_SCALE = 0.1
 # at once, as published, its gates alone would take 3.7 GB a buffer.
 TEXTBOOK_CHUNK = 2**13
 COPY_BYTES = 2**30
+SHIPPED, LSTM = "step of the shipped rule", "step of an LSTM of 8 units"
 NAMES: dict[Tune, str] = {"full": "all parameters", "lora": "LoRA rank 8 + head"}
 STEP_LIMITS: dict[Tune, float] = {"full": 1.0, "lora": 0.05}
 
@@ -116,13 +120,17 @@ def measure_steps(report: Report, work: Workload, tune: Tune, repeats: int) -> N
     grads = work.begin()
     dense = [1e-3 * torch.randn_like(grad) for grad in grads]
 
+    lstm = CoordinateLSTM()
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "step": LearnedOptimizer(copies(work.params, grads)),
-        "step, dense gradients": LearnedOptimizer(copies(work.params, dense)),
-        "step, bfloat16 memory": LearnedOptimizer(
-            copies(work.params, grads), state_dtype=torch.bfloat16
+        SHIPPED: LearnedOptimizer(copies(work.params, grads)),
+        f"{SHIPPED}, dense": LearnedOptimizer(copies(work.params, dense)),
+        f"{SHIPPED}, plain": LearnedOptimizer(copies(work.params, grads), fused=False),
+        LSTM: LearnedOptimizer(copies(work.params, grads), lstm),
+        f"{LSTM}, dense": LearnedOptimizer(copies(work.params, dense), lstm),
+        f"{LSTM}, plain": LearnedOptimizer(copies(work.params, grads), lstm, fused=False),
+        f"{LSTM}, bfloat16": LearnedOptimizer(
+            copies(work.params, grads), lstm, state_dtype=torch.bfloat16
         ),
-        "plain step": LearnedOptimizer(copies(work.params, grads), fused=False),
         "AdamW, foreach": torch.optim.AdamW(copies(work.params, grads), lr=1e-5, foreach=True),
         "AdamW, fused": torch.optim.AdamW(copies(work.params, grads), lr=1e-5, fused=True),
     }
@@ -134,27 +142,24 @@ def measure_steps(report: Report, work: Workload, tune: Tune, repeats: int) -> N
     report.data[f"{tune}: coordinates"] = work.coordinates
     report.data[f"{tune}: coordinates with a gradient"] = sum(int((g != 0).sum()) for g in grads)
     _step_rows(report, tune, timings)
-    for name in ("step", "step, bfloat16 memory"):
+    for name in (SHIPPED, LSTM, f"{LSTM}, bfloat16"):
         report.add(
             f"{name}, {NAMES[tune]}: bytes a coordinate", memory[name], f"{memory[name]:.1f}"
         )
 
 
 def _step_rows(report: Report, tune: Tune, timings: dict[str, Timing]) -> None:
-    whose, model, step = NAMES[tune], timings["forward + backward"], timings["step"]
-    report.ratio(f"step / (forward + backward), {whose}", step, model, Target(STEP_LIMITS[tune]))
-    report.ratio(
-        f"the same, no gradient zero (worst case), {whose}",
-        timings["step, dense gradients"],
-        model,
-    )
-    report.ratio(
-        f"plain step / fused step, {whose}", timings["plain step"], step, Target(4, at_most=False)
-    )
-    bfloat16 = timings["step, bfloat16 memory"]
-    report.ratio(f"step with bfloat16 memory / step, {whose}", bfloat16, step)
-    for name in ("AdamW, foreach", "AdamW, fused"):
-        report.ratio(f"step / {name}, {whose}", step, timings[name])
+    whose, model = NAMES[tune], timings["forward + backward"]
+    for rule in (SHIPPED, LSTM):
+        step, dense, plain = (timings[f"{rule}{kind}"] for kind in ("", ", dense", ", plain"))
+        limit = Target(STEP_LIMITS[tune])
+        report.ratio(f"{rule} / (forward + backward), {whose}", step, model, limit)
+        report.ratio(f"the same, no gradient zero (worst case), {whose}", dense, model)
+        report.ratio(f"{rule}, plain / fused, {whose}", plain, step, Target(4, at_most=False))
+        for name in ("AdamW, foreach", "AdamW, fused"):
+            report.ratio(f"{rule} / {name}, {whose}", step, timings[name])
+    bfloat16 = timings[f"{LSTM}, bfloat16"]
+    report.ratio(f"{LSTM}, bfloat16 memory / float32, {whose}", bfloat16, timings[LSTM])
 
 
 def measure_textbook(report: Report, work: Workload, tune: Tune, repeats: int, chunk: int) -> None:
@@ -164,14 +169,14 @@ def measure_textbook(report: Report, work: Workload, tune: Tune, repeats: int, c
     dense = [1e-3 * torch.randn_like(grad) for grad in grads]
     subjects: dict[str, Callable[[], object]] = {
         "textbook": Textbook(copies(work.params, grads), chunk).step,
-        "step": LearnedOptimizer(copies(work.params, grads)).step,
-        "step, dense gradients": LearnedOptimizer(copies(work.params, dense)).step,
+        LSTM: LearnedOptimizer(copies(work.params, grads), CoordinateLSTM()).step,
+        f"{LSTM}, dense": LearnedOptimizer(copies(work.params, dense), CoordinateLSTM()).step,
     }
     timings = interleave(subjects, repeats, warm_ups=1)
     report.keep(f"{tune}, textbook", timings)
     whose = NAMES[tune]
     note = f"; its calls take {chunk:,} coordinates at most"
-    for name, target in (("step", Target(20, at_most=False)), ("step, dense gradients", None)):
+    for name, target in ((LSTM, Target(20, at_most=False)), (f"{LSTM}, dense", None)):
         figure = f"textbook LSTM / {name}, {whose}"
         report.ratio(figure, timings["textbook"], timings[name], target, note)
 
@@ -179,8 +184,8 @@ def measure_textbook(report: Report, work: Workload, tune: Tune, repeats: int, c
 def measure_gpu(report: Report, shape: Shape, repeats: int, wanted: bool) -> None:
     """Rows for a CUDA device: BERT-base, all parameters, bfloat16 autocast."""
     figures = {
-        "step / whole training iteration, BERT-base on a GPU": Target(0.25),
-        "step's bandwidth / copy bandwidth, BERT-base on a GPU": Target(0.6, at_most=False),
+        f"{LSTM} / whole training iteration, BERT-base on a GPU": Target(0.25),
+        f"{LSTM}: bandwidth / copy bandwidth, BERT-base on a GPU": Target(0.6, at_most=False),
     }
     if not wanted:
         for figure, target in figures.items():
@@ -188,7 +193,7 @@ def measure_gpu(report: Report, shape: Shape, repeats: int, wanted: bool) -> Non
         return
     progress("steps on the GPU")
     work = Workload(shape, "full", device="cuda", autocast=True)
-    optimizer = LearnedOptimizer(work.params)
+    optimizer = LearnedOptimizer(work.params, CoordinateLSTM().cuda())
 
     def iteration() -> None:
         work.forward_backward()

@@ -10,9 +10,9 @@ a task. MINILM is all-MiniLM-L6-v2, a hub name or a folder. Everything else is f
 --resume to go on after a stop: it ends with the same weights, bit for bit on one machine.
 
 One run, on heads alone, makes both. It begins as gradient descent at the model's scale, whose steps
-stay in the span of the texts' features: that suits a head. The second rule is the first with Adam's
-directions and step sizes and the growth that was learned. What is in shipped/ in the output folder
-goes to rnnopt/weights/; where the run began is beside that folder, in DIR.start.safetensors.
+stay in the span of the texts' features: that suits a head. The second rule takes over the growth
+that was learned, with Adam's directions, step sizes and state. What is in shipped/ in the output
+folder goes to rnnopt/weights/; where the run began is beside that folder, in DIR.start.safetensors.
 
 Time: 8 minutes on one core of a server processor. Memory: 3 GiB.
 """
@@ -80,8 +80,11 @@ def ship(folder: Path) -> None:
     rule, training = cast(CoordinateLSTM, load_rule(folder)), read_training(folder)
     training["settings"]["learned"]["origin"] = "gradient descent"  # rather than a path of this run
     save_rule(rule, folder / "shipped" / SHIPPED_HEAD_RULE.name, training)
-    rule.still_directions()
-    save_rule(rule, folder / "shipped" / SHIPPED_RULE.name, {**training, "growth_alone": True})
+    save_rule(
+        rule.growth_alone(),
+        folder / "shipped" / SHIPPED_RULE.name,
+        {**training, "growth_alone": True},
+    )
 
 
 if __name__ == "__main__":

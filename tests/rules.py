@@ -29,4 +29,5 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "adamw": lambda: AdamW(0.01, weight_decay=0.1),
     "meta-sgd": lambda: MetaSGD(["weight", "bias"]),
     "lstm": random_lstm,
+    "no-lstm": lambda: random_lstm(hidden_size=0),
 }

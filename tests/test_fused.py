@@ -54,7 +54,7 @@ def assert_same(fused, plain, atol):
 
 
 @needs_compiler
-@pytest.mark.parametrize("hidden_size", [1, 8, 13])
+@pytest.mark.parametrize("hidden_size", [0, 1, 8, 13])
 @pytest.mark.parametrize(
     "options", [{}, {"lr": 0.5, "weight_decay": 0.3}], ids=["plain", "decayed"]
 )

@@ -62,8 +62,13 @@ def triton_step(monkeypatch):
 @interpreted
 @pytest.mark.parametrize(
     ("hidden_size", "options", "steps"),
-    [(8, {}, 20), (3, {"lr": 0.5, "weight_decay": 0.3}, 20), (13, {}, 2)],
-    ids=["shipped size", "decayed", "fewer coordinates to a thread"],
+    [
+        (8, {}, 20),
+        (0, {}, 20),
+        (3, {"lr": 0.5, "weight_decay": 0.3}, 20),
+        (13, {}, 2),
+    ],
+    ids=["default size", "no LSTM", "decayed", "fewer coordinates to a thread"],
 )
 def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, steps):
     ours, plain = twins(SHAPES, random_lstm(hidden_size=hidden_size), **options)

@@ -80,7 +80,7 @@ def walk(optimizers, steps=20, spoil=lambda grad, step: None):
             optimizer.step()
 
 
-@pytest.mark.parametrize("hidden_size", [1, 8, 13, 64])
+@pytest.mark.parametrize("hidden_size", [0, 1, 8, 13, 64])
 @pytest.mark.parametrize(
     "options", [{}, {"lr": 0.5, "weight_decay": 0.3}], ids=["plain", "decayed"]
 )
