@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnnopt.lstm import CoordinateLSTM
 from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale
-from rnnopt.rule import State
+from rnnopt.rule import State, Turn
 
 TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
 _FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
@@ -33,6 +33,7 @@ class Piece:
         state: the rule's memory, changed in place.
         lr: multiplies the whole change.
         weight_decay: in units of lr * step_size.
+        turn: see `rnnopt.rule.turn_of`, of the whole tensor; no kernel does that.
     """
 
     param: Tensor
@@ -40,6 +41,7 @@ class Piece:
     state: State
     lr: float
     weight_decay: float
+    turn: Turn | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -55,7 +57,8 @@ class Piece:
         """
         leaves, size = self.state.values(), self.param.numel()
         return (
-            self.param.dtype in dtypes
+            self.turn is None
+            and self.param.dtype in dtypes
             # a kernel trusts its pointers; where sizes differ the plain way raises
             and self.grad.shape == self.param.shape
             and all(leaf.dim() == 0 or leaf.shape[-1] == size for leaf in leaves)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from rnnopt.preprocess import (
     coordinate_features,
     growth_request,
     model_sums,
+    orthogonalized,
     root_mean_squares,
     step_scale,
+    stretch,
     tensor_context,
     tensor_sums,
 )
-from rnnopt.rule import State
+from rnnopt.rule import State, Turn
 
 # The learned factor on the step size stays within exp(-4) .. exp(4), about 1/55 .. 55.
 LOG_FACTOR_BOUND = 4.0
@@ -43,6 +46,9 @@ OUTPUTS = 3
 # then, and what is left would compound.
 LOG_GROWTH_BOUND = 1.0
 GROWTH_STEPS = 8
+# Rows or columns of a matrix that `orthogonalize` takes: LoRA factors and heads of up to so many
+# classes, where it costs next to nothing; in an encoder's own it would cost as much as a gradient.
+NARROW = 64
 MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
@@ -81,6 +87,8 @@ class CoordinateLSTM(nn.Module):
         reach: nats by which the loss would fall in the first step at zero output, were it linear.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
+        orthogonalize: in matrices of at most `NARROW` rows or columns, such as LoRA factors, go
+            along all singular directions alike, see `rnnopt.preprocess.orthogonalized`.
 
     Raises:
         InputError: a size, reach, eps or beta out of range.
@@ -96,6 +104,7 @@ class CoordinateLSTM(nn.Module):
         reach: float = 0.75,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        orthogonalize: bool = False,
     ) -> None:
         super().__init__()
         sizes = (("hidden_size", hidden_size, 0), ("context_size", context_size, 1))
@@ -112,6 +121,7 @@ class CoordinateLSTM(nn.Module):
         self.reach = reach
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
+        self.orthogonalize = orthogonalize
         H, K = hidden_size, context_size
         self.context_weight = nn.Parameter(torch.empty(K, CONTEXT_FEATURES))
         self.context_bias = nn.Parameter(torch.empty(K))
@@ -144,13 +154,17 @@ class CoordinateLSTM(nn.Module):
                 parameter.zero_()
 
     @torch.no_grad()
-    def growth_alone(self) -> CoordinateLSTM:
+    def growth_alone(self, **changes: Any) -> CoordinateLSTM:
         """A rule that grows tensors as this one does, with Adam's directions, step sizes and state.
 
         Growth, with the context that decides it, is all that is left to learn.
+
+        Args:
+            changes: of `config`.
         """
         with torch.random.fork_rng(devices=[]):
-            rule = CoordinateLSTM(**{**self.config, "hidden_size": 0}).to(self.growth_bias)
+            rule = CoordinateLSTM(**{**self.config, "hidden_size": 0, **changes})
+        rule.to(self.growth_bias)
         for name, parameter in rule.named_parameters():
             if name.startswith(("context_", "growth_")):
                 parameter.copy_(self.get_parameter(name))
@@ -162,6 +176,7 @@ class CoordinateLSTM(nn.Module):
         """See `rnnopt.guard.GuardedRule.careful`: what this rule is with its output at zero."""
         twin = copy.deepcopy(self)
         twin.zero_output()
+        twin.orthogonalize = False
         return twin
 
     @property
@@ -173,6 +188,7 @@ class CoordinateLSTM(nn.Module):
             "reach": self.reach,
             "betas": list(self.betas),
             "eps": self.eps,
+            **({"orthogonalize": True} if self.orthogonalize else {}),
         }
 
     def init_state(self, param: Tensor, memory_dtype: torch.dtype | None = None) -> State:
@@ -204,10 +220,23 @@ class CoordinateLSTM(nn.Module):
         """See `rnnopt.rule.TensorWideRule.related`."""
         return model_sums(sums)
 
+    def turns(self, shape: Sequence[int]) -> bool:
+        """See `rnnopt.rule.TurningRule.turns`."""
+        return self.orthogonalize and len(shape) == 2 and 0 < min(shape) <= NARROW
+
+    def turned(self, direction: Tensor) -> Tensor:
+        """See `rnnopt.rule.TurningRule.turned`."""
+        return orthogonalized(direction)
+
     def forward(
-        self, grad: Tensor, state: State, param: Tensor, sums: Tensor | None = None
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        sums: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> tuple[Tensor, State]:
-        """See `rnnopt.rule.TensorWideRule.__call__`."""
+        """See `rnnopt.rule.TurningRule.__call__`."""
         if sums is None:
             sums = self.related(self.sums(grad, state, param).unsqueeze(0))[0]
         grad, param = self._bounded(grad), param.to(self.gate_weight.dtype)
@@ -224,6 +253,9 @@ class CoordinateLSTM(nn.Module):
         memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
         direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
+        if turn is not None:
+            longer = stretch(sums, peaks, moments["step"])
+            direction = longer * turn(direction) * live
         update = growth * (param * live) - (
             self.reach * step_scale(sums, peaks, moments["step"]) * direction
         )

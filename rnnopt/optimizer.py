@@ -16,8 +16,8 @@ from rnnopt.checkpoint import load_rule, shipped_rule
 from rnnopt.fused import FusedStep, Piece
 from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
 from rnnopt.kernels import fused_step
-from rnnopt.rule import State, UpdateRule, advance, related, sums_of
-from rnnopt.sharding import add_up, local, local_gradient
+from rnnopt.rule import State, UpdateRule, advance, related, sums_of, turn_of
+from rnnopt.sharding import add_up, local, local_gradient, of_whole
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -193,7 +193,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         _refuse_sparse(work)
         rule, trust = self._acting()
-        pieces = [self._piece(*item, trust) for item in work]
+        pieces = [self._piece(rule, *item, trust) for item in work]
         kernel = self._kernel(rule)
         batches: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, piece in enumerate(pieces):
@@ -237,11 +237,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         memory: State = self.state[param]
         return memory
 
-    def _piece(self, group: dict[str, Any], param: Tensor, grad: Tensor, trust: float) -> Piece:
+    def _piece(
+        self, rule: UpdateRule, group: dict[str, Any], param: Tensor, grad: Tensor, trust: float
+    ) -> Piece:
         """This process's part of a parameter, as a step sees it."""
         return Piece(
             local(param), local_gradient(grad, param), self._memory(param), trust * group["lr"],
-            group["weight_decay"],
+            group["weight_decay"], of_whole(turn_of(rule, param), param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
@@ -307,7 +309,7 @@ def _refuse_sparse(work: Work) -> None:
 
 def _take_plainly(rule: UpdateRule, piece: Piece, sums: Tensor | None) -> State:
     delta, state = advance(
-        rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums
+        rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums, piece.turn
     )
     piece.param.add_(delta)
     return state

@@ -42,6 +42,11 @@ _LATEST_STEP = 16.0
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
 
+# See `orthogonalized`; the floor is of a sum of squares, each about 1 where there is a gradient.
+_NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)] + 3 * [(1.5, -0.5, 0.0)]
+_STRETCH = 2.0
+_DIRECTION_FLOOR = 1e-12
+
 _LEAST_WEIGHT = 1e-30  # of the heaviest matrix, where there is none
 _REQUEST = 0.15  # for growth, at which half of it is granted, see `growth_request`
 _PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
@@ -187,6 +192,46 @@ def growth_request(sums: Tensor) -> Tensor:
     """
     request = (_pull_cosine(sums).clamp(min=0) * _weights(sums) / sums[..., -1]) ** 2
     return request / (request + _REQUEST**2)
+
+
+def orthogonalized(direction: Tensor) -> Tensor:
+    """A matrix's direction with all its singular values alike, as long as it was.
+
+    ``U V^T`` for ``D = U S V^T``, at D's Frobenius norm, as in Muon (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon): the first singular vectors of a gradient are what
+    its texts have in common, and along them alone the rest of a LoRA factor would stay where it is.
+    By Newton-Schulz iterations on the short side: Muon's five, which bring singular values near 1,
+    and cubic ones, which converge. Those that are nothing stay so.
+
+    Args:
+        direction: (R, C).
+
+    Returns:
+        (R, C); of zeros zeros.
+    """
+    wide = direction if direction.shape[0] <= direction.shape[1] else direction.T
+    square = (direction * direction).sum()
+    x = wide / torch.sqrt(square + _DIRECTION_FLOOR)
+    for a, b, c in _NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = x * torch.sqrt((square + _DIRECTION_FLOOR) / ((x * x).sum() + _DIRECTION_FLOOR))
+    return x if wide is direction else x.T
+
+
+def stretch(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
+    """How much longer a direction is once it is orthogonalized, from 1 to `_STRETCH`; (...).
+
+    Along singular directions alike, LoRA factors bear longer steps. A head that points where it
+    should, and asks for growth, does not; nor does one at the first step, before that is known.
+
+    Args:
+        sums: what `model_sums` returned, (..., 16).
+        peaks: before this step.
+        step: (...), 1 at the first step.
+    """
+    request = torch.maximum(peaks.request_peak, growth_request(sums))
+    return torch.where(step > 1, _STRETCH - (_STRETCH - 1) * request, 1)
 
 
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ Sign: an update is *added* to the parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Turn = Callable[[Tensor], Tensor]  # of a direction, (N,) -> (N,)
 
 
 @runtime_checkable
@@ -94,6 +95,46 @@ class TensorWideRule(UpdateRule, Protocol):
         ...
 
 
+@runtime_checkable
+class TurningRule(TensorWideRule, Protocol):
+    """A rule that turns the direction of some matrices as a whole, before it goes there."""
+
+    def turns(self, shape: Sequence[int]) -> bool:
+        """Whether it does so to a tensor of this shape."""
+        ...
+
+    def turned(self, direction: Tensor) -> Tensor:
+        """What becomes of a direction, both in the tensor's shape."""
+        ...
+
+    def __call__(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        sums: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> tuple[Tensor, State]:
+        """As `TensorWideRule.__call__`.
+
+        Args:
+            grad: see there.
+            state: see there.
+            param: see there.
+            sums: see there.
+            turn: what `turn_of` returned for the tensor.
+        """
+        ...
+
+
+def turn_of(rule: UpdateRule, param: Tensor) -> Turn | None:
+    """The rule's `turned` for flat directions of this parameter; None if it leaves them alone."""
+    if not isinstance(rule, TurningRule) or not rule.turns(param.shape):
+        return None
+    turned, shape = rule.turned, param.shape
+    return lambda direction: turned(direction.view(shape)).reshape(-1)
+
+
 def advance(
     rule: UpdateRule,
     param: Tensor,
@@ -102,6 +143,7 @@ def advance(
     lr: float,
     weight_decay: float,
     sums: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Tensor, State]:
     """Apply a rule to one parameter tensor, whatever its shape and layout.
 
@@ -118,16 +160,21 @@ def advance(
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
         sums: for a `TensorWideRule` what `related` tells this tensor; None if it is alone.
+        turn: `turn_of` the tensor of which param is a piece; None if it is the whole tensor.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.
     """
-    if param.numel() == 0:
+    if turn is None:
+        turn = turn_of(rule, param)
+    if param.numel() == 0 and turn is None:
         return torch.zeros_like(param), state
     flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
     finite = torch.isfinite(flat_grad)
-    known = () if sums is None else (sums,)
-    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, *known)
+    known: dict[str, Any] = {} if sums is None else {"sums": sums}
+    if turn is not None:
+        known["turn"] = turn
+    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, **known)
     if weight_decay:
         update = update - (rule.step_size * weight_decay) * flat_param
     delta = lr * torch.where(finite, update, 0)

@@ -6,14 +6,14 @@ Shapes: N coordinates of one tensor, n of them sampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rnnopt.rule import State, UpdateRule, advance
+from rnnopt.rule import State, Turn, UpdateRule, advance, turn_of
 
 # A sample this much smaller than its tensor is drawn with repeats, which are rare then: a
 # permutation of a large tensor takes as long as a step of it.
@@ -21,24 +21,28 @@ _FEW = 16
 
 
 def draw_samples(
-    tensors: Sequence[Tensor], states: Sequence[State], total: int, seed: int
+    rule: UpdateRule, tensors: Sequence[Tensor], states: Sequence[State], total: int, seed: int
 ) -> list[Sample]:
     """Sample about `total` coordinates, at least one of every tensor.
 
     As many of each tensor, but no more than it has: what a large tensor's coordinates do to the
-    rule is much alike, and a bias or a head must not be left out.
+    rule is much alike, and a bias or a head must not be left out. A tensor that the rule turns as a
+    whole is taken as a whole, beside them.
 
     Args:
+        rule: the rule.
         tensors: the parameters.
         states: the rule's memory of each, before the first step.
         total: how many coordinates; all of them if there are no more.
         seed: decides which.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts = fill([param.numel() for param in tensors], max(total, len(tensors)))
+    turns = [turn_of(rule, param) for param in tensors]
+    sizes = [0 if turn else param.numel() for param, turn in zip(tensors, turns)]
+    counts = fill(sizes, max(total, len(tensors)))
     return [
-        Sample(param, state, count, generator)
-        for param, state, count in zip(tensors, states, counts)
+        Sample(param, state, param.numel() if turn else count, generator, turn)
+        for param, state, count, turn in zip(tensors, states, counts, turns)
     ]
 
 
@@ -59,9 +63,18 @@ class Sample:
         state: the rule's memory of it, before the first step.
         count: n.
         generator: draws them.
+        turn: see `rnnopt.rule.turn_of`; not None only where n = N.
     """
 
-    def __init__(self, param: Tensor, state: State, count: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        param: Tensor,
+        state: State,
+        count: int,
+        generator: torch.Generator,
+        turn: Turn | None = None,
+    ) -> None:
+        self._turn = turn
         self._index: Tensor | None = None
         self._weight = 1.0
         # by which of the arguments depend on the rule's weights: the first step's don't
@@ -102,7 +115,9 @@ class Sample:
             (n,).
         """
         weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
-        call = _Call(rule, group["lr"], group["weight_decay"], sums, tuple(self._state), weights)
+        call = _Call(
+            rule, group["lr"], group["weight_decay"], sums, tuple(self._state), weights, self._turn
+        )
         given = (param, grad, *self._state.values())
         kind = tuple(tensor.requires_grad for tensor in given)
         if kind not in self._learned:
@@ -135,20 +150,22 @@ class _Call:
     sums: Tensor | None
     names: tuple[str, ...]
     weights: list[nn.Parameter]
+    turn: Turn | None
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The change and the next leaves."""
         param, grad, *leaves = given
         state = dict(zip(self.names, leaves))
         change, state = advance(
-            self.rule, param, grad, state, self.lr, self.weight_decay, self.sums
+            self.rule, param, grad, state, self.lr, self.weight_decay, self.sums, self.turn
         )
         return change, *(state[name] for name in self.names)
 
     def learned(self, given: Sequence[Tensor]) -> tuple[bool, ...]:
         """Which of the results depend on the rule's weights: tried on one coordinate."""
         with torch.enable_grad():
-            results = self([tensor[..., :1] if tensor.dim() else tensor for tensor in given])
+            call = replace(self, turn=None)
+            results = call([tensor[..., :1] if tensor.dim() else tensor for tensor in given])
         return tuple(result.requires_grad for result in results)
 
 

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rnnopt.rule import Turn
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor."""
@@ -34,6 +36,37 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     if is_sharded(param) and is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(grad)
+
+
+def of_whole(turn: Turn | None, param: Tensor) -> Turn | None:
+    """Let a function of a whole tensor's flat direction work on that of this process's shard.
+
+    Every process that holds shards has to call it for the same parameters in the same order.
+
+    Args:
+        turn: the function, or None.
+        param: an ordinary tensor, for which it is returned as it is, or a DTensor.
+
+    Returns:
+        The function for shards; None for None.
+    """
+    if turn is None or not is_sharded(param):
+        return turn
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, shape, stride = param.device_mesh, param.shape, param.stride()  # type: ignore[attr-defined]
+    placements = param.placements  # type: ignore[attr-defined]
+    part = local(param).shape
+
+    def turn_shard(direction: Tensor) -> Tensor:
+        shard = DTensor.from_local(
+            direction.view(part), mesh, placements, shape=shape, stride=stride
+        )
+        whole = turn(shard.full_tensor().reshape(-1)).view(shape)
+        dealt = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
+        return dealt.redistribute(mesh, placements).to_local().reshape(-1)
+
+    return turn_shard
 
 
 def add_up(sums: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:

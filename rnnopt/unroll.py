@@ -224,7 +224,7 @@ def _first_order(
     groups, tensors = zip(*trainable(optimizer))
     runner = _runner(optimizer, tensors)
     states = [runner.state[param] for param in tensors]
-    samples = draw_samples(tensors, states, _coordinates(runner, settings), seed)
+    samples = draw_samples(optimizer.rule, tensors, states, _coordinates(runner, settings), seed)
     segment = _Segment(len(tensors))
     initial = _InitialGradient(model, tensors, settings)
     support_losses, query_losses, meta_loss = [], [], 0.0

@@ -11,8 +11,9 @@ a task. MINILM is all-MiniLM-L6-v2, a hub name or a folder. Everything else is f
 
 One run, on heads alone, makes both. It begins as gradient descent at the model's scale, whose steps
 stay in the span of the texts' features: that suits a head. The second rule takes over the growth
-that was learned, with Adam's directions, step sizes and state. What is in shipped/ in the output
-folder goes to rnnopt/weights/; where the run began is beside that folder, in DIR.start.safetensors.
+that was learned, with Adam's directions and state, orthogonalized in narrow matrices. What is in
+shipped/ in the output folder goes to rnnopt/weights/; where the run began is beside that folder, in
+DIR.start.safetensors.
 
 Time: 8 minutes on one core of a server processor. Memory: 3 GiB.
 """
@@ -81,7 +82,7 @@ def ship(folder: Path) -> None:
     training["settings"]["learned"]["origin"] = "gradient descent"  # rather than a path of this run
     save_rule(rule, folder / "shipped" / SHIPPED_HEAD_RULE.name, training)
     save_rule(
-        rule.growth_alone(),
+        rule.growth_alone(orthogonalize=True),
         folder / "shipped" / SHIPPED_RULE.name,
         {**training, "growth_alone": True},
     )

@@ -1,6 +1,7 @@
 """Rules, one of each kind, for tests that hold for all of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,7 +9,7 @@ from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, MetaSGD, UpdateRule
 
 
 def random_lstm(
-    dtype: torch.dtype = torch.float32, seed: int = 0, **options: float
+    dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
 ) -> CoordinateLSTM:
     """A rule with every weight away from zero, output included, so that each of them matters."""
     with torch.random.fork_rng():
@@ -30,4 +31,5 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "meta-sgd": lambda: MetaSGD(["weight", "bias"]),
     "lstm": random_lstm,
     "no-lstm": lambda: random_lstm(hidden_size=0),
+    "orthogonalized": lambda: random_lstm(hidden_size=2, orthogonalize=True),
 }

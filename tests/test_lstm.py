@@ -1,5 +1,6 @@
 """What defines `CoordinateLSTM`."""
 
+import copy
 import math
 
 import pytest
@@ -15,10 +16,11 @@ from rnnopt.preprocess import (
     REST,
     Peaks,
     growth_request,
+    orthogonalized,
     step_scale,
     tensor_context,
 )
-from rnnopt.rule import advance
+from rnnopt.rule import advance, related, sums_of
 
 
 def cosine(one, other):
@@ -275,3 +277,80 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
     # gradients may begin at nothing, so the first steps take them as they come
     assert plain[8] / early[8] > 500
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
+def test_an_orthogonalized_direction_has_like_singular_values_and_keeps_its_length(
+    rows, columns, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    ours = orthogonalized(direction)
+    left, sizes, right = torch.linalg.svd(direction, full_matrices=False)
+    known = sizes > 0.01 * direction.norm()  # the iterations have come to those
+    expected = left[:, known] @ right[known]
+    found = left[:, known].T @ ours @ right[known].T
+    torch.testing.assert_close(
+        found / found[0, 0], torch.eye(int(known.sum())).double(), atol=0.01, rtol=0
+    )
+    assert float((ours * expected).sum()) > 0
+    torch.testing.assert_close(ours.norm(), direction.norm())
+    torch.testing.assert_close(orthogonalized(direction.T), ours.T)
+    assert not orthogonalized(torch.zeros(rows, columns)).any()
+
+
+def test_what_is_nothing_in_a_matrix_stays_so_when_it_is_orthogonalized():
+    ours = orthogonalized(torch.ones(3, 50) * torch.arange(50))
+    torch.testing.assert_close(ours, torch.ones(3, 50) * torch.arange(50), rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_they_ask_for_growth():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 80), (80, 3), (65, 70), (9,))
+    plain = CoordinateLSTM().double()
+    turning = copy.deepcopy(plain)
+    turning.orthogonalize = True
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    states = [plain.init_state(param) for param in params]
+    for step in range(3):
+        grads = [0.1 * torch.randn(param.shape, generator=generator) for param in params]
+        grads = [grad.double() for grad in grads]
+        if step == 2:  # the first asks for growth, and is the heaviest
+            grads[0] = -10 * params[0]
+        sums = [sums_of(plain, *given) for given in zip(params, grads, states)]
+        told = related(plain, sums)
+        for i, (param, grad, known) in enumerate(zip(params, grads, told)):
+            delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, known)
+            turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
+            assert all(torch.equal(after[name], same[name]) for name in after)
+            if i < 2:
+                decay = -0.5 * 0.1 * plain.step_size * param
+                longer = 2 - float(growth_request(known)) if step else 1
+                delta = decay + longer * orthogonalized(delta - decay)
+            torch.testing.assert_close(turned, delta)
+            states[i] = after
+        if step == 2:
+            assert float(growth_request(told[0])) > 0.9 > 0.1 > float(growth_request(told[1]))
+
+
+def test_a_rule_in_doubt_is_adam_and_orthogonalizes_nothing():
+    assert not random_lstm(orthogonalize=True).careful().turns((3, 80))
+
+
+def test_growth_alone_is_the_growth_of_the_rule_with_adams_directions():
+    rule, param = random_lstm(), torch.randn(4, 5)
+    alone = rule.growth_alone()
+    grad = -param  # asks for nothing else
+    delta, _ = advance(alone, param, grad, alone.init_state(param), 1.0, 0.0)
+    twin = rule.careful()
+    with torch.no_grad():
+        for name in ("growth_context", "growth_bias"):
+            twin.get_parameter(name).copy_(rule.get_parameter(name))
+    expected, _ = advance(twin, param, grad, twin.init_state(param), 1.0, 0.0)
+    torch.testing.assert_close(delta, expected)
+    state = alone.init_state(param)
+    assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 2 * param.numel()
+    assert {name for name, weight in alone.named_parameters() if weight.requires_grad} == {
+        *("context_weight", "context_bias", "growth_context", "growth_bias")
+    }

@@ -73,11 +73,13 @@ def assert_exact(net, rule, support, query, width):
             assert error < 1e-6 * float(gradient.norm()), name
 
 
-def test_second_order_equals_central_differences_on_an_mlp():
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_second_order_equals_central_differences_on_an_mlp(orthogonalize):
     net, support, query = problem()
     (slope,) = torch.autograd.grad(support(net, 0), net[2].weight)
     net[2].weight.data.copy_(-slope)  # small, and right: its gradient asks for growth
-    assert_exact(net, random_lstm(torch.float64, reach=0.1), support, query, width=1e-4)
+    rule = random_lstm(torch.float64, reach=0.1, orthogonalize=orthogonalize)
+    assert_exact(net, rule, support, query, width=1e-4)
 
 
 def test_second_order_equals_central_differences_on_a_bert(tmp_path):
@@ -97,9 +99,10 @@ def test_second_order_equals_central_differences_on_a_bert(tmp_path):
     )
 
 
-def test_first_order_equals_the_graph_of_detached_gradients():
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_first_order_equals_the_graph_of_detached_gradients(orthogonalize):
     net, support, query = problem()
-    rule = random_lstm(torch.float64)
+    rule = random_lstm(torch.float64, orthogonalize=orthogonalize)
     settings = UnrollSettings(steps=5, support_weight=0.5, step_weights=(1, 2, 0.5, 1, 3))
     result, ours = meta_gradient(net, rule, support, query, settings, weight_decay=0.3)
     optimizer = LearnedOptimizer(net.parameters(), rule, weight_decay=0.3)
@@ -154,6 +157,17 @@ def test_a_sample_as_large_as_the_model_is_the_model():
     _, whole = meta_gradient(net, rule, support, query, UnrollSettings(steps=3))
     _, same = meta_gradient(net, rule, support, query, UnrollSettings(steps=3, coordinates=999))
     assert all(torch.equal(whole[name], same[name]) for name in whole)
+
+
+def test_matrices_that_are_orthogonalized_are_sampled_as_a_whole():
+    net, support, query = problem()  # two of them, and two biases, of 6 and 3
+    rule = random_lstm(torch.float64, orthogonalize=True)
+    settings = UnrollSettings(steps=3, coordinates=9)
+    _, whole = meta_gradient(net, rule, support, query, replace(settings, coordinates=None))
+    _, same = meta_gradient(net, rule, support, query, settings)
+    assert all(torch.equal(whole[name], same[name]) for name in whole)
+    _, fewer = meta_gradient(net, rule, support, query, replace(settings, coordinates=8))
+    assert not torch.equal(whole["output_bias"], fewer["output_bias"])
 
 
 def test_every_tensor_has_a_part_in_the_sample():
