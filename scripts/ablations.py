@@ -8,7 +8,7 @@ DATA is a folder that holds clinc150 and huffpost36. Every variant starts from t
 the same episodes; "lent" is the rule of the other kind. --output keeps finished runs, so that what
 was stopped goes on.
 
-Time: on one core of a server processor 2 minutes for a head with 20 episodes, 15 minutes for LoRA
+Time: on one core of a server processor 2 minutes for a head with 20 episodes, 20 minutes for LoRA
 with 6. Prints a Markdown table: accuracy and query loss (nats) as shipped, and that minus each
 variant's, paired over the episodes, with 95 % intervals.
 """
@@ -78,6 +78,8 @@ def variants(tune: str) -> dict[str, CoordinateLSTM]:
             own, *range(COORDINATE_FEATURES, COORDINATE_FEATURES + found[SHIPPED].hidden_size)
         )
     else:
+        found["not orthogonalized"] = without(own)
+        found["not orthogonalized"].orthogonalize = False
         found["lent: steered as a head is"] = without(other)
     return found
 

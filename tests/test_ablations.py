@@ -9,6 +9,7 @@ import torch
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TAKEN_OUT = {  # of each variant: weights by the beginning of their names, and columns of the gates
     "no growth": (("growth_",), ()),
+    "not orthogonalized": ((), ()),
     "no steering": (("output_",), ()),
     "neither: Adam at the model's scale": (("growth_", "output_"), ()),
     "no tensor context": (("context_weight",), ()),
@@ -32,6 +33,7 @@ def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
         if name.startswith("lent"):
             continue
         prefixes, columns = TAKEN_OUT[name]
+        assert rule.orthogonalize == (tune == "lora" and name != "not orthogonalized")
         for part, weight in rule.named_parameters():
             expected = shipped.get_parameter(part).detach().clone()
             if part.startswith(prefixes):
