@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.lstm import CoordinateLSTM
-from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale
+from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale, stretch
 from rnnopt.rule import State, Turn
 
 TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
@@ -33,7 +33,8 @@ class Piece:
         state: the rule's memory, changed in place.
         lr: multiplies the whole change.
         weight_decay: in units of lr * step_size.
-        turn: see `rnnopt.rule.turn_of`, of the whole tensor; no kernel does that.
+        turn: see `rnnopt.rule.turn_of`, of the tensor of which this is a piece.
+        whole: whether it is all of it.
     """
 
     param: Tensor
@@ -42,6 +43,7 @@ class Piece:
     lr: float
     weight_decay: float
     turn: Turn | None = None
+    whole: bool = True
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
@@ -57,8 +59,9 @@ class Piece:
         """
         leaves, size = self.state.values(), self.param.numel()
         return (
-            self.turn is None
-            and self.param.dtype in dtypes
+            self.param.dtype in dtypes
+            # what is turned is told from what it was before: in half precision it could not be
+            and (self.turn is None or (self.whole and self.param.dtype == torch.float32))
             # a kernel trusts its pointers; where sizes differ the plain way raises
             and self.grad.shape == self.param.shape
             and all(leaf.dim() == 0 or leaf.shape[-1] == size for leaf in leaves)
@@ -106,6 +109,21 @@ class FusedStep:
             sums: what the rule's `related` tells each of the tensors that they are pieces of,
                 (pieces, 16).
         """
+        pieces = measured.pieces
+        context, longer = contexts(self._rule, pieces, sums)
+        turning = _Turning(self._rule, pieces, context["growth"], longer)
+        self.step(measured, context)
+        turning.finish()
+        # what was written behind autograd's back, so that it refuses an older graph as ever
+        torch.autograd.graph.increment_version([piece.param for piece in pieces])
+
+    def step(self, measured: Measured, context: dict[str, Tensor]) -> None:
+        """The compiled pass: all of a step but what is turned.
+
+        Args:
+            measured: see `take`.
+            context: see `contexts`.
+        """
         raise NotImplementedError
 
 
@@ -122,6 +140,53 @@ class Measured:
     pieces: Sequence[Piece]
     sums: Tensor
     kept: tuple[Any, ...]
+
+
+class _Turning:
+    """Pieces whose direction is turned as a whole, after a kernel has gone along it.
+
+    The kernel steps them along their direction alone: their growth is taken from its table here,
+    their decay by `describe`. What it has made of the parameter tells the direction.
+
+    Args:
+        rule: whose step it is.
+        pieces: all that are stepped.
+        growth: of each, (P,); those of turning pieces are 0 afterwards.
+        longer: how much longer their direction is once it is turned, (P,).
+    """
+
+    def __init__(
+        self, rule: CoordinateLSTM, pieces: Sequence[Piece], growth: Tensor, longer: Tensor
+    ) -> None:
+        self._rule = rule
+        self._groups: dict[tuple[int, ...], list[tuple[Piece, Tensor, Tensor, Tensor]]] = {}
+        for i, piece in enumerate(pieces):
+            if piece.turn is not None:
+                kept = piece, piece.param.detach().clone(), growth[i].clone(), longer[i]
+                self._groups.setdefault(tuple(piece.param.shape), []).append(kept)
+                growth[i].zero_()
+
+    def finish(self) -> None:
+        """Turn what the kernel has added, all matrices of a shape at once, and grow and decay."""
+        for shape, kept in self._groups.items():
+            pieces, before, growth, longer = zip(*kept)
+            start = torch.stack(before)  # (B, R, C)
+            added = torch.stack([piece.param.detach() for piece in pieces]) - start
+            live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
+            finite = torch.stack([piece.grad for piece in pieces]).isfinite()
+            grown = torch.stack([piece.lr * each for piece, each in zip(pieces, growth)])
+            far = torch.stack(longer)
+            change = grown.view(-1, 1, 1) * start + far.view(-1, 1, 1) * self._rule.turned(added)
+            change = torch.where(live, change, 0)
+            decays = [_decay(self._rule, piece) for piece in pieces]
+            if any(decays):
+                change -= torch.stack([d * old for d, old in zip(decays, before)])
+            end = torch.where(finite, start + change, start)
+            torch._foreach_copy_([piece.param.detach() for piece in pieces], list(end.unbind()))
+
+
+def _decay(rule: CoordinateLSTM, piece: Piece) -> float:
+    return piece.lr * rule.step_size * piece.weight_decay
 
 
 def with_matrices(sums: Tensor, pieces: Sequence[Piece]) -> Tensor:
@@ -152,11 +217,13 @@ def describe(
     ]
     tensors["count"] = [piece.param.numel() for piece in pieces]
     tensors["rate"] = [piece.lr for piece in pieces]
-    tensors["decay"] = [piece.lr * rule.step_size * piece.weight_decay for piece in pieces]
+    tensors["decay"] = [0.0 if piece.turn else _decay(rule, piece) for piece in pieces]
     return tensors
 
 
-def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dict[str, Tensor]:
+def contexts(
+    rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
     """What is common to each tensor's coordinates, by the plain rule's functions; counts the step.
 
     Args:
@@ -166,18 +233,19 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
-        grad_rms, param_rms; scale; growth.
+        grad_rms, param_rms; scale; growth. And `rnnopt.preprocess.stretch`, (P,).
     """
     steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
     peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
     grad_rms, param_rms = root_mean_squares(sums)
     gates, outputs, growth = rule.shifts(sums, peaks, steps)
     scale = rule.reach * step_scale(sums, peaks, steps)
+    longer = stretch(sums, peaks, steps)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
     for name, values in peaks.after(sums, steps)._asdict().items():
         torch._foreach_copy_([piece.state[name] for piece in pieces], values.unbind())
-    return {
+    context = {
         "gate_shift": gates,
         "output_shift": outputs,
         "m_debt": -torch.expm1(steps * math.log(rule.betas[0])),
@@ -187,3 +255,4 @@ def contexts(rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor) -> dic
         "scale": scale,
         "growth": growth,
     }
+    return context, longer

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, contexts, describe, with_matrices
+from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, describe, with_matrices
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 from rnnopt.preprocess import RATIO_FLOOR
 
@@ -69,18 +69,16 @@ class CompiledStep(FusedStep):
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
         return Measured(pieces, with_matrices(sums.float(), pieces), (rule, tensors, blocks, grads))
 
-    def take(self, measured: Measured, sums: Tensor) -> None:
+    def step(self, measured: Measured, context: dict[str, Tensor]) -> None:
         """See `FusedStep`."""
         pieces, (rule, tensors, blocks, _) = measured.pieces, measured.kept
-        for name, value in contexts(self._rule, pieces, sums).items():
+        for name, value in context.items():
             tensors[name] = value.numpy()
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
         _share(
             lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks
         )
-        # what was written behind autograd's back, so that it refuses an older graph as ever
-        torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
 
 def build(hidden_size: int) -> ctypes.CDLL:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, contexts, describe, with_matrices
+from rnnopt.fused import TAKEN, FusedStep, Measured, Piece, describe, with_matrices
 from rnnopt.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 from rnnopt.preprocess import COORDINATE_FEATURES, RATIO_FLOOR
 
@@ -82,14 +82,12 @@ class TritonStep(FusedStep):
             sums = with_matrices(_sums(table, counts, types), pieces)
             return Measured(pieces, sums, (table, counts, types, grads))
 
-    def take(self, measured: Measured, sums: Tensor) -> None:
+    def step(self, measured: Measured, context: dict[str, Tensor]) -> None:
         """See `FusedStep`."""
-        rule, pieces, (table, counts, types, _) = self._rule, measured.pieces, measured.kept
+        rule, (table, counts, types, _) = self._rule, measured.kept
         with _current(rule.gate_weight.device):
-            context = torch.column_stack(tuple(contexts(rule, pieces, sums).values()))
-            _step(rule, table, context, counts, types)
-        # what was written behind autograd's back, so that it refuses an older graph as ever
-        torch.autograd.graph.increment_version([piece.param for piece in pieces])
+            columns = torch.column_stack(tuple(context.values()))
+            _step(rule, table, columns, counts, types)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

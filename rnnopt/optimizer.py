@@ -17,7 +17,7 @@ from rnnopt.fused import FusedStep, Piece
 from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
 from rnnopt.kernels import fused_step
 from rnnopt.rule import State, UpdateRule, advance, related, sums_of, turn_of
-from rnnopt.sharding import add_up, local, local_gradient, of_whole
+from rnnopt.sharding import add_up, is_sharded, local, local_gradient, of_whole
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -243,7 +243,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """This process's part of a parameter, as a step sees it."""
         return Piece(
             local(param), local_gradient(grad, param), self._memory(param), trust * group["lr"],
-            group["weight_decay"], of_whole(turn_of(rule, param), param),
+            group["weight_decay"], of_whole(turn_of(rule, param), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:

@@ -204,19 +204,21 @@ def orthogonalized(direction: Tensor) -> Tensor:
     and cubic ones, which converge. Those that are nothing stay so.
 
     Args:
-        direction: (R, C).
+        direction: (..., R, C).
 
     Returns:
-        (R, C); of zeros zeros.
+        (..., R, C); of zeros zeros.
     """
-    wide = direction if direction.shape[0] <= direction.shape[1] else direction.T
-    square = (direction * direction).sum()
-    x = wide / torch.sqrt(square + _DIRECTION_FLOOR)
+    tall = direction.shape[-2] > direction.shape[-1]
+    wide = direction.mT if tall else direction
+    square = (wide * wide).sum(dim=(-2, -1), keepdim=True) + _DIRECTION_FLOOR
+    x = wide / torch.sqrt(square)
     for a, b, c in _NEWTON_SCHULZ:
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    x = x * torch.sqrt((square + _DIRECTION_FLOOR) / ((x * x).sum() + _DIRECTION_FLOOR))
-    return x if wide is direction else x.T
+    norm = (x * x).sum(dim=(-2, -1), keepdim=True) + _DIRECTION_FLOOR
+    x = x * torch.sqrt(square / norm)
+    return x.mT if tall else x
 
 
 def stretch(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:

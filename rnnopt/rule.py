@@ -104,7 +104,7 @@ class TurningRule(TensorWideRule, Protocol):
         ...
 
     def turned(self, direction: Tensor) -> Tensor:
-        """What becomes of a direction, both in the tensor's shape."""
+        """What becomes of directions, (..., R, C)."""
         ...
 
     def __call__(
@@ -129,9 +129,12 @@ class TurningRule(TensorWideRule, Protocol):
 
 def turn_of(rule: UpdateRule, param: Tensor) -> Turn | None:
     """The rule's `turned` for flat directions of this parameter; None if it leaves them alone."""
-    if not isinstance(rule, TurningRule) or not rule.turns(param.shape):
+    turns = getattr(
+        rule, "turns", None
+    )  # isinstance, of a protocol, takes longer than a small step
+    if turns is None or not turns(param.shape):
         return None
-    turned, shape = rule.turned, param.shape
+    turned, shape = cast(TurningRule, rule).turned, param.shape
     return lambda direction: turned(direction.view(shape)).reshape(-1)
 
 
@@ -173,7 +176,7 @@ def advance(
     finite = torch.isfinite(flat_grad)
     known: dict[str, Any] = {} if sums is None else {"sums": sums}
     if turn is not None:
-        known["turn"] = turn
+        known["turn"] = lambda direction: turn(torch.where(finite, direction, 0))
     update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, **known)
     if weight_decay:
         update = update - (rule.step_size * weight_decay) * flat_param

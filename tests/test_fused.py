@@ -55,11 +55,13 @@ def assert_same(fused, plain, atol):
 
 @needs_compiler
 @pytest.mark.parametrize("hidden_size", [0, 1, 8, 13])
+@pytest.mark.parametrize("orthogonalize", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"lr": 0.5, "weight_decay": 0.3}], ids=["plain", "decayed"]
 )
-def test_20_steps_are_those_of_the_plain_rule(hidden_size, options):
-    fused, plain = twins(SHAPES, random_lstm(hidden_size=hidden_size), **options)
+def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, options):
+    rule = random_lstm(hidden_size=hidden_size, orthogonalize=orthogonalize)
+    fused, plain = twins(SHAPES, rule, **options)
     start = [param.detach().clone() for param in params_of(plain)]
     walk((fused, plain))
     assert_same(fused, plain, atol=1e-6)
@@ -74,14 +76,15 @@ def test_20_steps_are_those_of_the_plain_rule(hidden_size, options):
 
 
 @needs_compiler
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=2), min_size=1, max_size=4),
     scale=st.sampled_from([1e-30, 1e-12, 1e-3, 1.0, 1e12, 1e30]),
     cut=st.integers(0, 50),
+    orthogonalize=st.booleans(),
 )
-def test_any_shapes_and_sizes_of_gradient(shapes, scale, cut):
-    fused, plain = twins(shapes, lr=0.1)
+def test_any_shapes_and_sizes_of_gradient(shapes, scale, cut, orthogonalize):
+    fused, plain = twins(shapes, random_lstm(orthogonalize=orthogonalize), lr=0.1)
 
     def spoil(grad, step):
         flat = grad.view(-1)

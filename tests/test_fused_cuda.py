@@ -68,10 +68,11 @@ def triton_step(monkeypatch):
         (3, {"lr": 0.5, "weight_decay": 0.3}, 20),
         (13, {}, 2),
     ],
-    ids=["default size", "no LSTM", "decayed", "fewer coordinates to a thread"],
+    ids=["default size", "no LSTM, orthogonalized", "decayed", "fewer coordinates to a thread"],
 )
 def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, steps):
-    ours, plain = twins(SHAPES, random_lstm(hidden_size=hidden_size), **options)
+    rule = random_lstm(hidden_size=hidden_size, orthogonalize=hidden_size == 0)
+    ours, plain = twins(SHAPES, rule, **options)
     start = [param.detach().clone() for param in params_of(plain)]
     walk((ours, plain), steps)
     assert_same(ours, plain, atol=1e-6)
