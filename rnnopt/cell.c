@@ -37,6 +37,7 @@ typedef struct {
     float grad_rms, param_rms; /* what features are relative to */
     float scale;               /* reach * step_scale */
     float growth;              /* of the parameter, relative to itself */
+    float keep;                /* 1; 0 leaves the change in the parameter's place */
     float rate, decay;         /* lr, and lr * step_size * weight_decay */
 } Tensor;
 
@@ -241,7 +242,7 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
     vec direction = (1.0f + outputs[1]) * adam + outputs[2] * relative;
     vec grown = t->growth * (vec)((bits)p & live);
     vec change = t->rate * (grown - t->scale * factor * direction) - t->decay * p;
-    store(t->param + at, pick(finite, p + change, p), count);
+    store(t->param + at, pick(finite, t->keep * p + change, p), count);
     store(t->m + at, pick(finite, next_m, m), count);
     store(t->v + at, pick(finite, next_v, v), count);
 }

@@ -60,7 +60,7 @@ class Piece:
         leaves, size = self.state.values(), self.param.numel()
         return (
             self.param.dtype in dtypes
-            # what is turned is told from what it was before: in half precision it could not be
+            # the parameter's place holds the direction, which is no matter for half precision
             and (self.turn is None or (self.whole and self.param.dtype == torch.float32))
             # a kernel trusts its pointers; where sizes differ the plain way raises
             and self.grad.shape == self.param.shape
@@ -111,7 +111,7 @@ class FusedStep:
         """
         pieces = measured.pieces
         context, longer = contexts(self._rule, pieces, sums)
-        turning = _Turning(self._rule, pieces, context["growth"], longer)
+        turning = _Turning(self._rule, pieces, context, longer)
         self.step(measured, context)
         turning.finish()
         # what was written behind autograd's back, so that it refuses an older graph as ever
@@ -145,38 +145,47 @@ class Measured:
 class _Turning:
     """Pieces whose direction is turned as a whole, after a kernel has gone along it.
 
-    The kernel steps them along their direction alone: their growth is taken from its table here,
-    their decay by `describe`. What it has made of the parameter tells the direction.
+    A kernel leaves the direction in their parameter's place: their growth, and what they were, are
+    taken from its table here, their decay by `describe`.
 
     Args:
         rule: whose step it is.
         pieces: all that are stepped.
-        growth: of each, (P,); those of turning pieces are 0 afterwards.
+        context: what `contexts` returned for them; growth and keep of turning pieces become 0.
         longer: how much longer their direction is once it is turned, (P,).
     """
 
     def __init__(
-        self, rule: CoordinateLSTM, pieces: Sequence[Piece], growth: Tensor, longer: Tensor
+        self,
+        rule: CoordinateLSTM,
+        pieces: Sequence[Piece],
+        context: dict[str, Tensor],
+        longer: Tensor,
     ) -> None:
         self._rule = rule
+        growth, keep = context["growth"], context["keep"]
         self._groups: dict[tuple[int, ...], list[tuple[Piece, Tensor, Tensor, Tensor]]] = {}
         for i, piece in enumerate(pieces):
             if piece.turn is not None:
                 kept = piece, piece.param.detach().clone(), growth[i].clone(), longer[i]
                 self._groups.setdefault(tuple(piece.param.shape), []).append(kept)
                 growth[i].zero_()
+                keep[i].zero_()
 
     def finish(self) -> None:
-        """Turn what the kernel has added, all matrices of a shape at once, and grow and decay."""
+        """Turn the directions, all of a shape at once, and go there; grow and decay."""
         for shape, kept in self._groups.items():
             pieces, before, growth, longer = zip(*kept)
             start = torch.stack(before)  # (B, R, C)
-            added = torch.stack([piece.param.detach() for piece in pieces]) - start
             live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
             finite = torch.stack([piece.grad for piece in pieces]).isfinite()
+            left = torch.stack([piece.param.detach() for piece in pieces])
+            direction = torch.where(live & finite, left, 0)
             grown = torch.stack([piece.lr * each for piece, each in zip(pieces, growth)])
             far = torch.stack(longer)
-            change = grown.view(-1, 1, 1) * start + far.view(-1, 1, 1) * self._rule.turned(added)
+            change = grown.view(-1, 1, 1) * start + far.view(-1, 1, 1) * self._rule.turned(
+                direction
+            )
             change = torch.where(live, change, 0)
             decays = [_decay(self._rule, piece) for piece in pieces]
             if any(decays):
@@ -233,7 +242,8 @@ def contexts(
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
-        grad_rms, param_rms; scale; growth. And `rnnopt.preprocess.stretch`, (P,).
+        grad_rms, param_rms; scale; growth; keep, see `_Turning`. And (P,) of
+        `rnnopt.preprocess.stretch`.
     """
     steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
     peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
@@ -254,5 +264,6 @@ def contexts(
         "param_rms": param_rms,
         "scale": scale,
         "growth": growth,
+        "keep": torch.ones_like(growth),
     }
     return context, longer

@@ -150,7 +150,17 @@ def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
 @functools.cache
 def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
     """`Tensor` of cell.c."""
-    numbers = ("m_debt", "v_debt", "grad_rms", "param_rms", "scale", "growth", "rate", "decay")
+    numbers = (
+        "m_debt",
+        "v_debt",
+        "grad_rms",
+        "param_rms",
+        "scale",
+        "growth",
+        "keep",
+        "rate",
+        "decay",
+    )
     return np.dtype(
         [
             ("pointers", np.int64, 6),

@@ -309,7 +309,7 @@ def _step_live(
     p = tl.load(params, mask=mask, other=0.0).to(tl.float32)
     m += m_gain * (g - m)
     tl.store(ms, m, mask=finite)
-    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, RMS of g and p, scale, growth
+    common = context + 4 * HIDDEN + OUTPUTS  # m_debt, v_debt, RMS of g and p, scale, growth, keep
     live = v > 0
     scale = tl.sqrt(v / tl.load(common + 1)) + eps
     adam = m / tl.load(common) / scale
@@ -326,7 +326,7 @@ def _step_live(
     rate = tl.load((row + 7).to(tl.pointer_type(tl.float32)))
     grown = tl.where(live, tl.load(common + 5) * p, 0.0)
     change = rate * (grown - tl.load(common + 4) * factor * direction) - decay * p
-    tl.store(params, (p + change).to(PARAM), mask=finite)
+    tl.store(params, (tl.load(common + 6) * p + change).to(PARAM), mask=finite)
 
 
 @triton.jit
@@ -351,7 +351,7 @@ def _step_block(
         v = v_keep * v + v_gain * (g * g)
         tl.store(vs + at, v, mask=finite)
         _step_live(
-            row, context + (4 * HIDDEN + OUTPUTS + 6) * tensor, gate_weight, output_weight,
+            row, context + (4 * HIDDEN + OUTPUTS + 7) * tensor, gate_weight, output_weight,
             at, mask, finite, params, g, v,
             m_gain, eps, log_bound, ratio_floor, decay,
             HIDDEN, FEATURES, OUTPUTS, PARAM, MEMORY,
