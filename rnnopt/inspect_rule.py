@@ -225,7 +225,7 @@ class _Seen:
 
     @torch.no_grad()
     def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
-        """The update of each coordinate for each of `GRADIENTS`, (G, n)."""
+        """The update of each coordinate for each of `GRADIENTS`, (G, n), before it is turned."""
         grads = [torch.ones_like(self.param) * value * self.scale for value in GRADIENTS]
         steps = [advance(rule, self.param, g, self.state, 1.0, 0.0, known)[0] for g in grads]
         return torch.stack(steps)
