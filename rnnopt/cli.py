@@ -233,7 +233,7 @@ def _add_meta_train(commands: Any) -> None:
         choices=("all", "growth"),
         default="all",
         help="of the LSTM: all that it does, or the growth of tensors alone, with Adam's "
-        "directions and step sizes [all]",
+        "directions and step sizes and no hidden units [all]",
     )
     parser.add_argument(
         "--from",

@@ -112,8 +112,12 @@ class FusedStep:
         pieces = measured.pieces
         context, longer = contexts(self._rule, pieces, sums)
         turning = _Turning(self._rule, pieces, context, longer)
-        self.step(measured, context)
-        turning.finish()
+        try:
+            self.step(measured, context)
+            turning.finish()
+        except BaseException:  # Ctrl-C too: what is in their place by now is no parameter
+            turning.restore()
+            raise
         # what was written behind autograd's back, so that it refuses an older graph as ever
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
@@ -145,13 +149,14 @@ class Measured:
 class _Turning:
     """Pieces whose direction is turned as a whole, after a kernel has gone along it.
 
-    A kernel leaves the direction in their parameter's place: their growth, and what they were, are
-    taken from its table here, their decay by `describe`.
+    A kernel leaves the direction, the other way round, in their parameter's place: growth, scale,
+    and what they were are taken from its table here, rate and decay by `describe`.
 
     Args:
         rule: whose step it is.
         pieces: all that are stepped.
-        context: what `contexts` returned for them; growth and keep of turning pieces become 0.
+        context: what `contexts` returned for them; of turning pieces growth and keep become 0, and
+            scale 1.
         longer: how much longer their direction is once it is turned, (P,).
     """
 
@@ -163,35 +168,42 @@ class _Turning:
         longer: Tensor,
     ) -> None:
         self._rule = rule
-        growth, keep = context["growth"], context["keep"]
+        growth, keep, scale = context["growth"], context["keep"], context["scale"]
         self._groups: dict[tuple[int, ...], list[tuple[Piece, Tensor, Tensor, Tensor]]] = {}
         for i, piece in enumerate(pieces):
             if piece.turn is not None:
-                kept = piece, piece.param.detach().clone(), growth[i].clone(), longer[i]
+                along = scale[i] * longer[i]
+                kept = piece, piece.param.detach().clone(), growth[i].clone(), along
                 self._groups.setdefault(tuple(piece.param.shape), []).append(kept)
                 growth[i].zero_()
                 keep[i].zero_()
+                scale[i].fill_(1)
 
     def finish(self) -> None:
         """Turn the directions, all of a shape at once, and go there; grow and decay."""
         for shape, kept in self._groups.items():
-            pieces, before, growth, longer = zip(*kept)
+            pieces, before, growth, along = zip(*kept)
             start = torch.stack(before)  # (B, R, C)
             live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
             finite = torch.stack([piece.grad for piece in pieces]).isfinite()
             left = torch.stack([piece.param.detach() for piece in pieces])
-            direction = torch.where(live & finite, left, 0)
-            grown = torch.stack([piece.lr * each for piece, each in zip(pieces, growth)])
-            far = torch.stack(longer)
-            change = grown.view(-1, 1, 1) * start + far.view(-1, 1, 1) * self._rule.turned(
-                direction
+            turned = self._rule.turned(torch.where(live & finite, left, 0))
+            grown, far = (
+                torch.stack([piece.lr * each for piece, each in zip(pieces, values)]).view(-1, 1, 1)
+                for values in (growth, along)
             )
-            change = torch.where(live, change, 0)
+            change = torch.where(live, grown * start + far * turned, 0)
             decays = [_decay(self._rule, piece) for piece in pieces]
             if any(decays):
                 change -= torch.stack([d * old for d, old in zip(decays, before)])
             end = torch.where(finite, start + change, start)
             torch._foreach_copy_([piece.param.detach() for piece in pieces], list(end.unbind()))
+
+    def restore(self) -> None:
+        """Put back what was there before the step."""
+        for kept in self._groups.values():
+            for piece, before, *_ in kept:
+                piece.param.detach().copy_(before)
 
 
 def _decay(rule: CoordinateLSTM, piece: Piece) -> float:
@@ -225,7 +237,7 @@ def describe(
         for piece, grad in zip(pieces, grads)
     ]
     tensors["count"] = [piece.param.numel() for piece in pieces]
-    tensors["rate"] = [piece.lr for piece in pieces]
+    tensors["rate"] = [1.0 if piece.turn else piece.lr for piece in pieces]
     tensors["decay"] = [0.0 if piece.turn else _decay(rule, piece) for piece in pieces]
     return tensors
 

@@ -76,7 +76,9 @@ class CoordinateLSTM(nn.Module):
     encoder learns, and then grow in the direction that it has, which hardly changes a prediction.
 
     With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
-    reach * scale. A coordinate that never had a gradient keeps a zero state and gets a zero update.
+    reach * scale, but where `orthogonalize` turns its direction and goes up to twice as far, see
+    `rnnopt.preprocess.stretch`. A coordinate that never had a gradient keeps a zero state and gets
+    a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
@@ -173,7 +175,7 @@ class CoordinateLSTM(nn.Module):
         return rule
 
     def careful(self) -> CoordinateLSTM:
-        """See `rnnopt.guard.GuardedRule.careful`: what this rule is with its output at zero."""
+        """See `rnnopt.guard.GuardedRule.careful`: Adam, which this is with its output at zero."""
         twin = copy.deepcopy(self)
         twin.zero_output()
         twin.orthogonalize = False

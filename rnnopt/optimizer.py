@@ -308,10 +308,13 @@ def _refuse_sparse(work: Work) -> None:
 
 
 def _take_plainly(rule: UpdateRule, piece: Piece, sums: Tensor | None) -> State:
+    param, grad = piece.param, piece.grad
+    if not piece.whole:  # a shard's own shape says nothing of the tensor's
+        param, grad = param.reshape(-1), grad.reshape(-1)
     delta, state = advance(
-        rule, piece.param, piece.grad, piece.state, piece.lr, piece.weight_decay, sums, piece.turn
+        rule, param, grad, piece.state, piece.lr, piece.weight_decay, sums, piece.turn
     )
-    piece.param.add_(delta)
+    piece.param.add_(delta.view(piece.param.shape))
     return state
 
 

@@ -42,7 +42,8 @@ _LATEST_STEP = 16.0
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
 
-# See `orthogonalized`; the floor is of a sum of squares, each about 1 where there is a gradient.
+# See `orthogonalized`; the floor is of a sum of squares of directions, before anything scales them:
+# each is about 1 where there is a gradient.
 _NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)] + 3 * [(1.5, -0.5, 0.0)]
 _STRETCH = 2.0
 _DIRECTION_FLOOR = 1e-12

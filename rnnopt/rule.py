@@ -97,7 +97,10 @@ class TensorWideRule(UpdateRule, Protocol):
 
 @runtime_checkable
 class TurningRule(TensorWideRule, Protocol):
-    """A rule that turns the direction of some matrices as a whole, before it goes there."""
+    """A rule that turns the direction of some matrices as a whole, before it goes there.
+
+    There coordinates feel one another through more than sums.
+    """
 
     def turns(self, shape: Sequence[int]) -> bool:
         """Whether it does so to a tensor of this shape."""
@@ -163,7 +166,7 @@ def advance(
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
         sums: for a `TensorWideRule` what `related` tells this tensor; None if it is alone.
-        turn: `turn_of` the tensor of which param is a piece; None if it is the whole tensor.
+        turn: `turn_of` the tensor of which param, flat, is a piece; None if it is the whole tensor.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.

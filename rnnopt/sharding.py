@@ -1,7 +1,7 @@
 """Parameters that are sharded over processes: DTensor, as FSDP2 makes them.
 
 Each process steps its own shard; what a rule wants to know of the whole tensor are sums, and those
-are added up over the processes that hold the shards.
+are added up over the processes that hold the shards. The direction of a narrow matrix is gathered.
 """
 
 from __future__ import annotations
@@ -111,4 +111,9 @@ def _shard_groups(param: Tensor) -> list[Any]:
                 f"a parameter of placements {placements}: a partial sum can't be stepped; "
                 "redistribute it to Shard or Replicate"
             )
-    return [mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard()]
+    # strided shards, of tensor parallelism under FSDP, deny that they are shards
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate()
+    ]

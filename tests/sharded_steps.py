@@ -14,14 +14,19 @@ from rnnopt import LearnedOptimizer
 
 
 def network():
-    """Its shapes divide unevenly: one process has an empty shard of the last bias."""
+    """Shapes divide unevenly: one process has an empty shard of the last bias.
+
+    The first matrix is narrow in its shards only.
+    """
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    return nn.Sequential(
+        nn.Linear(66, 100), nn.Tanh(), nn.Linear(100, 7), nn.Tanh(), nn.Linear(7, 1)
+    )
 
 
 def loss_of(net):
     generator = torch.Generator().manual_seed(1)
-    return net(torch.randn(6, 5, generator=generator)).square().mean()
+    return net(torch.randn(6, 66, generator=generator)).square().mean()
 
 
 def adapt(net, rule, **options):
@@ -40,7 +45,7 @@ def fsdp(net, mesh):
 
 def by_hand(placement):
     def shard(net, mesh):
-        for layer in (net[0], net[2]):
+        for layer in net[::2]:
             for name, param in list(layer.named_parameters()):
                 setattr(layer, name, nn.Parameter(distribute_tensor(param.data, mesh, [placement])))
         return net
@@ -67,7 +72,7 @@ def main():
                 else:
                     step_by_hand(sharded, rule, fused)
                 # what is next to nothing in a gradient is raised with its rounding
-                atol = 3e-6 if name == "orthogonalized" else 1e-6
+                atol = 3e-5 if name == "orthogonalized" else 1e-6
                 for ours, theirs in zip(sharded.parameters(), whole.parameters()):
                     message = f"{how} {name} fused={fused}"
                     torch.testing.assert_close(

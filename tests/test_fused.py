@@ -311,3 +311,28 @@ def test_an_odd_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeyp
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)
+
+
+@needs_compiler
+def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatch):
+    fused, _ = twins([(4, 30), (3, 30)], random_lstm(orthogonalize=True))
+    start = [param.detach().clone() for param in params_of(fused)]
+
+    def stopped(self, direction):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CoordinateLSTM, "turned", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        walk((fused,), steps=1)
+    assert all(map(torch.equal, params_of(fused), start))
+
+
+@needs_compiler
+@pytest.mark.parametrize("lr", [1e-9, 1e-3, 1e3])
+def test_an_orthogonalized_step_is_as_long_as_its_rate_says(lr):
+    fused, plain = twins([(8, 384)], random_lstm(orthogonalize=True), lr=lr)
+    for param in (*params_of(fused), *params_of(plain)):
+        param.data.zero_()
+    walk((fused, plain), steps=3)
+    ours, theirs = params_of(fused)[0], params_of(plain)[0]
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()

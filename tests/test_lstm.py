@@ -313,7 +313,7 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
     turning.orthogonalize = True
     params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     states = [plain.init_state(param) for param in params]
-    for step in range(3):
+    for step in range(4):
         grads = [0.1 * torch.randn(param.shape, generator=generator) for param in params]
         grads = [grad.double() for grad in grads]
         if step == 2:  # the first asks for growth, and is the heaviest
@@ -326,12 +326,15 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
             assert all(torch.equal(after[name], same[name]) for name in after)
             if i < 2:
                 decay = -0.5 * 0.1 * plain.step_size * param
-                longer = 2 - float(growth_request(known)) if step else 1
+                request = max(float(growth_request(known)), float(states[i]["request_peak"]))
+                longer = 2 - request if step else 1
                 delta = decay + longer * orthogonalized(delta - decay)
             torch.testing.assert_close(turned, delta)
             states[i] = after
         if step == 2:
             assert float(growth_request(told[0])) > 0.9 > 0.1 > float(growth_request(told[1]))
+        if step == 3:  # it is remembered
+            assert float(growth_request(told[0])) < 0.1 < 0.9 < float(states[0]["request_peak"])
 
 
 def test_a_rule_in_doubt_is_adam_and_orthogonalizes_nothing():
