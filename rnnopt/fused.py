@@ -262,10 +262,10 @@ def contexts(
     grad_rms, param_rms = root_mean_squares(sums)
     gates, outputs, growth = rule.shifts(sums, peaks, steps)
     scale = rule.reach * step_scale(sums, peaks, steps)
-    longer = stretch(sums, peaks, steps)
+    after = peaks.after(sums, steps)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
-    for name, values in peaks.after(sums, steps)._asdict().items():
+    for name, values in after._asdict().items():
         torch._foreach_copy_([piece.state[name] for piece in pieces], values.unbind())
     context = {
         "gate_shift": gates,
@@ -278,4 +278,4 @@ def contexts(
         "growth": growth,
         "keep": torch.ones_like(growth),
     }
-    return context, longer
+    return context, stretch(after.request_peak, steps)

@@ -151,16 +151,8 @@ def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
 def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
     """`Tensor` of cell.c."""
     numbers = (
-        "m_debt",
-        "v_debt",
-        "grad_rms",
-        "param_rms",
-        "scale",
-        "growth",
-        "keep",
-        "rate",
-        "decay",
-    )
+        "m_debt", "v_debt", "grad_rms", "param_rms", "scale", "growth", "keep", "rate", "decay",
+    )  # fmt: skip
     return np.dtype(
         [
             ("pointers", np.int64, 6),

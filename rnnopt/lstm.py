@@ -255,8 +255,9 @@ class CoordinateLSTM(nn.Module):
         memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
         direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
+        after = peaks.after(sums, moments["step"])
         if turn is not None:
-            longer = stretch(sums, peaks, moments["step"])
+            longer = stretch(after.request_peak, moments["step"])
             direction = longer * turn(direction) * live
         update = growth * (param * live) - (
             self.reach * step_scale(sums, peaks, moments["step"]) * direction
@@ -266,7 +267,7 @@ class CoordinateLSTM(nn.Module):
             "hidden": hidden.to(state["hidden"].dtype),
             "cell": cell.to(state["cell"].dtype),
             "matrix": state["matrix"],
-            **peaks.after(sums, moments["step"])._asdict(),
+            **after._asdict(),
         }
 
     def _bounded(self, grad: Tensor) -> Tensor:

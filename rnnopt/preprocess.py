@@ -222,19 +222,17 @@ def orthogonalized(direction: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def stretch(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
+def stretch(request_peak: Tensor, step: Tensor) -> Tensor:
     """How much longer a direction is once it is orthogonalized, from 1 to `_STRETCH`; (...).
 
     Along singular directions alike, LoRA factors bear longer steps. A head that points where it
     should, and asks for growth, does not; nor does one at the first step, before that is known.
 
     Args:
-        sums: what `model_sums` returned, (..., 16).
-        peaks: before this step.
+        request_peak: see `Peaks`, after this step; (...).
         step: (...), 1 at the first step.
     """
-    request = torch.maximum(peaks.request_peak, growth_request(sums))
-    return torch.where(step > 1, _STRETCH - (_STRETCH - 1) * request, 1)
+    return torch.where(step > 1, _STRETCH - (_STRETCH - 1) * request_peak, 1)
 
 
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:
