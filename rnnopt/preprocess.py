@@ -16,6 +16,9 @@ from torch import Tensor
 COORDINATE_FEATURES = 5
 SUMS = 9
 _PULL, _MATRIX = 7, 8  # which of them, see `tensor_sums`
+# Of what `model_sums` puts after those.
+_LARGEST, _DECREASE, _MODEL_SIZE = SUMS, SUMS + 1, SUMS + 2
+_HEAVIEST, _MODEL_REQUEST = SUMS + 6, SUMS + 7
 CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
@@ -41,6 +44,11 @@ _LATEST_STEP = 16.0
 # In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
+# Coordinates for each nat that a unit step is taken to promise at least, see `step_scale`: those of
+# LoRA factors promise more by themselves, those of an encoder less.
+_COORDINATES_A_NAT = 45_000.0
+# What the peaks of gradients keep from a step to the next while nothing has been learned.
+_UNLEARNED = 0.5
 
 # See `orthogonalized`; the floor is of a sum of squares of directions, before anything scales them:
 # each is about 1 where there is a gradient.
@@ -71,25 +79,33 @@ class Peaks(NamedTuple):
         model_peak: of the largest RMS of a tensor's gradient in the model.
         decrease_peak: of the promised decrease, see `model_sums`.
         request_peak: of `growth_request`.
+        model_request_peak: of the largest of these in the model.
     """
 
     tensor_peak: Tensor
     model_peak: Tensor
     decrease_peak: Tensor
     request_peak: Tensor
+    model_request_peak: Tensor
 
     def after(self, sums: Tensor, step: Tensor) -> Peaks:
         """Those after a step.
 
         From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
-        were: an outlier would make all later steps as much smaller as it is larger.
+        were: an outlier would make all later steps as much smaller as it is larger. They fade by
+        half a step until a tensor has asked for growth: what gradients measured before anything
+        was learned, such as a first step that was too long for a nearly constant embedding, is no
+        measure of what there is to learn.
 
         Args:
-            sums: what `model_sums` returned, (..., 16).
+            sums: what `model_sums` returned, (..., 17).
             step: (...), 1 at the first step.
         """
-        request = torch.maximum(self.request_peak, growth_request(sums))
-        return Peaks(*_gradient_peaks(self, sums, step), request)
+        requests = (
+            torch.maximum(self.request_peak, growth_request(sums)),
+            torch.maximum(self.model_request_peak, sums[..., _MODEL_REQUEST]),
+        )
+        return Peaks(*_gradient_peaks(self, sums, step), *requests)
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
@@ -131,17 +147,21 @@ def model_sums(sums: Tensor) -> Tensor:
         sums: what `tensor_sums` returned for each of P tensors, (P, 9).
 
     Returns:
-        (P, 16): beside the nine of the tensor, the same in every row: the largest RMS of a
+        (P, 17): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
-        (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; and over all
-        coordinates N, sum of g^2, of m^2, of m g; and the largest weight, see `growth_request`.
+        (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; over all coordinates
+        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; and the largest
+        request.
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
-    shared = torch.stack([largest, decrease, size, grad_square, memory_square, product, heaviest])
+    request = _request(sums, heaviest).amax()
+    shared = torch.stack(
+        [largest, decrease, size, grad_square, memory_square, product, heaviest, request]
+    )
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
@@ -153,15 +173,18 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     been fitted, whose gradients vanish, comes to rest::
 
         scale = (RMS(g) / largest so far)^BALANCE * (largest RMS now / largest so far)^REST
-            * (1 - request * max(0, cos(m, g)))^2 / (floor + largest decrease so far)
+            * (1 - request * max(0, cos(m, g)))^2
+            / (floor + max(largest decrease so far, N / 45000))
 
-    with the largest request before this step, see `growth_request`. What has asked for nothing but
+    with N the model's coordinates: however little each of them promises, all together bend what a
+    whole encoder computes, and below a head that is still random a long step goes too far. The
+    request is the largest before this step, see `growth_request`. What has asked for nothing but
     growth points the right way: a head, at the means of its classes. From then on it grows, and
     steps by what is new in its gradient: much in minibatches, little in full batches, where all
     that would follow is to bend towards the few texts that are hardest to fit.
 
     Args:
-        sums: what `model_sums` returned, (..., 16).
+        sums: what `model_sums` returned, (..., 17).
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -173,9 +196,10 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
     new = (1 - peaks.request_peak * agreement) ** 2
     _, largest, decrease = _gradient_peaks(peaks, sums, step)
+    promised = torch.maximum(decrease, sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT)
     # an outlier's is beyond its peak
-    share, rest = ((size / largest).clamp(max=1) for size in (rms, sums[..., SUMS]))
-    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + decrease)
+    share, rest = ((size / largest).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
+    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + promised)
 
 
 def growth_request(sums: Tensor) -> Tensor:
@@ -189,10 +213,9 @@ def growth_request(sums: Tensor) -> Tensor:
     to their own size, and the others weigh less than the head.
 
     Args:
-        sums: what `model_sums` returned, (..., 16).
+        sums: what `model_sums` returned, (..., 17).
     """
-    request = (_pull_cosine(sums).clamp(min=0) * _weights(sums) / sums[..., -1]) ** 2
-    return request / (request + _REQUEST**2)
+    return _request(sums, sums[..., _HEAVIEST])
 
 
 def orthogonalized(direction: Tensor) -> Tensor:
@@ -285,7 +308,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 16); the leading dimensions, if any, are tensors.
+        sums: what `model_sums` returned, (..., 17); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -295,7 +318,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     size, param_square, grad_square, _, memory_square, product, _, pull, _ = sums[
         ..., :SUMS
     ].unbind(-1)
-    largest, decrease, model_size, *model, _ = sums[..., SUMS:].unbind(-1)
+    largest, decrease, model_size, *model = sums[..., _LARGEST:_HEAVIEST].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
     share = torch.log(grad_rms / largest)
     step = step.to(sums.dtype).clamp(max=_LATEST_STEP)
@@ -322,6 +345,11 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     )
 
 
+def _request(sums: Tensor, heaviest: Tensor) -> Tensor:
+    request = (_pull_cosine(sums).clamp(min=0) * _weights(sums) / heaviest) ** 2
+    return request / (request + _REQUEST**2)
+
+
 def _weights(sums: Tensor) -> Tensor:
     """Of a matrix RMS of the gradient times its norm, (...), see `growth_request`."""
     rms, _ = root_mean_squares(sums)
@@ -339,10 +367,13 @@ def _gradient_peaks(peaks: Peaks, sums: Tensor, step: Tensor) -> tuple[Tensor, T
     """The first three of `Peaks.after`."""
     rms, _ = root_mean_squares(sums)
     settled = step >= _SETTLED_STEP
+    request = torch.maximum(peaks.model_request_peak, sums[..., _MODEL_REQUEST])
+    learned = (2 * request).clamp(max=1)
+    keep = _UNLEARNED + (1 - _UNLEARNED) * learned
     return (
-        _grown(peaks.tensor_peak, rms, settled),
-        _grown(peaks.model_peak, sums[..., SUMS], settled),
-        _grown(peaks.decrease_peak, sums[..., SUMS + 1], settled),
+        _grown(keep * peaks.tensor_peak, rms, settled),
+        _grown(keep * peaks.model_peak, sums[..., _LARGEST], settled),
+        _grown(keep * peaks.decrease_peak, sums[..., _DECREASE], settled),
     )
 
 
@@ -359,6 +390,7 @@ def _log_ratio(value: Tensor, peak: Tensor) -> Tensor:
 
 
 def _cosine(size: Tensor, grad_square: Tensor, other_square: Tensor, product: Tensor) -> Tensor:
-    """Between the gradient and another vector; 0 where either is."""
+    """Between the gradient and another vector; 0 where either is, or there are no coordinates."""
+    size = size.clamp(min=1)
     rms = [torch.sqrt(square / size + _GRAD_FLOOR**2) for square in (grad_square, other_square)]
     return product / size / (rms[0] * rms[1])

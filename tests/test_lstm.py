@@ -31,7 +31,7 @@ def cosine(one, other):
 @given(hidden_size=st.integers(0, 12), seed=st.integers(0, 99))
 def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
     """reach (RMS / largest so far)^0.25 (largest RMS now / so far)^0.5 / (8 + largest promise so
-    far), worked out here."""
+    far), worked out here; what was largest so far halves where nothing asks for growth."""
     generator = torch.Generator().manual_seed(seed)
     rule = random_lstm(hidden_size=hidden_size, reach=0.01)
     rule.zero_output()
@@ -47,17 +47,22 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
         sizes = [float(twin.grad.square().mean().sqrt()) for twin in twins]
         shares = [(size / max(sizes)) ** 0.25 for size in sizes]
         promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
-        largest, most = max(largest, *sizes), max(most, promised)
-        rest = (max(sizes) / largest) ** 0.5
         weights = [  # a vector's is nothing, however large its gradient
             size**2 * twin.numel() ** 0.5 * (twin.dim() > 1) for size, twin in zip(sizes, twins)
         ]
+        asked = [
+            max(0.0, -cosine(twin, twin.grad)) * weight / max(weights)
+            for twin, weight in zip(twins, weights)
+        ]
+        now = [share**2 / (share**2 + 0.15**2) for share in asked]
+        keep = 0.5 + 0.5 * min(1.0, 2 * max(*requests, *now))
+        largest, most = max(keep * largest, *sizes), max(keep * most, promised)
+        rest = (max(sizes) / largest) ** 0.5
         for i, (group, size, twin) in enumerate(zip(reference.param_groups, sizes, twins)):
             memory = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
             new = (1 - requests[i] * max(0.0, cosine(memory, twin.grad))) ** 2
             group["lr"] = 0.01 * new * (size / largest) ** 0.25 * rest / (8 + most)
-            asked = max(0.0, -cosine(twin, twin.grad)) * weights[i] / max(weights)
-            requests[i] = max(requests[i], asked**2 / (asked**2 + 0.15**2))
+            requests[i] = max(requests[i], now[i])
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
@@ -256,15 +261,16 @@ def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
 
 
 def test_an_outlier_slows_what_follows_tenfold_at_most():
-    """A gradient a thousand, or a million, times as large, once."""
+    """A gradient a thousand, or a million, times as large, once; at the first steps it is taken as
+    it comes, and counts less and less until there is something that asks for growth."""
     rule, steps = CoordinateLSTM(), 9
-    param, grad = torch.randn(50), torch.randn(50)
+    param = torch.randn(5, 10)
 
-    def scales(outlier_at, size=1e3):
+    def scales(outlier_at, size=1e3, grad=-param):
         state, found = rule.init_state(param), []
         for step in range(1, steps + 1):
             g = grad * (size if step == outlier_at else 1)
-            sums = rule.related(rule.sums(g, state, param).unsqueeze(0))[0]
+            sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
             peaks = Peaks(*(state[name] for name in Peaks._fields))
             found.append(float(step_scale(sums, peaks, torch.tensor(float(step)))))
             _, state = advance(rule, param, g, state, 1.0, 0.0)
@@ -275,8 +281,26 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     assert late[6] <= plain[6]  # the outlier's own step is no larger either
     assert scales(7, size=1e6)[6] <= plain[6]
     assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
-    # gradients may begin at nothing, so the first steps take them as they come
     assert plain[8] / early[8] > 500
+    unlearned = {"grad": param}  # the gradient asks the tensor to shrink
+    ratio = scales(None, **unlearned)[8] / scales(2, **unlearned)[8]
+    left = 1e3 * 0.5**7
+    promise = scales(None, **unlearned)[0] ** -1 - 8  # of the gradient without the outlier
+    assert ratio == pytest.approx(
+        left ** (BALANCE + REST) * (8 + left * promise) / (8 + promise), rel=1e-3
+    )
+
+
+def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
+    """However little their gradients promise."""
+    rule, param = CoordinateLSTM(hidden_size=0), torch.zeros(1000, 500)
+    state = rule.init_state(param)
+    peaks = Peaks(*(state[name] for name in Peaks._fields))
+    for size, promised in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
+        grad = torch.full_like(param, size)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        scale = float(step_scale(sums, peaks, torch.tensor(1.0)))
+        assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
