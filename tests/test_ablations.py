@@ -30,7 +30,7 @@ def script(monkeypatch):
 def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
     (_, shipped), *others = script("ablations").variants(tune).items()
     for name, rule in others:
-        if name.startswith("lent"):
+        if name in ("lent: steered as a head is", "growth as learned on heads"):
             continue
         prefixes, columns = TAKEN_OUT[name]
         assert rule.orthogonalize == (tune == "lora" and name != "not orthogonalized")
@@ -41,6 +41,18 @@ def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
             if part == "gate_weight":
                 expected[:, list(columns)] = 0.0
             assert torch.equal(weight, expected), (name, part)
+
+
+def test_the_second_rule_grows_at_a_share_of_what_was_learned_on_heads(script):
+    """And is the first in nothing else: the ablation takes back what meta_train.py did."""
+    variants, share = script("ablations").variants("lora"), script("meta_train").SLOWER
+    shipped, other = variants["as shipped"], variants["growth as learned on heads"]
+    assert other.config == shipped.config
+    for name, weight in other.named_parameters():
+        if name.startswith(("growth_", "context_")):
+            expected = share * weight if name.startswith("growth_") else weight
+            assert torch.equal(shipped.get_parameter(name), expected), name
+            assert weight.abs().max() > 0
 
 
 def test_every_variant_gets_a_row(script, monkeypatch, csv_file, encoder, tmp_path):
