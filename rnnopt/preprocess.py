@@ -92,10 +92,10 @@ class Peaks(NamedTuple):
         """Those after a step.
 
         From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
-        were: an outlier would make all later steps as much smaller as it is larger. They fade by
-        half a step until a tensor has asked for growth: what gradients measured before anything
-        was learned, such as a first step that was too long for a nearly constant embedding, is no
-        measure of what there is to learn.
+        were: an outlier would make all later steps as much smaller as it is larger. They halve at
+        every step until a tensor asks for growth: what gradients were before anything was learned,
+        after a first step that was too long for a nearly constant embedding say, is no measure of
+        what there is to learn.
 
         Args:
             sums: what `model_sums` returned, (..., 17).
