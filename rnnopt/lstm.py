@@ -90,7 +90,9 @@ class CoordinateLSTM(nn.Module):
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         orthogonalize: in matrices of at most `NARROW` rows or columns, such as LoRA factors, go
-            along all singular directions alike, see `rnnopt.preprocess.orthogonalized`.
+            along all singular directions alike, see `rnnopt.preprocess.orthogonalized`; and let
+            what gradients were before anything was learned fade, see `rnnopt.preprocess.Peaks`.
+            For models that learn below their head.
 
     Raises:
         InputError: a size, reach, eps or beta out of range.
@@ -220,7 +222,7 @@ class CoordinateLSTM(nn.Module):
 
     def related(self, sums: Tensor) -> Tensor:
         """See `rnnopt.rule.TensorWideRule.related`."""
-        return model_sums(sums)
+        return model_sums(sums, fading=self.orthogonalize)
 
     def turns(self, shape: Sequence[int]) -> bool:
         """See `rnnopt.rule.TurningRule.turns`."""

@@ -92,10 +92,11 @@ class Peaks(NamedTuple):
         """Those after a step.
 
         From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
-        were: an outlier would make all later steps as much smaller as it is larger. They halve at
-        every step until a tensor asks for growth: what gradients were before anything was learned,
-        after a first step that was too long for a nearly constant embedding say, is no measure of
-        what there is to learn.
+        were: an outlier would make all later steps as much smaller as it is larger. Where
+        they fade they halve at every step until a tensor asks for growth: what gradients were
+        before anything was learned, after a first step that was too long for a nearly constant
+        embedding say, is no measure of what an encoder has to learn. To a head alone it is: what
+        was too long once is so again.
 
         Args:
             sums: what `model_sums` returned, (..., 17).
@@ -140,25 +141,26 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> 
     )
 
 
-def model_sums(sums: Tensor) -> Tensor:
+def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     """Tell each tensor what those that are stepped together amount to.
 
     Args:
         sums: what `tensor_sums` returned for each of P tensors, (P, 9).
+        fading: whether `Peaks` are to fade before anything is learned.
 
     Returns:
         (P, 17): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; over all coordinates
         N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; and the largest
-        request.
+        request, or 1 where nothing fades.
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
-    request = _request(sums, heaviest).amax()
+    request = _request(sums, heaviest).amax() if fading else torch.ones_like(largest)
     shared = torch.stack(
         [largest, decrease, size, grad_square, memory_square, product, heaviest, request]
     )
