@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.lstm import CoordinateLSTM
+from rnnopt.lstm import CoordinateLSTM, before_turning
 from rnnopt.preprocess import SUMS, Peaks, root_mean_squares, step_scale, stretch
 from rnnopt.rule import State, Turn
 
@@ -261,7 +261,11 @@ def contexts(
     peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
     grad_rms, param_rms = root_mean_squares(sums)
     gates, outputs, growth = rule.shifts(sums, peaks, steps)
-    scale = rule.reach * step_scale(sums, peaks, steps)
+    if any(piece.turn for piece in pieces):
+        to_turn = before_turning(outputs, steps)
+        rows = zip(pieces, outputs, to_turn)
+        outputs = torch.stack([new if piece.turn else old for piece, old, new in rows])
+    scale = rule.reach * step_scale(sums, peaks, steps, rule.orthogonalize)
     after = peaks.after(sums, steps)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())

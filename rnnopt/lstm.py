@@ -52,6 +52,24 @@ NARROW = 64
 MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
+def before_turning(outputs: Tensor, step: Tensor) -> Tensor:
+    """The shifts of s, k and a for a tensor whose direction is turned as a whole.
+
+    At the first step Adam's direction is no more than the gradient's sign, and what a coordinate's
+    size tells is lost on the singular vectors: there it is the plain gradient's that is turned, as
+    long as Adam's would be.
+
+    Args:
+        outputs: (..., 3), see `CoordinateLSTM.shifts`.
+        step: (...), 1 at the first step.
+
+    Returns:
+        (..., 3).
+    """
+    first = (step <= 1).to(outputs.dtype)
+    return outputs + torch.stack([torch.zeros_like(first), -first, first], dim=-1)
+
+
 class CoordinateLSTM(nn.Module):
     """A small LSTM that runs on every coordinate with shared weights and a state of its own.
 
@@ -76,9 +94,9 @@ class CoordinateLSTM(nn.Module):
     encoder learns, and then grow in the direction that it has, which hardly changes a prediction.
 
     With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
-    reach * scale, but where `orthogonalize` turns its direction and goes up to twice as far, see
-    `rnnopt.preprocess.stretch`. A coordinate that never had a gradient keeps a zero state and gets
-    a zero update.
+    reach * scale, but where `orthogonalize` turns its direction, see `before_turning`, and goes up
+    to twice as far, see `rnnopt.preprocess.stretch`. A coordinate that never had a gradient keeps a
+    zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
@@ -90,9 +108,10 @@ class CoordinateLSTM(nn.Module):
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         orthogonalize: in matrices of at most `NARROW` rows or columns, such as LoRA factors, go
-            along all singular directions alike, see `rnnopt.preprocess.orthogonalized`; and let
-            what gradients were before anything was learned fade, see `rnnopt.preprocess.Peaks`.
-            For models that learn below their head.
+            along all singular directions alike, see `rnnopt.preprocess.orthogonalized`; let what
+            gradients were before anything was learned fade, see `rnnopt.preprocess.Peaks`; and let
+            only what asks for growth come to rest, see `rnnopt.preprocess.step_scale`. For models
+            that learn below their head.
 
     Raises:
         InputError: a size, reach, eps or beta out of range.
@@ -249,6 +268,8 @@ class CoordinateLSTM(nn.Module):
         grad_rms, param_rms = root_mean_squares(sums)
         peaks = Peaks(*(state[name] for name in Peaks._fields))
         gates, outputs, growth = self.shifts(sums, peaks, moments["step"])
+        if turn is not None:
+            outputs = before_turning(outputs, moments["step"])
         scale = root + self.eps
         adam, relative = m_hat / scale, grad / grad_rms
         features = coordinate_features(adam, grad / scale, relative, param / param_rms)
@@ -261,9 +282,8 @@ class CoordinateLSTM(nn.Module):
         if turn is not None:
             longer = stretch(after.request_peak, moments["step"])
             direction = longer * turn(direction) * live
-        update = growth * (param * live) - (
-            self.reach * step_scale(sums, peaks, moments["step"]) * direction
-        )
+        length = self.reach * step_scale(sums, peaks, moments["step"], self.orthogonalize)
+        update = growth * (param * live) - length * direction
         return update, {
             **moments,
             "hidden": hidden.to(state["hidden"].dtype),

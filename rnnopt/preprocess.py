@@ -167,7 +167,7 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
-def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
+def step_scale(sums: Tensor, peaks: Peaks, step: Tensor, going_on: bool = False) -> Tensor:
     """How far a coordinate of each tensor moves for each nat that the first step is to bring.
 
     A model whose gradient is large in many coordinates promises a nat at a small step, a head
@@ -189,6 +189,9 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         sums: what `model_sums` returned, (..., 17).
         peaks: before this step.
         step: (...), 1 at the first step.
+        going_on: REST counts as far only as the tensor has asked for growth, now or before. As soon
+            as a head is sure all gradients are small, and the encoder below it, which has more to
+            learn, would stay where it is. Adam's direction shrinks with them, which is rest enough.
 
     Returns:
         (...).
@@ -201,7 +204,8 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     promised = torch.maximum(decrease, sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT)
     # an outlier's is beyond its peak
     share, rest = ((size / largest).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
-    return new * share**BALANCE * rest**REST / (_DECREASE_FLOOR + promised)
+    asked = torch.maximum(peaks.request_peak, growth_request(sums)) if going_on else 1.0
+    return new * share**BALANCE * rest ** (REST * asked) / (_DECREASE_FLOOR + promised)
 
 
 def growth_request(sums: Tensor) -> Tensor:

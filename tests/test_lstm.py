@@ -293,6 +293,30 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     )
 
 
+def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_it_goes_on():
+    rule = CoordinateLSTM(hidden_size=0, orthogonalize=True).double()
+    head, body = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 10), (10, 10)))
+    params, grads = (head, body), (-head, torch.randn(10, 10, dtype=torch.float64))
+    states = [rule.init_state(param) for param in params]
+
+    def scales(size, going_on):
+        now = [(size * grad).flatten() for grad in grads]
+        told = related(rule, [sums_of(rule, *given) for given in zip(params, now, states)])
+        peaks = [Peaks(*(state[name] for name in Peaks._fields)) for state in states]
+        step = states[0]["step"]
+        return [float(step_scale(*given, step, going_on)) for given in zip(told, peaks)]
+
+    assert scales(1.0, True) == scales(1.0, False)
+    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    for i, (param, grad, sums) in enumerate(zip(params, grads, told)):
+        _, states[i] = advance(rule, param, grad, states[i], 1.0, 0.0, sums)
+    rested = [on / off for on, off in zip(scales(0.01, True), scales(0.01, False))]
+    for state, ratio in zip(states, rested):
+        request = float(state["request_peak"])
+        assert ratio == pytest.approx(0.01 ** (REST * (request - 1)), rel=1e-6)
+    assert rested[0] < 2 < 9 < rested[1]
+
+
 def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
     """However little their gradients promise."""
     rule, param = CoordinateLSTM(hidden_size=0), torch.zeros(1000, 500)
@@ -350,11 +374,17 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
             delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, known)
             turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
             assert all(torch.equal(after[name], same[name]) for name in after)
+            decay = -0.5 * 0.1 * plain.step_size * param
+            peaks = Peaks(*(states[i][name] for name in Peaks._fields))
+            rests, goes_on = (step_scale(known, peaks, after["step"], on) for on in (False, True))
+            delta = decay + (delta - decay) * goes_on / rests
             if i < 2:
-                decay = -0.5 * 0.1 * plain.step_size * param
                 request = max(float(growth_request(known)), float(states[i]["request_peak"]))
                 longer = 2 - request if step else 1
-                delta = decay + longer * orthogonalized(delta - decay)
+                direction = delta - decay
+                if step == 0:  # Adam's is no more than the sign
+                    direction = -grad * direction.norm() / grad.norm()
+                delta = decay + longer * orthogonalized(direction)
             torch.testing.assert_close(turned, delta)
             states[i] = after
         if step == 2:
