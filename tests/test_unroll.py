@@ -79,7 +79,7 @@ def test_second_order_equals_central_differences_on_an_mlp(orthogonalize):
     (slope,) = torch.autograd.grad(support(net, 0), net[2].weight)
     net[2].weight.data.copy_(-slope)  # small, and right: its gradient asks for growth
     rule = random_lstm(torch.float64, reach=0.1, orthogonalize=orthogonalize)
-    assert_exact(net, rule, support, query, width=1e-4)
+    assert_exact(net, rule, support, query, width=1e-5)
 
 
 def test_second_order_equals_central_differences_on_a_bert(tmp_path):
