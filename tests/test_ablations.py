@@ -1,10 +1,13 @@
 """scripts/ablations.py and scripts/ablations_trained.py on a tiny encoder."""
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TAKEN_OUT = {  # of each variant: weights by the beginning of their names, and columns of the gates
@@ -90,3 +93,11 @@ def test_a_variant_is_trained_once(script, monkeypatch, csv_file, encoder, tmp_p
     assert (folder / "log.jsonl").read_bytes() == log
     for name, weight in rule.named_parameters():
         assert torch.equal(weight, again.get_parameter(name))
+
+
+def test_what_ships_is_made_from_the_heads_rule_alone(script, tmp_path):
+    """To the byte, so that whoever has the run's rule can make both files again."""
+    shutil.copy(SHIPPED_HEAD_RULE, tmp_path / "rule.safetensors")
+    script("meta_train").ship(tmp_path)
+    for shipped in (SHIPPED_HEAD_RULE, SHIPPED_RULE):
+        assert (tmp_path / "shipped" / shipped.name).read_bytes() == shipped.read_bytes()
