@@ -18,7 +18,7 @@ from rnnopt.baselines import Adam
 from rnnopt.errors import InputError
 from rnnopt.kinds import KINDS, tensor_kinds
 from rnnopt.optimizer import LearnedOptimizer
-from rnnopt.rule import State, UpdateRule, advance
+from rnnopt.rule import State, UpdateRule, advance, turn_of
 from rnnopt.task import Task
 from rnnopt.text import Classifier
 
@@ -227,7 +227,9 @@ class _Seen:
     def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
         """The update of each coordinate for each of `GRADIENTS`, (G, n), before it is turned."""
         grads = [torch.ones_like(self.param) * value * self.scale for value in GRADIENTS]
-        steps = [advance(rule, self.param, g, self.state, 1.0, 0.0, known)[0] for g in grads]
+        as_it_is = None if turn_of(rule, self.owner) is None else lambda direction: direction
+        told = 1.0, 0.0, known, as_it_is
+        steps = [advance(rule, self.param, g, self.state, *told)[0] for g in grads]
         return torch.stack(steps)
 
 
