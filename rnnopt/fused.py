@@ -265,8 +265,8 @@ def contexts(
         to_turn = before_turning(outputs, steps)
         rows = zip(pieces, outputs, to_turn)
         outputs = torch.stack([new if piece.turn else old for piece, old, new in rows])
-    scale = rule.reach * step_scale(sums, peaks, steps, rule.orthogonalize)
     after = peaks.after(sums, steps)
+    scale = rule.reach * step_scale(sums, peaks, after, rule.orthogonalize)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
     for name, values in after._asdict().items():

@@ -282,7 +282,7 @@ class CoordinateLSTM(nn.Module):
         if turn is not None:
             longer = stretch(after.request_peak, moments["step"])
             direction = longer * turn(direction) * live
-        length = self.reach * step_scale(sums, peaks, moments["step"], self.orthogonalize)
+        length = self.reach * step_scale(sums, peaks, after, self.orthogonalize)
         update = growth * (param * live) - length * direction
         return update, {
             **moments,

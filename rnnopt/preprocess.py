@@ -102,11 +102,17 @@ class Peaks(NamedTuple):
             sums: what `model_sums` returned, (..., 17).
             step: (...), 1 at the first step.
         """
-        requests = (
+        rms, _ = root_mean_squares(sums)
+        settled = step >= _SETTLED_STEP
+        model_request = torch.maximum(self.model_request_peak, sums[..., _MODEL_REQUEST])
+        keep = _UNLEARNED + (1 - _UNLEARNED) * (2 * model_request).clamp(max=1)
+        return Peaks(
+            _grown(keep * self.tensor_peak, rms, settled),
+            _grown(keep * self.model_peak, sums[..., _LARGEST], settled),
+            _grown(keep * self.decrease_peak, sums[..., _DECREASE], settled),
             torch.maximum(self.request_peak, growth_request(sums)),
-            torch.maximum(self.model_request_peak, sums[..., _MODEL_REQUEST]),
+            model_request,
         )
-        return Peaks(*_gradient_peaks(self, sums, step), *requests)
 
 
 def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
-def step_scale(sums: Tensor, peaks: Peaks, step: Tensor, going_on: bool = False) -> Tensor:
+def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False) -> Tensor:
     """How far a coordinate of each tensor moves for each nat that the first step is to bring.
 
     A model whose gradient is large in many coordinates promises a nat at a small step, a head
@@ -188,7 +194,7 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor, going_on: bool = False)
     Args:
         sums: what `model_sums` returned, (..., 17).
         peaks: before this step.
-        step: (...), 1 at the first step.
+        after: those after it, see `Peaks.after`.
         going_on: REST counts as far only as the tensor has asked for growth, now or before. As soon
             as a head is sure all gradients are small, and the encoder below it, which has more to
             learn, would stay where it is. Adam's direction shrinks with them, which is rest enough.
@@ -200,11 +206,10 @@ def step_scale(sums: Tensor, peaks: Peaks, step: Tensor, going_on: bool = False)
     size, _, grad_square, _, memory_square, product, *_ = sums.unbind(-1)
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
     new = (1 - peaks.request_peak * agreement) ** 2
-    _, largest, decrease = _gradient_peaks(peaks, sums, step)
-    promised = torch.maximum(decrease, sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT)
+    promised = torch.maximum(after.decrease_peak, sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT)
     # an outlier's is beyond its peak
-    share, rest = ((size / largest).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
-    asked = torch.maximum(peaks.request_peak, growth_request(sums)) if going_on else 1.0
+    share, rest = ((size / after.model_peak).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
+    asked = after.request_peak if going_on else 1.0
     return new * share**BALANCE * rest ** (REST * asked) / (_DECREASE_FLOOR + promised)
 
 
@@ -367,20 +372,6 @@ def _pull_cosine(sums: Tensor) -> Tensor:
     """-cos(parameter, gradient): 1 where the gradient asks for nothing but growth."""
     size, param_square, grad_square = sums[..., 0], sums[..., 1], sums[..., 2]
     return -_cosine(size, grad_square, param_square, sums[..., _PULL])
-
-
-def _gradient_peaks(peaks: Peaks, sums: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first three of `Peaks.after`."""
-    rms, _ = root_mean_squares(sums)
-    settled = step >= _SETTLED_STEP
-    request = torch.maximum(peaks.model_request_peak, sums[..., _MODEL_REQUEST])
-    learned = (2 * request).clamp(max=1)
-    keep = _UNLEARNED + (1 - _UNLEARNED) * learned
-    return (
-        _grown(keep * peaks.tensor_peak, rms, settled),
-        _grown(keep * peaks.model_peak, sums[..., _LARGEST], settled),
-        _grown(keep * peaks.decrease_peak, sums[..., _DECREASE], settled),
-    )
 
 
 def _grown(peak: Tensor, value: Tensor, settled: Tensor) -> Tensor:

@@ -23,6 +23,14 @@ from rnnopt.preprocess import (
 from rnnopt.rule import advance, related, sums_of
 
 
+def peaks_of(state):
+    return Peaks(*(state[name] for name in Peaks._fields))
+
+
+def scale_of(sums, peaks, step, going_on=False):
+    return float(step_scale(sums, peaks, peaks.after(sums, step), going_on))
+
+
 def cosine(one, other):
     return float(torch.cosine_similarity(one.detach().flatten(), other.flatten(), dim=0))
 
@@ -158,7 +166,7 @@ def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
     rule, param = random_lstm(), torch.linspace(-1, 1, 6)
     state = rule.init_state(param)
     sums = rule.related(rule.sums(param, state, param).unsqueeze(0))[0]
-    peaks = Peaks(*(state[name] for name in Peaks._fields))
+    peaks = peaks_of(state)
     contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
     assert torch.equal(*contexts) == alike
 
@@ -196,7 +204,7 @@ def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alo
     state = rule.init_state(param)
     for grad, pull, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
         sums = rule.related(rule.sums(torch.tensor(grad), state, param).unsqueeze(0))[0]
-        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        peaks = peaks_of(state)
         found = tensor_context(sums, peaks, torch.tensor(1.0))[-2:].tolist()
         assert found == pytest.approx([math.asinh(pull / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
 
@@ -246,10 +254,10 @@ def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
 
     def scale(g, without_request=False):
         sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        peaks = peaks_of(state)
         if without_request:
             peaks = peaks._replace(request_peak=torch.tensor(0.0))
-        return float(step_scale(sums, peaks, state["step"] + 1))
+        return scale_of(sums, peaks, state["step"] + 1)
 
     assert scale(grad) == scale(grad, without_request=True) > 0
     _, state = advance(rule, param, grad, state, 1.0, 0.0)
@@ -271,8 +279,8 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
         for step in range(1, steps + 1):
             g = grad * (size if step == outlier_at else 1)
             sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
-            peaks = Peaks(*(state[name] for name in Peaks._fields))
-            found.append(float(step_scale(sums, peaks, torch.tensor(float(step)))))
+            peaks = peaks_of(state)
+            found.append(scale_of(sums, peaks, torch.tensor(float(step))))
             _, state = advance(rule, param, g, state, 1.0, 0.0)
         return found
 
@@ -302,9 +310,9 @@ def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_i
     def scales(size, going_on):
         now = [(size * grad).flatten() for grad in grads]
         told = related(rule, [sums_of(rule, *given) for given in zip(params, now, states)])
-        peaks = [Peaks(*(state[name] for name in Peaks._fields)) for state in states]
+        peaks = [peaks_of(state) for state in states]
         step = states[0]["step"]
-        return [float(step_scale(*given, step, going_on)) for given in zip(told, peaks)]
+        return [scale_of(*given, step, going_on) for given in zip(told, peaks)]
 
     assert scales(1.0, True) == scales(1.0, False)
     told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
@@ -321,11 +329,11 @@ def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
     """However little their gradients promise."""
     rule, param = CoordinateLSTM(hidden_size=0), torch.zeros(1000, 500)
     state = rule.init_state(param)
-    peaks = Peaks(*(state[name] for name in Peaks._fields))
+    peaks = peaks_of(state)
     for size, promised in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
         grad = torch.full_like(param, size)
         sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        scale = float(step_scale(sums, peaks, torch.tensor(1.0)))
+        scale = scale_of(sums, peaks, torch.tensor(1.0))
         assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
 
 
@@ -375,8 +383,8 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
             turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
             assert all(torch.equal(after[name], same[name]) for name in after)
             decay = -0.5 * 0.1 * plain.step_size * param
-            peaks = Peaks(*(states[i][name] for name in Peaks._fields))
-            rests, goes_on = (step_scale(known, peaks, after["step"], on) for on in (False, True))
+            peaks = peaks_of(states[i])
+            rests, goes_on = (scale_of(known, peaks, after["step"], on) for on in (False, True))
             delta = decay + (delta - decay) * goes_on / rests
             if i < 2:
                 request = max(float(growth_request(known)), float(states[i]["request_peak"]))
