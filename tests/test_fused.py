@@ -76,6 +76,15 @@ def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, option
 
 
 @needs_compiler
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_steps_are_those_of_the_plain_rule_as_gradients_vanish(orthogonalize):
+    """What comes to rest then, and what goes on, is the same."""
+    fused, plain = twins([(4, 30), (90, 80), (9,)], random_lstm(orthogonalize=orthogonalize))
+    walk((fused, plain), steps=5, scale=1.0, spoil=lambda grad, step: grad.mul_(0.2**step))
+    assert_same(fused, plain, atol=1e-6)
+
+
+@needs_compiler
 @settings(max_examples=40, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=2), min_size=1, max_size=4),
