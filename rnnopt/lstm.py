@@ -23,6 +23,7 @@ from rnnopt.preprocess import (
     Peaks,
     coordinate_features,
     growth_request,
+    haste,
     model_sums,
     orthogonalized,
     root_mean_squares,
@@ -42,8 +43,8 @@ GRADIENT_BOUND = 1e15
 CHUNK = 16_384
 OUTPUTS = 3
 # The learned growth of a tensor by itself is a factor of exp(-1) .. exp(1) a step, where the
-# gradient asks for nothing else; and none after so many steps: what a fresh head needs is done by
-# then, and what is left would compound.
+# gradient asks for nothing else; and none after so many steps, unless a rule says otherwise: what a
+# fresh head needs is done by then, and what is left would compound.
 LOG_GROWTH_BOUND = 1.0
 GROWTH_STEPS = 8
 # Rows or columns of a matrix that `orthogonalize` takes: LoRA factors and heads of up to so many
@@ -82,7 +83,7 @@ class CoordinateLSTM(nn.Module):
     where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
     w in that layer alone; s and w are bounded smoothly by `LOG_FACTOR_BOUND` and
     `LOG_GROWTH_BOUND`, w is weighed by `rnnopt.preprocess.growth_request` and 0 beyond
-    `GROWTH_STEPS`, and scale is the tensor's, see
+    `growth_steps`, and scale is the tensor's, see
     `rnnopt.preprocess.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
     with steps that suit each. It can go Adam's way (k = a = 0), that of gradient descent (k = -1,
     a = 1), or any between and beyond.
@@ -112,9 +113,12 @@ class CoordinateLSTM(nn.Module):
             gradients were before anything was learned fade, see `rnnopt.preprocess.Peaks`; and let
             only what asks for growth come to rest, see `rnnopt.preprocess.step_scale`. For models
             that learn below their head.
+        growth_steps: so many steps from the first on a tensor may grow by itself.
+        growth_unit: in nats: where growth promises more, see `rnnopt.preprocess.haste`, w is larger
+            by as much; None: w is as learned.
 
     Raises:
-        InputError: a size, reach, eps or beta out of range.
+        InputError: a size, reach, eps, beta or number of steps out of range.
     """
 
     # The unit of weight decay only: about the learning rate that suits all weights of an encoder.
@@ -128,6 +132,8 @@ class CoordinateLSTM(nn.Module):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         orthogonalize: bool = False,
+        growth_steps: int = GROWTH_STEPS,
+        growth_unit: float | None = None,
     ) -> None:
         super().__init__()
         sizes = (("hidden_size", hidden_size, 0), ("context_size", context_size, 1))
@@ -139,12 +145,18 @@ class CoordinateLSTM(nn.Module):
                 raise InputError(f"{name}={value}: must be positive and finite")
         if len(betas) != 2 or not all(0 < beta < 1 for beta in betas):
             raise InputError(f"betas={betas}: two numbers strictly between 0 and 1")
+        if growth_steps < 0:
+            raise InputError(f"growth_steps={growth_steps}: must be 0 or more")
+        if growth_unit is not None and not 0 < growth_unit < math.inf:
+            raise InputError(f"growth_unit={growth_unit}: must be positive and finite, or None")
         self.hidden_size = hidden_size
         self.context_size = context_size
         self.reach = reach
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
         self.orthogonalize = orthogonalize
+        self.growth_steps = growth_steps
+        self.growth_unit = growth_unit
         H, K = hidden_size, context_size
         self.context_weight = nn.Parameter(torch.empty(K, CONTEXT_FEATURES))
         self.context_bias = nn.Parameter(torch.empty(K))
@@ -205,13 +217,18 @@ class CoordinateLSTM(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values."""
+        others = {
+            "orthogonalize": (self.orthogonalize, False),
+            "growth_steps": (self.growth_steps, GROWTH_STEPS),
+            "growth_unit": (self.growth_unit, None),
+        }
         return {
             "hidden_size": self.hidden_size,
             "context_size": self.context_size,
             "reach": self.reach,
             "betas": list(self.betas),
             "eps": self.eps,
-            **({"orthogonalize": True} if self.orthogonalize else {}),
+            **{name: value for name, (value, default) in others.items() if value != default},
         }
 
     def init_state(self, param: Tensor, memory_dtype: torch.dtype | None = None) -> State:
@@ -313,11 +330,13 @@ class CoordinateLSTM(nn.Module):
             linear(context, weights["context_weight"], weights["context_bias"])
         )  # (..., K)
         growth = view @ weights["growth_context"] + weights["growth_bias"]
+        if self.growth_unit is not None:
+            growth = growth * haste(sums, self.growth_unit)
         growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * growth_request(sums)
         return (
             linear(view, weights["gate_context"], weights["gate_bias"]),
             linear(view, weights["output_context"], weights["output_bias"]),
-            torch.where(step <= GROWTH_STEPS, torch.expm1(growth), 0),
+            torch.where(step <= self.growth_steps, torch.expm1(growth), 0),
         )
 
     def _run_cell(

@@ -18,7 +18,7 @@ SUMS = 9
 _PULL, _MATRIX = 7, 8  # which of them, see `tensor_sums`
 # Of what `model_sums` puts after those.
 _LARGEST, _DECREASE, _MODEL_SIZE = SUMS, SUMS + 1, SUMS + 2
-_HEAVIEST, _MODEL_REQUEST = SUMS + 6, SUMS + 7
+_HEAVIEST, _LEARNED = SUMS + 6, SUMS + 7
 CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
@@ -58,6 +58,7 @@ _DIRECTION_FLOOR = 1e-12
 
 _LEAST_WEIGHT = 1e-30  # of the heaviest matrix, where there is none
 _REQUEST = 0.15  # for growth, at which half of it is granted, see `growth_request`
+_MOST_HASTE = 5.0  # see `haste`
 _PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
 _PULL_UNIT = 0.125  # nats: about what the margin of a fresh head is after its first step
 
@@ -79,24 +80,23 @@ class Peaks(NamedTuple):
         model_peak: of the largest RMS of a tensor's gradient in the model.
         decrease_peak: of the promised decrease, see `model_sums`.
         request_peak: of `growth_request`.
-        model_request_peak: of the largest of these in the model.
+        learned_peak: of the evidence that the model has learned, see `model_sums`.
     """
 
     tensor_peak: Tensor
     model_peak: Tensor
     decrease_peak: Tensor
     request_peak: Tensor
-    model_request_peak: Tensor
+    learned_peak: Tensor
 
     def after(self, sums: Tensor, step: Tensor) -> Peaks:
         """Those after a step.
 
         From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
         were: an outlier would make all later steps as much smaller as it is larger. Where
-        they fade they halve at every step until a tensor asks for growth: what gradients were
-        before anything was learned, after a first step that was too long for a nearly constant
-        embedding say, is no measure of what an encoder has to learn. To a head alone it is: what
-        was too long once is so again.
+        they fade they halve at every step until something is learned: what gradients were before,
+        after a first step that was too long for a nearly constant embedding say, is no measure of
+        what an encoder has to learn. To a head alone it is: what was too long once is so again.
 
         Args:
             sums: what `model_sums` returned, (..., 17).
@@ -104,14 +104,14 @@ class Peaks(NamedTuple):
         """
         rms, _ = root_mean_squares(sums)
         settled = step >= _SETTLED_STEP
-        model_request = torch.maximum(self.model_request_peak, sums[..., _MODEL_REQUEST])
-        keep = _UNLEARNED + (1 - _UNLEARNED) * (2 * model_request).clamp(max=1)
+        learned = torch.maximum(self.learned_peak, sums[..., _LEARNED])
+        keep = _UNLEARNED + (1 - _UNLEARNED) * learned
         return Peaks(
             _grown(keep * self.tensor_peak, rms, settled),
             _grown(keep * self.model_peak, sums[..., _LARGEST], settled),
             _grown(keep * self.decrease_peak, sums[..., _DECREASE], settled),
             torch.maximum(self.request_peak, growth_request(sums)),
-            model_request,
+            learned,
         )
 
 
@@ -158,17 +158,19 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
         (P, 17): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; over all coordinates
-        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; and the largest
-        request, or 1 where nothing fades.
+        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; and how far the
+        gradients tell that classes are told apart, from 0 to 1, or 1 where nothing fades: a tensor
+        asks for growth, or would bring `_PULL_UNIT` nats by it, as a head does that is right in
+        part and too long.
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
     decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
-    request = _request(sums, heaviest).amax() if fading else torch.ones_like(largest)
+    learned = _learned(sums, heaviest) if fading else torch.ones_like(largest)
     shared = torch.stack(
-        [largest, decrease, size, grad_square, memory_square, product, heaviest, request]
+        [largest, decrease, size, grad_square, memory_square, product, heaviest, learned]
     )
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
@@ -227,6 +229,20 @@ def growth_request(sums: Tensor) -> Tensor:
         sums: what `model_sums` returned, (..., 17).
     """
     return _request(sums, sums[..., _HEAVIEST])
+
+
+def haste(sums: Tensor, unit: float) -> Tensor:
+    """How many times as fast a tensor is to grow, from 1 to `_MOST_HASTE`; (...).
+
+    Its pull, see `tensor_context`, by a unit: a head that tells many classes apart has far to grow
+    before it is sure of any, and the encoder below it, which is to go on learning until then, has
+    learned more by the same loss.
+
+    Args:
+        sums: what `model_sums` returned, (..., 17).
+        unit: in nats.
+    """
+    return (-sums[..., _PULL] / unit).clamp(1, _MOST_HASTE)
 
 
 def orthogonalized(direction: Tensor) -> Tensor:
@@ -354,6 +370,11 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         [(x - shift) / scale for x, shift, scale in zip(raw, _CONTEXT_SHIFT, _CONTEXT_SCALE)],
         dim=-1,
     )
+
+
+def _learned(sums: Tensor, heaviest: Tensor) -> Tensor:
+    granted = torch.maximum(2 * _request(sums, heaviest), -sums[:, _PULL] / _PULL_UNIT)
+    return granted.amax().clamp(0, 1)
 
 
 def _request(sums: Tensor, heaviest: Tensor) -> Tensor:

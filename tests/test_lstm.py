@@ -172,9 +172,10 @@ def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
 
 
 @settings(max_examples=20, deadline=None)
-@given(raw=st.floats(-9, 9), seed=st.integers(0, 9))
-def test_a_tensor_grows_by_itself_for_eight_steps_as_its_gradient_asks_for_that(raw, seed):
-    rule, still = CoordinateLSTM(), CoordinateLSTM()
+@given(raw=st.floats(-9, 9), seed=st.integers(0, 9), steps=st.sampled_from([8, 0, 9]))
+def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(raw, seed, steps):
+    rule = CoordinateLSTM(growth_steps=steps) if steps != 8 else CoordinateLSTM()
+    still = CoordinateLSTM()
     with torch.no_grad():
         rule.growth_bias.fill_(raw)
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +193,7 @@ def test_a_tensor_grows_by_itself_for_eight_steps_as_its_gradient_asks_for_that(
         delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
         asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
         asked = (asked / heavier) ** 2
-        granted = asked / (asked + 0.15**2) if step <= 8 else 0.0
+        granted = asked / (asked + 0.15**2) if step <= steps else 0.0
         growth = math.expm1(math.tanh(raw) * granted)
         grown = 0.5 * growth * param
         grown[2] = 0
@@ -224,6 +225,7 @@ def test_every_weight_of_the_rule_has_a_say():
     [
         ({"hidden_size": -1}, "hidden_size=-1: must lie between 0 and 1024"),
         ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
+        ({"growth_steps": -1}, "growth_steps=-1: must be 0 or more"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )
@@ -299,6 +301,22 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     assert ratio == pytest.approx(
         left ** (BALANCE + REST) * (8 + left * promise) / (8 + promise), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("pull, keep", [(0.0, 0.5), (1 / 16, 0.75), (1 / 8, 1.0), (1.0, 1.0)])
+def test_peaks_fade_until_growth_would_bring_an_eighth_of_a_nat(pull, keep):
+    """However much else the gradient asks for, as that of a head does that is too long."""
+    param, other = torch.randn(5, 10), torch.randn(5, 10)
+    other -= param * (other * param).sum() / (param * param).sum()
+    grad = 100 * other - pull * param / (param * param).sum()
+    for orthogonalize, kept in ((True, keep), (False, 1.0)):
+        rule = CoordinateLSTM(hidden_size=0, orthogonalize=orthogonalize)
+        state = rule.init_state(param)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        assert growth_request(sums) < 1e-3
+        peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, 0.0)))
+        for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
+            assert float(peak) == pytest.approx(1e6 * kept, rel=1e-3)
 
 
 def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_it_goes_on():
