@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rules import random_lstm
 
@@ -200,6 +200,31 @@ def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(r
         torch.testing.assert_close(delta, adam + grown, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    units=st.floats(-1, 7).filter(lambda x: abs(x) > 0.01),
+    unit=st.floats(0.1, 2),
+    raw=st.floats(-0.15, 0.15),
+)
+@example(units=0.5, unit=0.5, raw=0.1)
+@example(units=3.0, unit=0.5, raw=0.1)
+def test_growth_follows_what_it_promises_from_its_unit_to_five_times_that(units, unit, raw):
+    rules = CoordinateLSTM(growth_unit=unit), CoordinateLSTM()
+    param, pull = torch.randn(4, 5), units * unit
+    grad = -pull * param / (param * param).sum()  # along the parameter alone
+    grown = []
+    for rule in rules:
+        with torch.no_grad():
+            rule.growth_bias.fill_(raw)
+        state = rule.init_state(param)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        grown.append(float(rule.shifts(sums, peaks_of(state), torch.tensor(1.0))[2].detach()))
+    granted = 1 / (1 + 0.15**2) if pull > 0 else 0.0
+    times = min(max(units, 1), 5)
+    for growth, speed in zip(grown, (times, 1)):
+        assert growth == pytest.approx(math.expm1(math.tanh(speed * raw) * granted), abs=1e-4)
+
+
 def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alone():
     rule, param = CoordinateLSTM(), torch.tensor([3.0, 4.0])
     state = rule.init_state(param)
@@ -226,6 +251,7 @@ def test_every_weight_of_the_rule_has_a_say():
         ({"hidden_size": -1}, "hidden_size=-1: must lie between 0 and 1024"),
         ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
         ({"growth_steps": -1}, "growth_steps=-1: must be 0 or more"),
+        ({"growth_unit": 0.0}, "growth_unit=0.0: must be positive and finite, or None"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )
@@ -314,9 +340,10 @@ def test_peaks_fade_until_growth_would_bring_an_eighth_of_a_nat(pull, keep):
         state = rule.init_state(param)
         sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
         assert growth_request(sums) < 1e-3
-        peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, 0.0)))
-        for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
-            assert float(peak) == pytest.approx(1e6 * kept, rel=1e-3)
+        for before, share in ((0.0, kept), (1.0, 1.0)):  # of the evidence; it is remembered
+            peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
+            for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
+                assert float(peak) == pytest.approx(1e6 * share, rel=1e-3)
 
 
 def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_it_goes_on():

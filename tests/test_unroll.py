@@ -73,12 +73,12 @@ def assert_exact(net, rule, support, query, width):
             assert error < 1e-6 * float(gradient.norm()), name
 
 
-@pytest.mark.parametrize("orthogonalize", [False, True])
-def test_second_order_equals_central_differences_on_an_mlp(orthogonalize):
+@pytest.mark.parametrize("options", [{}, {"orthogonalize": True, "growth_unit": 0.05}])
+def test_second_order_equals_central_differences_on_an_mlp(options):
     net, support, query = problem()
     (slope,) = torch.autograd.grad(support(net, 0), net[2].weight)
     net[2].weight.data.copy_(-slope)  # small, and right: its gradient asks for growth
-    rule = random_lstm(torch.float64, reach=0.1, orthogonalize=orthogonalize)
+    rule = random_lstm(torch.float64, reach=0.1, **options)
     assert_exact(net, rule, support, query, width=1e-5)
 
 
