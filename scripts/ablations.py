@@ -28,7 +28,7 @@ from rnnopt.comparators import Baseline, Build
 from rnnopt.episodes import EpisodeSampler
 from rnnopt.evaluate import LEARNED, Comparison
 from rnnopt.journal import Journal
-from rnnopt.lstm import CoordinateLSTM
+from rnnopt.lstm import GROWTH_STEPS, CoordinateLSTM
 from rnnopt.preprocess import COORDINATE_FEATURES
 from rnnopt.splits import read_splits
 from rnnopt.task import TaskSource
@@ -80,6 +80,10 @@ def variants(tune: str) -> dict[str, CoordinateLSTM]:
             own, *range(COORDINATE_FEATURES, COORDINATE_FEATURES + found[SHIPPED].hidden_size)
         )
     else:
+        found["growth at one speed"] = without(own)
+        found["growth at one speed"].growth_unit = None
+        found["growth for 8 steps"] = without(own)
+        found["growth for 8 steps"].growth_steps = GROWTH_STEPS
         found["growth as learned on heads"] = without(other).growth_alone(orthogonalize=True)
         found["not orthogonalized"] = without(own)
         found["not orthogonalized"].orthogonalize = False

@@ -10,9 +10,16 @@ import torch
 from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+CHANGED = {  # of each variant: its config, elsewhere as shipped
+    "not orthogonalized": {"orthogonalize": False},
+    "growth at one speed": {"growth_unit": None},
+    "growth for 8 steps": {"growth_steps": 8},
+}
 TAKEN_OUT = {  # of each variant: weights by the beginning of their names, and columns of the gates
     "no growth": (("growth_",), ()),
     "not orthogonalized": ((), ()),
+    "growth at one speed": ((), ()),
+    "growth for 8 steps": ((), ()),
     "no steering": (("output_",), ()),
     "neither: Adam at the model's scale": (("growth_", "output_"), ()),
     "no tensor context": (("context_weight",), ()),
@@ -36,7 +43,9 @@ def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
         if name in ("lent: steered as a head is", "growth as learned on heads"):
             continue
         prefixes, columns = TAKEN_OUT[name]
-        assert rule.orthogonalize == (tune == "lora" and name != "not orthogonalized")
+        for option in ("orthogonalize", "growth_steps", "growth_unit"):
+            expected = CHANGED.get(name, {}).get(option, getattr(shipped, option))
+            assert getattr(rule, option) == expected, (name, option)
         for part, weight in rule.named_parameters():
             expected = shipped.get_parameter(part).detach().clone()
             if part.startswith(prefixes):
