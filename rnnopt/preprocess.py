@@ -235,8 +235,8 @@ def haste(sums: Tensor, unit: float) -> Tensor:
     """How many times as fast a tensor is to grow, from 1 to `_MOST_HASTE`; (...).
 
     Its pull, see `tensor_context`, by a unit: a head that tells many classes apart has far to grow
-    before it is sure of any, and the encoder below it, which is to go on learning until then, has
-    learned more by the same loss.
+    before it is sure of any, whatever the encoder below it has learned; where there are few, growth
+    seldom promises much.
 
     Args:
         sums: what `model_sums` returned, (..., 17).
