@@ -107,7 +107,7 @@ class FusedStep:
         Args:
             measured: what `measure` returned.
             sums: what the rule's `related` tells each of the tensors that they are pieces of,
-                (pieces, 17).
+                (pieces, 18).
         """
         pieces = measured.pieces
         context, longer = contexts(self._rule, pieces, sums)
@@ -250,7 +250,7 @@ def contexts(
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 17).
+        sums: what the rule's `related` tells the tensors, (P, 18).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;

@@ -231,23 +231,32 @@ class CoordinateLSTM(nn.Module):
             **{name: value for name, (value, default) in others.items() if value != default},
         }
 
-    def init_state(self, param: Tensor, memory_dtype: torch.dtype | None = None) -> State:
-        """Zeros.
+    def init_state(
+        self,
+        param: Tensor,
+        memory_dtype: torch.dtype | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> State:
+        """Zeros. See `rnnopt.rule.TurningRule.init_state` for the shape.
 
         ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
-        steps taken; ``matrix`` 0-d: 1 for a tensor of two dimensions or more, 0 for a vector; and
-        0-d each what `rnnopt.preprocess.Peaks` holds. All in the dtype of the
-        rule's weights, but for the LSTM's if `memory_dtype` says otherwise: it bears rounding,
-        which Adam's moments, slow averages, do not.
+        steps taken; ``matrix`` 0-d: 0 for a vector, 1 for a tensor of two dimensions or more, 2
+        for one that is wide, with more than `NARROW` rows and as many columns; and 0-d each what
+        `rnnopt.preprocess.Peaks` holds. All in the dtype of the rule's weights, but for the LSTM's
+        if `memory_dtype` says otherwise: it bears rounding, which Adam's moments, slow averages,
+        do not.
         """
         dtype = self.gate_weight.dtype
-        shape = (self.hidden_size, param.numel())
-        memory = torch.zeros(shape, dtype=memory_dtype or dtype, device=param.device)
+        size = (self.hidden_size, param.numel())
+        memory = torch.zeros(size, dtype=memory_dtype or dtype, device=param.device)
+        shape = param.shape if shape is None else shape
+        wide = len(shape) > 1 and min(shape[0], math.prod(shape[1:])) > NARROW
+        matrix = float(len(shape) > 1) + float(wide)
         return {
             **init_moments(param, dtype),
             "hidden": memory,
             "cell": memory.clone(),
-            "matrix": torch.tensor(float(param.dim() > 1), dtype=dtype, device=param.device),
+            "matrix": torch.tensor(matrix, dtype=dtype, device=param.device),
             **{name: torch.zeros((), dtype=dtype, device=param.device) for name in Peaks._fields},
         }
 

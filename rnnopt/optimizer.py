@@ -16,7 +16,7 @@ from rnnopt.checkpoint import load_rule, shipped_rule
 from rnnopt.fused import FusedStep, Piece
 from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
 from rnnopt.kernels import fused_step
-from rnnopt.rule import State, UpdateRule, advance, related, sums_of, turn_of
+from rnnopt.rule import State, TurningRule, UpdateRule, advance, related, sums_of, turn_of
 from rnnopt.sharding import add_up, is_sharded, local, local_gradient, of_whole
 
 
@@ -262,9 +262,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def init_state(self, param: Tensor) -> State:
         """The rule's memory for a parameter, or for this process's shard of it."""
-        if self.state_dtype is None:
-            return self.rule.init_state(local(param))
-        return self.rule.init_state(local(param), self.state_dtype)  # type: ignore[call-arg]
+        known: dict[str, Any] = {}
+        if self.state_dtype is not None:
+            known["memory_dtype"] = self.state_dtype
+        if is_sharded(param) and isinstance(self.rule, TurningRule):
+            known["shape"] = param.shape
+        return self.rule.init_state(local(param), **known)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the rule's memory keeps its dtype and is checked against the rule.

@@ -18,7 +18,7 @@ SUMS = 9
 _PULL, _MATRIX = 7, 8  # which of them, see `tensor_sums`
 # Of what `model_sums` puts after those.
 _LARGEST, _DECREASE, _MODEL_SIZE = SUMS, SUMS + 1, SUMS + 2
-_HEAVIEST, _LEARNED = SUMS + 6, SUMS + 7
+_HEAVIEST, _LEARNED, _WIDE = SUMS + 6, SUMS + 7, SUMS + 8
 CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
@@ -44,9 +44,11 @@ _LATEST_STEP = 16.0
 # In nats, see `step_scale`: what keeps a model of a few parameters, or a gradient that was clipped
 # to next to nothing, from a step without bound.
 _DECREASE_FLOOR = 8.0
-# Coordinates for each nat that a unit step is taken to promise at least, see `step_scale`: those of
-# LoRA factors promise more by themselves, those of an encoder less.
+# What a unit step is taken to promise at least, see `step_scale`: a nat for so many coordinates,
+# and so many nats times the cube root of those in wide matrices. LoRA factors promise more by
+# themselves, those of an encoder less. The root counts for encoders smaller than MiniLM.
 _COORDINATES_A_NAT = 45_000.0
+_NATS_A_CUBE_ROOT = 2.29
 # What the peaks of gradients keep from a step to the next while nothing has been learned.
 _UNLEARNED = 0.5
 
@@ -99,7 +101,7 @@ class Peaks(NamedTuple):
         what an encoder has to learn. To a head alone it is: what was too long once is so again.
 
         Args:
-            sums: what `model_sums` returned, (..., 17).
+            sums: what `model_sums` returned, (..., 18).
             step: (...), 1 at the first step.
         """
         rms, _ = root_mean_squares(sums)
@@ -125,11 +127,11 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> 
         grad: (N,).
         memory: Adam's first moment before this step, (N,).
         param: (N,).
-        matrix: 0-d, 1 for a tensor of two dimensions or more, 0 for a vector.
+        matrix: 0-d, 0 for a vector, 1 for a matrix, 2 for a wide one.
 
     Returns:
-        (9,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|, of p g, and N of
-        a matrix, 0 of a vector.
+        (9,): N, sum of p^2, of g^2, count of g != 0, sum of m^2, of m g, of |g|, of p g, and
+        matrix N.
     """
     one = torch.ones((), dtype=param.dtype, device=param.device)
     return torch.stack(
@@ -155,13 +157,14 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
         fading: whether `Peaks` are to fade before anything is learned.
 
     Returns:
-        (P, 17): beside the nine of the tensor, the same in every row: the largest RMS of a
+        (P, 18): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
         (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; over all coordinates
-        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; and how far the
+        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; how far the
         gradients tell that classes are told apart, from 0 to 1, or 1 where nothing fades: a tensor
         asks for growth, or would bring `_PULL_UNIT` nats by it, as a head does that is right in
-        part and too long.
+        part and too long; and the coordinates of wide matrices that have a gradient, but for those
+        of the largest, since a head of many classes is as wide as an encoder's matrices.
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
@@ -169,8 +172,10 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
     learned = _learned(sums, heaviest) if fading else torch.ones_like(largest)
+    in_wide = sums[:, 3] * (_matrix(sums) - 1).clamp(min=0)
+    wide = in_wide.sum() - in_wide.amax()
     shared = torch.stack(
-        [largest, decrease, size, grad_square, memory_square, product, heaviest, learned]
+        [largest, decrease, size, grad_square, memory_square, product, heaviest, learned, wide]
     )
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
@@ -184,17 +189,20 @@ def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False)
 
         scale = (RMS(g) / largest so far)^BALANCE * (largest RMS now / largest so far)^REST
             * (1 - request * max(0, cos(m, g)))^2
-            / (floor + max(largest decrease so far, N / 45000))
+            / (floor + max(largest decrease so far, N / 45000, 2.29 W^(1/3)))
 
-    with N the model's coordinates: however little each of them promises, all together bend what a
-    whole encoder computes, and below a head that is still random a long step goes too far. The
+    with N the model's coordinates and W those of its wide matrices, see `model_sums`: however
+    little each of them promises, all together bend what a whole encoder computes, and below a head
+    that is still random a long step goes too far. The rate of
+    Adam falls with an encoder's width as its inverse (Yang et al. 2022, arXiv:2203.03466), which
+    would be W^(1/2), and N is far from it in small ones: there 1/3 serves best. The
     request is the largest before this step, see `growth_request`. What has asked for nothing but
     growth points the right way: a head, at the means of its classes. From then on it grows, and
     steps by what is new in its gradient: much in minibatches, little in full batches, where all
     that would follow is to bend towards the few texts that are hardest to fit.
 
     Args:
-        sums: what `model_sums` returned, (..., 17).
+        sums: what `model_sums` returned, (..., 18).
         peaks: before this step.
         after: those after it, see `Peaks.after`.
         going_on: REST counts as far only as the tensor has asked for growth, now or before. As soon
@@ -208,7 +216,10 @@ def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False)
     size, _, grad_square, _, memory_square, product, *_ = sums.unbind(-1)
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
     new = (1 - peaks.request_peak * agreement) ** 2
-    promised = torch.maximum(after.decrease_peak, sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT)
+    least = torch.maximum(
+        sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT, _NATS_A_CUBE_ROOT * sums[..., _WIDE] ** (1 / 3)
+    )
+    promised = torch.maximum(after.decrease_peak, least)
     # an outlier's is beyond its peak
     share, rest = ((size / after.model_peak).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
     asked = after.request_peak if going_on else 1.0
@@ -226,7 +237,7 @@ def growth_request(sums: Tensor) -> Tensor:
     to their own size, and the others weigh less than the head.
 
     Args:
-        sums: what `model_sums` returned, (..., 17).
+        sums: what `model_sums` returned, (..., 18).
     """
     return _request(sums, sums[..., _HEAVIEST])
 
@@ -239,7 +250,7 @@ def haste(sums: Tensor, unit: float) -> Tensor:
     seldom promises much.
 
     Args:
-        sums: what `model_sums` returned, (..., 17).
+        sums: what `model_sums` returned, (..., 18).
         unit: in nats.
     """
     return (-sums[..., _PULL] / unit).clamp(1, _MOST_HASTE)
@@ -335,7 +346,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 17); the leading dimensions, if any, are tensors.
+        sums: what `model_sums` returned, (..., 18); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -385,8 +396,12 @@ def _request(sums: Tensor, heaviest: Tensor) -> Tensor:
 def _weights(sums: Tensor) -> Tensor:
     """Of a matrix RMS of the gradient times its norm, (...), see `growth_request`."""
     rms, _ = root_mean_squares(sums)
-    matrix = sums[..., _MATRIX] / sums[..., 0].clamp(min=1)
-    return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1)) * matrix
+    return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1)) * _matrix(sums).clamp(max=1)
+
+
+def _matrix(sums: Tensor) -> Tensor:
+    """See `tensor_sums`, (...)."""
+    return sums[..., _MATRIX] / sums[..., 0].clamp(min=1)
 
 
 def _pull_cosine(sums: Tensor) -> Tensor:

@@ -102,6 +102,15 @@ class TurningRule(TensorWideRule, Protocol):
     There coordinates feel one another through more than sums.
     """
 
+    def init_state(self, param: Tensor, *, shape: Sequence[int] | None = None) -> State:
+        """As `UpdateRule.init_state`.
+
+        Args:
+            param: see there.
+            shape: of the whole tensor, where param is a shard of it.
+        """
+        ...
+
     def turns(self, shape: Sequence[int]) -> bool:
         """Whether it does so to a tensor of this shape."""
         ...

@@ -16,17 +16,19 @@ from rnnopt import LearnedOptimizer
 def network():
     """Shapes divide unevenly: one process has an empty shard of the last bias.
 
-    The first matrix is narrow in its shards only.
+    The first two matrices are narrow in their shards only.
     """
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(66, 100), nn.Tanh(), nn.Linear(100, 7), nn.Tanh(), nn.Linear(7, 1)
-    )
+        nn.Linear(66, 100), nn.Tanh(), nn.Linear(100, 68), nn.Tanh(),
+        nn.Linear(68, 7), nn.Tanh(), nn.Linear(7, 1),
+    )  # fmt: skip
 
 
 def loss_of(net):
+    """So small that wide matrices bound the first steps."""
     generator = torch.Generator().manual_seed(1)
-    return net(torch.randn(6, 66, generator=generator)).square().mean()
+    return 0.1 * net(torch.randn(6, 66, generator=generator)).square().mean()
 
 
 def adapt(net, rule, **options):
@@ -72,12 +74,13 @@ def main():
                 else:
                     step_by_hand(sharded, rule, fused)
                 # what is next to nothing in a gradient is raised with its rounding
-                atol = 3e-5 if name == "orthogonalized" else 1e-6
+                atol = 3e-5 if name == "orthogonalized" else 3e-6
                 for ours, theirs in zip(sharded.parameters(), whole.parameters()):
                     message = f"{how} {name} fused={fused}"
                     torch.testing.assert_close(
                         ours.full_tensor(), theirs, rtol=0, atol=atol, msg=message
                     )
+    torch.distributed.barrier()  # one that is gone while the other still listens may abort it
     torch.distributed.destroy_process_group()
     print("same")
 

@@ -382,6 +382,37 @@ def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
         assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "shapes, counted",
+    [
+        ([(70, 80), (90, 100)], 5600),
+        ([(70, 80), (90, 5, 20), (65, 65)], 5600 + 4225),
+        ([(70, 80), (64, 100), (100,)], 0),  # a head of 70 classes above narrow matrices
+        ([(200, 200)], 0),
+    ],
+)
+@pytest.mark.parametrize("hidden", [0, 17])
+def test_a_step_is_bounded_by_the_wide_matrices_but_the_largest(shapes, counted, hidden):
+    """Of those coordinates that have a gradient."""
+    rule = CoordinateLSTM()
+    params = [torch.zeros(shape) for shape in shapes]
+    grads = [torch.full_like(param, 1e-9) for param in params]
+    grads[0].view(-1)[:hidden] = 0
+    states = [rule.init_state(param) for param in params]
+    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    bound = 2.29 * max(0, counted - hidden) ** (1 / 3)
+    everything = sum(param.numel() for param in params) / 45_000
+    for sums, state in zip(told, states):
+        scale = scale_of(sums, peaks_of(state), torch.tensor(1.0))
+        assert scale == pytest.approx(1 / (8 + max(bound, everything)), rel=1e-4)
+
+
+def test_what_is_wide_is_known_of_a_shard_by_the_whole_tensors_shape():
+    rule, shard = CoordinateLSTM(), torch.zeros(35, 80)
+    assert float(rule.init_state(shard)["matrix"]) == 1
+    assert float(rule.init_state(shard, shape=(70, 80))["matrix"]) == 2
+
+
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
 def test_an_orthogonalized_direction_has_like_singular_values_and_keeps_its_length(
