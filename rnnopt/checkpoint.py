@@ -28,7 +28,7 @@ SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
 # The rules that a file can hold. A number rises when a rule's arithmetic changes.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
-    "rnnopt.CoordinateLSTM.6": CoordinateLSTM,
+    "rnnopt.CoordinateLSTM.7": CoordinateLSTM,
     **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
 }
 _ABOUT = "rnnopt"
@@ -137,9 +137,14 @@ def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = 
         training: JSON-compatible facts on its meta-training, kept with the weights.
 
     Raises:
-        InputError: see `write_atomically`.
+        InputError: see `write_atomically`; or a rule of another kind than those a file can hold.
     """
-    format_ = next(name for name, kind in _KINDS.items() if kind is type(rule))
+    format_ = next((name for name, kind in _KINDS.items() if kind is type(rule)), None)
+    if format_ is None:
+        raise InputError(
+            f"a rule of type {type(rule).__name__} can't be saved, only one of "
+            f"{', '.join(kind.__name__ for kind in _KINDS.values())}; keep its state_dict yourself"
+        )
     about = {"format": format_, "config": rule.config, "training": dict(training or {})}
     save_tensors(path, rule.state_dict(), about)
 
@@ -192,7 +197,8 @@ def rule_fingerprint(rule: SavedRule) -> str:
     """12 hexadecimal digits that tell one rule from another by its weights and config."""
     digest = hashlib.sha256(json.dumps(rule.config).encode())
     for weight in rule.parameters():
-        digest.update(weight.detach().cpu().numpy().tobytes())
+        exact = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype  # numpy has none
+        digest.update(weight.detach().to("cpu", exact).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

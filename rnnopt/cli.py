@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
     demo = commands.add_parser(
-        "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 4 minutes"
+        "demo", help="meta-train, adapt and compare on an embedded corpus; no download, 7 minutes"
     )
     demo.add_argument("--output", default="demo", help="folder for report and picture [demo]")
     demo.add_argument("--seed", type=_seed, default=0)
@@ -266,9 +266,15 @@ def _add_meta_train(commands: Any) -> None:
     parser.add_argument(
         "--step-weights", type=float, nargs="+", metavar="W", help="one per step; all 1 by default"
     )
-    parser.add_argument("--validate-every", type=int, default=50, metavar="M")
-    parser.add_argument("--validation-tasks", type=int, default=8, metavar="E")
-    parser.add_argument("--checkpoint-every", type=int, default=10, metavar="M")
+    parser.add_argument(
+        "--validate-every", type=int, default=50, metavar="M", help="meta-steps [50]"
+    )
+    parser.add_argument(
+        "--validation-tasks", type=int, default=8, metavar="E", help="judged by each time [8]"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=10, metavar="M", help="meta-steps [10]"
+    )
     parser.add_argument("--output", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     parser.set_defaults(run=_meta_train)

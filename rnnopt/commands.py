@@ -283,6 +283,8 @@ def adapt(options: Namespace) -> int:
     folder = Path(options.output)
     claim_folder(folder)
     print(f"training: {summary(train)}\nheld out: {summary(test)}")
+    if (most := options.steps * options.batch_size) < len(train):
+        print(f"at most {most} of the {len(train)} training texts will be seen; raise --steps")
     started = time.perf_counter()
     with tqdm(total=options.steps, unit="step") as bar:
         watch = None

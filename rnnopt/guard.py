@@ -7,6 +7,7 @@ how far the loss fell or rose on the way, by the trapezoidal rule:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -41,11 +42,11 @@ def init_memory(param: Tensor) -> State:
     part = local(param)
     return {
         LAST: torch.zeros(part.numel(), dtype=_LAST_DTYPE, device=part.device),
-        SLOPE: torch.zeros((), device=part.device),
+        SLOPE: torch.zeros((), dtype=torch.float32, device=part.device),
     }
 
 
-def rise(work: Work, states: Sequence[State]) -> float:
+def rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
     """Nats that the loss rose in the last step; waits for the device.
 
     Args:
@@ -53,34 +54,73 @@ def rise(work: Work, states: Sequence[State]) -> float:
         states: each parameter's memory, with the last step in it.
 
     Returns:
-        An estimate; infinity if the step left no gradient that is finite.
+        An estimate, infinity if the step left no gradient that is finite; and whether each
+        coordinate's is.
     """
+    items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
+    params = [param for _, param, _ in work]
+    ends = [_slope(grad, state[LAST]) for grad, state in items]
+    rows = [((state[SLOPE] + end) / 2).float().reshape(1) for (_, state), end in zip(items, ends)]
+    (change,) = _total(add_up(rows, params))
+    if math.isfinite(change):  # one coordinate that is not would have made the total so
+        return change, True
     rows = []
-    for (_, param, grad), state in zip(work, states):
-        flat, last = local_gradient(grad, param).reshape(-1), state[LAST]
-        finite = torch.isfinite(flat)
-        end = (torch.where(finite, flat, 0) * last).sum(dtype=torch.float32)
-        counts = last.count_nonzero(), finite.count_nonzero()
-        rows.append(torch.stack([(state[SLOPE] + end) / 2, *(count.float() for count in counts)]))
-    totals = [cast(Tensor, row).cpu() for row in add_up(rows, [param for _, param, _ in work])]
-    change, moved, finite_left = torch.stack(totals).sum(dim=0).tolist()
-    return float("inf") if moved and not finite_left else float(change)
+    for grad, state in items:
+        end = _slope(grad, state[LAST], masked=True)
+        counts = state[LAST].count_nonzero(), torch.isfinite(grad).count_nonzero()
+        rows.append(torch.stack([x.float() for x in ((state[SLOPE] + end) / 2, *counts)]))
+    change, moved, finite_left = _total(add_up(rows, params))
+    return math.inf if moved and not finite_left else change, False
 
 
 @torch.no_grad()
-def undo(work: Work, states: Sequence[State]) -> None:
-    """Take the last step back, and forget it."""
-    for (_, param, _), state in zip(work, states):
-        part = local(param)
-        part.sub_(state[LAST].view_as(part).to(part.dtype))
-        state[LAST].zero_()
-        state[SLOPE].zero_()
+def undo(param: Tensor, state: State) -> None:
+    """Take a parameter's last step back, and forget it."""
+    part = local(param)
+    part.sub_(state[LAST].view_as(part).to(part.dtype))
+    forget(state)
+
+
+def forget(state: State) -> None:
+    """No step any more."""
+    state[LAST].zero_()
+    state[SLOPE].zero_()
 
 
 @torch.no_grad()
-def remember(work: Work, states: Sequence[State], before: Sequence[Tensor]) -> None:
-    """Keep the step that led from `before`, copies of the parameters' local parts, to here."""
+def remember(
+    work: Work, states: Sequence[State], before: Sequence[Tensor], finite: bool = False
+) -> None:
+    """Keep the step that led from `before` to here.
+
+    Args:
+        work: (param group, parameter, the gradient that it was made of).
+        states: each parameter's memory.
+        before: copies of the parameters' local parts; overwritten.
+        finite: whether every coordinate's gradient is known to be.
+    """
     for (_, param, grad), state, old in zip(work, states, before):
-        flat = local_gradient(grad, param).reshape(-1)
-        state[LAST].copy_((local(param) - old).reshape(-1))
-        state[SLOPE].copy_((torch.where(torch.isfinite(flat), flat, 0) * state[LAST]).sum())
+        torch.sub(local(param), old, out=old)
+        state[LAST].copy_(old.reshape(-1))
+        state[SLOPE].copy_(_slope(local_gradient(grad, param), old, masked=not finite))
+
+
+def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
+    """Of the loss along a step, 0-d float32 or wider; masked: of coordinates whose gradient is
+    finite, in several passes.
+    """
+    flat = grad.reshape(-1)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    if masked:
+        flat = torch.where(torch.isfinite(flat), flat, 0)
+    return torch.dot(flat, step.reshape(-1).to(flat.dtype))
+
+
+def _total(rows: Sequence[Tensor | None]) -> list[float]:
+    """The sum of all rows; waits once for each device that holds some."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for row in rows:
+        by_device.setdefault(cast(Tensor, row).device, []).append(cast(Tensor, row))
+    sums = [torch.stack(held).sum(dim=0).cpu() for held in by_device.values()]
+    total: list[float] = torch.stack(sums).sum(dim=0).tolist()
+    return total

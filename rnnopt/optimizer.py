@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
@@ -12,12 +13,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from rnnopt.checkpoint import load_rule, shipped_rule
+from rnnopt.checkpoint import SHIPPED_HEAD_RULE, load_rule, shipped_rule
 from rnnopt.fused import FusedStep, Piece
-from rnnopt.guard import LAST, MOST_RISE, GuardedRule, Work, init_memory, remember, rise, undo
+from rnnopt.guard import (
+    LAST,
+    MOST_RISE,
+    SLOPE,
+    GuardedRule,
+    Work,
+    forget,
+    init_memory,
+    remember,
+    rise,
+    undo,
+)
 from rnnopt.kernels import fused_step
 from rnnopt.rule import State, TurningRule, UpdateRule, advance, related, sums_of, turn_of
 from rnnopt.sharding import add_up, is_sharded, local, local_gradient, of_whole
+
+# What the guard keeps in each group.
+_GUARD = {"undone": 0, "climbed": 0.0, "lost": False}
+# Below it a multiplier is a learning rate left over from another optimizer.
+_LEAST_LR = 0.01
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -40,21 +57,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
             that is Adam this is AdamW's.
         state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
             torch.bfloat16 makes 40 bytes a coordinate of an LSTM's 72. None: as the rule's weights.
+            Memory that is loaded keeps the dtype that it was saved in.
         fused: None takes the kernel where it can; False never; True wants one to be there.
             Parameters that a kernel can't take (another dtype or device than it knows, or memory
             out of order) are stepped plainly beside it.
         guard: None watches, where the rule knows a careful one, whether the loss climbs by a nat:
             the step that made it is undone, the careful rule takes over (for the shipped rule: Adam
             at a scale of its own), and every further time halves the step; see `rnnopt.guard` and
-            `undone`. Costs 2 bytes a coordinate, and one wait for the device a step. The loss is to
-            be a mean in nats. False never; `apply`, and with it the unroll, has no guard.
+            `undone`. Costs 2 bytes a coordinate, a copy of what trains during the step, and one
+            wait for the device a step. The loss is to be a mean in nats, and gradients are not to
+            be clipped, which hides a rise. False never; True wants a rule that knows one. `apply`,
+            and with it the unroll, has no guard.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter stands in a group twice.
         TypeError: a parameter is complex or integer, rule is no rule, or one that can't have
             `state_dtype`.
-        RuntimeError: `fused` is True and there is no kernel for this rule or machine.
+        RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
+            True and the rule knows no careful one.
         InputError: the rule file can't be used.
     """
 
@@ -62,6 +83,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     fused: bool | None = None
     guard: bool | None = None
+    _careful: UpdateRule | None = None
+    _for_a_head = False  # the rule, chosen here for a head alone
 
     def __init__(
         self,
@@ -76,19 +99,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "weight_decay": weight_decay, "undone": 0, "climbed": 0.0, "lost": False},
+            {"lr": lr, "weight_decay": weight_decay, **_GUARD},
         )
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
-        self.rule = _resolve_rule(rule, self.param_groups)
+        file = shipped_rule(_choosing(self.param_groups)) if rule is None else rule
+        self._for_a_head = rule is None and file == SHIPPED_HEAD_RULE
+        self.rule = _resolve_rule(file)
         self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
         self.fused = fused
         self.guard = guard
         if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
             self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
-        self._careful: UpdateRule | None = None
         if fused:
             self._kernel(self.rule)
+        if guard and not isinstance(self.rule, GuardedRule):
+            raise RuntimeError(
+                f"guard=True, but {type(self.rule).__name__} knows no careful rule to hand over to "
+                "(it has no method `careful`); leave guard out"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes."""
@@ -98,6 +127,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for name in ("lr", "weight_decay"):
                 if not 0 <= float(group[name]) < float("inf"):
                     raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
+            if 0 < float(group["lr"]) < _LEAST_LR:
+                warnings.warn(
+                    f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
+                    "with this one next to nothing is learned; leave lr out",
+                    stacklevel=4,
+                )
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("a parameter stands in this group twice: give each once")
             for param in group["params"]:
@@ -133,7 +168,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is sparse; no parameter has been changed then.
+            RuntimeError: a CUDA graph is being captured: its replay would not advance the memory.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "LearnedOptimizer.step in a CUDA graph: its replay would not advance the memory; "
+                "capture forward and backward, and step outside of the graph"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,6 +185,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param in group["params"]
             if param.grad is not None
         ]
+        if self._for_a_head and len(work) > 2:
+            self._for_a_head = False
+            warnings.warn(
+                f"{len(work)} tensors train with the rule that ships for a linear head alone; it "
+                "ruins an encoder: make a new LearnedOptimizer of all that trains now",
+                stacklevel=4,  # past the two wrappers that torch puts around a step
+            )
         if work and self._guards():
             self._guarded_step(work)
         else:
@@ -151,7 +199,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _guards(self) -> bool:
-        return self.guard is not False and isinstance(self.rule, GuardedRule) and not _is_recorded()
+        watched = self.guard is not False and isinstance(self.rule, GuardedRule)
+        return watched and not torch.compiler.is_compiling()
 
     def _guarded_step(self, work: Work) -> None:
         _refuse_sparse(work)
@@ -160,10 +209,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if LAST not in state:
                 with torch.inference_mode(False):
                     state.update(init_memory(param))
-        risen, first = rise(work, states), self.param_groups[0]
+        (risen, finite), first = rise(work, states), self.param_groups[0]
         # One batch without a finite gradient says nothing of the step before it: it is passed
         # over. A second one in a row says that the step left none.
-        lost = math.isinf(risen) and not first.get("lost", False)
+        lost = math.isinf(risen) and not first["lost"]
         climbed = first["climbed"] if lost else max(0.0, first["climbed"] + risen)
         ruined = climbed > MOST_RISE
         for group in self.param_groups:
@@ -171,12 +220,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group["undone"] += ruined
             group["lost"] = lost
         if ruined:
-            undo(work, states)
+            for param, state in self._remembered():
+                undo(param, state)
         if ruined or lost:
             return
         before = [local(param).clone() for _, param, _ in work]
         self.apply(work)
-        remember(work, [self.state[param] for _, param, _ in work], before)
+        remember(work, [self.state[param] for _, param, _ in work], before, finite)
+        stepped = {param for _, param, _ in work}
+        for param, state in self._remembered():
+            if param not in stepped:  # what it did is no part of this step
+                forget(state)
+
+    def _remembered(self) -> list[tuple[Tensor, State]]:
+        """Parameters of which the guard keeps a step, with their memory."""
+        return [(param, state) for param, state in self.state.items() if LAST in state]
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
@@ -241,15 +299,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self, rule: UpdateRule, group: dict[str, Any], param: Tensor, grad: Tensor, trust: float
     ) -> Piece:
         """This process's part of a parameter, as a step sees it."""
+        memory = self._memory(param)
+        known = {name: leaf for name, leaf in memory.items() if name not in (LAST, SLOPE)}
         return Piece(
-            local(param), local_gradient(grad, param), self._memory(param), trust * group["lr"],
+            local(param), local_gradient(grad, param), known, trust * group["lr"],
             group["weight_decay"], of_whole(turn_of(rule, param), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
         """The fast path of a rule, if there is one and it is wanted."""
-        # a graph that is replayed or compiled would hold on to the tables of this step
-        if self.fused is False or _is_recorded():
+        # what is compiled would hold on to the tables of this step
+        if self.fused is False or torch.compiler.is_compiling():
             return None
         kernel = fused_step(rule)
         if self.fused and kernel is None:
@@ -279,6 +339,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: groups or memory are those of other parameters or of another rule; the
                 optimizer is unchanged then.
         """
+        for group in state_dict["param_groups"]:
+            if missing := {"lr", "weight_decay", *_GUARD} - group.keys():
+                raise ValueError(
+                    f"a saved group has {sorted(group)} and no {sorted(missing)}: it is not of a "
+                    "LearnedOptimizer of this version; load the state of one"
+                )
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [param for group in self.param_groups for param in group["params"]]
         memories = {
@@ -291,14 +357,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
-        kept = ("rule", "state_dtype", "fused", "guard", "_careful")
+        kept = ("rule", "state_dtype", "fused", "guard", "_careful", "_for_a_head")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-
-def _is_recorded() -> bool:
-    """Whether this step is being captured or compiled, to be run again."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return capturing or torch.compiler.is_compiling()
 
 
 def _refuse_sparse(work: Work) -> None:
@@ -327,11 +387,13 @@ def _first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def _resolve_rule(
-    rule: UpdateRule | str | os.PathLike[str] | None, groups: Sequence[dict[str, Any]]
-) -> UpdateRule:
-    if rule is None:
-        return load_rule(shipped_rule(param for group in groups for param in group["params"]))
+def _choosing(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """What trains, by which the shipped rule is chosen; everything where nothing does yet."""
+    params = [param for group in groups for param in group["params"]]
+    return [param for param in params if param.requires_grad] or params
+
+
+def _resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
     if isinstance(rule, (str, os.PathLike)):
         return load_rule(rule)
     if isinstance(rule, float | int):

@@ -217,7 +217,8 @@ def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False)
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
     new = (1 - peaks.request_peak * agreement) ** 2
     least = torch.maximum(
-        sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT, _NATS_A_CUBE_ROOT * sums[..., _WIDE] ** (1 / 3)
+        sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT,
+        _NATS_A_CUBE_ROOT * sums[..., _WIDE].detach() ** (1 / 3),  # a count, and often 0
     )
     promised = torch.maximum(after.decrease_peak, least)
     # an outlier's is beyond its peak

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rnnopt.corpus import Corpus, class_name, listed, merge
+from rnnopt.corpus import Corpus, listed, merge
 from rnnopt.errors import InputError
 from rnnopt.files import read_corpus, stem_and_suffix
 
@@ -164,7 +164,8 @@ def divide_classes(corpus: Corpus, seed: int = 0, what: str = "the corpus") -> S
     if len(units) < 3 * least:
         raise InputError(
             f"{what}: {len(units)} {kind}, at least {3 * least} are needed to divide them into "
-            "train, validation and test; add some, or give a folder with train, val and test files"
+            "train, validation and test; add some, give a folder with train, val and test files, "
+            "or let `rnnopt compare` judge by all with --report-on all --tuning-data stdlib"
         )
     held = max(least, round(PART_SHARE * len(units)))
     order = _generator(seed).permutation(len(units))
@@ -190,14 +191,16 @@ def stratified_holdout(
     if not 0 < fraction < 1:
         raise InputError(f"fraction {fraction}: must lie between 0 and 1, such as 0.2")
     generator = _generator(seed)
+    single = [label for (_, label), indices in corpus.classes.items() if len(indices) < 2]
+    if single:
+        raise InputError(
+            f"{len(single)} of {len(corpus.classes)} labels have 1 text ({listed(single)}), at "
+            "least 2 are needed to hold one out; add texts, leave the labels out, or judge by a "
+            "file of its own, with --test"
+        )
     held: set[int] = set()
     for key in sorted(corpus.classes):
         indices = corpus.classes[key]
-        if len(indices) < 2:
-            raise InputError(
-                f"class {class_name(key)!r} has 1 text, at least 2 are needed to hold one out; "
-                "add texts or leave the class out"
-            )
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
         held.update(generator.permutation(indices)[:count].tolist())
     left = (index for index in range(len(corpus)) if index not in held)

@@ -279,7 +279,7 @@ def adapt_and_judge(
     task: Task,
     budgets: Collection[int],
 ) -> Adaptation:
-    """Full-batch steps on the support set, judged on the query set at each budget of steps.
+    """Steps on the support set's batches in turn, judged on the query set at each budget of steps.
 
     Args:
         classifier: at its starting values for this task; adapted when this returns.

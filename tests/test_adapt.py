@@ -24,6 +24,14 @@ def metrics_of(predicted, actual, classes):
     return classification_metrics(matrix)
 
 
+def test_whole_numbers_are_their_own_places():
+    numbers = [str(n) for n in (10, 9, -1, 2, 11, 0)]
+    names, train, test = label_numbers(corpus(*numbers), corpus("11", "9"))
+    assert names == ["-1", "0", "2", "9", "10", "11"]
+    assert [names[i] for i in train] == numbers and test.tolist() == [5, 3]
+    assert label_numbers(corpus("10", "9", "b"), corpus())[0] == ["10", "9", "b"]
+
+
 def test_metrics_of_a_known_case():
     """sklearn.metrics.precision_recall_fscore_support(..., average="macro") gives the same."""
     metrics = metrics_of([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 2, 0], 3)

@@ -8,8 +8,8 @@ import torch
 from rules import random_lstm
 from safetensors.torch import save_file
 
-from rnnopt import InputError, load_rule, save_rule
-from rnnopt.checkpoint import read_training, write_atomically
+from rnnopt import SGD, InputError, load_rule, save_rule
+from rnnopt.checkpoint import read_training, rule_fingerprint, write_atomically
 
 
 def test_a_saved_rule_comes_back_the_same(tmp_path):
@@ -25,6 +25,22 @@ def test_a_saved_rule_comes_back_the_same(tmp_path):
 def test_float64_rules_stay_float64(tmp_path):
     save_rule(random_lstm(torch.float64), tmp_path / "r")
     assert load_rule(tmp_path / "r").gate_weight.dtype == torch.float64
+
+
+def test_a_rule_of_a_users_own_class_is_no_rule_that_a_file_can_hold(tmp_path):
+    class Mine(SGD):
+        pass
+
+    with pytest.raises(InputError, match="type Mine can't be saved, only one of CoordinateLSTM, "):
+        save_rule(Mine(0.1), tmp_path / "r")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_in_bfloat16_has_a_fingerprint_of_its_own():
+    rule = random_lstm()
+    half = random_lstm().bfloat16()
+    assert len(rule_fingerprint(half)) == 12
+    assert rule_fingerprint(half) != rule_fingerprint(rule)
 
 
 def damaged(tmp_path, name):
@@ -59,7 +75,7 @@ def damaged(tmp_path, name):
         ("cut in the header", "no complete safetensors file"),
         ("empty", "no complete safetensors file"),
         ("pickle", "no complete safetensors file"),
-        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.6'"),
+        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.7'"),
         ("other config", "weights and config do not fit together"),
         ("unknown option", "weights and config do not fit together"),
         ("not finite", "weights that are not finite"),

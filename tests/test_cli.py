@@ -180,8 +180,16 @@ def test_adapt_lowers_the_training_loss(csv_file, encoder, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_adapt_without_a_rule_takes_the_shipped_one(csv_file, encoder, tmp_path):
+def test_adapt_without_a_rule_takes_the_shipped_one(csv_file, encoder, tmp_path, capsys):
     assert run(adapt(csv_file, encoder, tmp_path / "out")) == 0
+    assert "will be seen" not in capsys.readouterr().out
+
+
+def test_adapt_says_where_its_steps_are_too_few_for_the_file(csv_file, encoder, tmp_path, capsys):
+    assert run(adapt(csv_file, encoder, tmp_path / "out", "--batch-size", 8)) == 0
+    assert "at most 24 of the 190 training texts will be seen; raise --steps" in (
+        capsys.readouterr().out
+    )
 
 
 def test_compare_writes_the_figures_and_the_picture(csv_file, encoder, rule_file, tmp_path, capsys):

@@ -284,6 +284,14 @@ BAD_FILES = {
         "{path}, line 3: 1 fields where the header has 2; fill in what is missing, quote fields "
         "that hold ','",
     ),
+    "semicolons": (
+        "x.csv",
+        b"text;label\nt;a\n",
+        "{path}: its header is one column, 'text;label', and looks divided by ';'; divide the "
+        "fields by ',', or name a file that is divided by tabs .tsv",
+    ),
+    "tabs": ("x.csv", b"text\tlabel\nt\ta\n", "{path}: its header is one column, "),
+    "commas": ("x.tsv", b"text,label\nt,a\n", "{path}: its header is one column, "),
     "many fields": ("x.tsv", b"text\tlabel\nt\tu\ta\n", "{path}, line 2: 3 fields where the head"),
     "open quote": (
         "x.csv",
@@ -482,8 +490,9 @@ def test_labels_that_recur_in_every_domain_are_divided_by_domain() -> None:
 )
 def test_too_few_to_divide_is_an_error(counts: dict[tuple[str, str], int], start: str) -> None:
     assert error(divide_classes, make(counts), what="here") == (
-        f"{start} are needed to divide them into train, validation and test; add some, or give a "
-        "folder with train, val and test files"
+        f"{start} are needed to divide them into train, validation and test; add some, give a "
+        "folder with train, val and test files, or let `rnnopt compare` judge by all with "
+        "--report-on all --tuning-data stdlib"
     )
 
 
@@ -520,8 +529,8 @@ def test_holdout_keeps_the_order_of_the_corpus() -> None:
 
 def test_holdout_of_a_single_text_is_an_error() -> None:
     assert error(stratified_holdout, make({("d", "a"): 2, ("d", "b"): 1})) == (
-        "class 'd/b' has 1 text, at least 2 are needed to hold one out; "
-        "add texts or leave the class out"
+        "1 of 2 labels have 1 text (b), at least 2 are needed to hold one out; add texts, leave "
+        "the labels out, or judge by a file of its own, with --test"
     )
 
 

@@ -254,7 +254,8 @@ def test_the_domain_that_comes_closest_is_named() -> None:
 
 def test_a_single_domain_with_too_few_classes_has_no_domain_column_to_blame() -> None:
     assert error(make({("d", "a"): 9, ("d", "b"): 9})) == (
-        "3-way episodes need a domain with 3 classes; d has 2, no domain more: lower --ways"
+        "3-way episodes need a domain with 3 classes; d has 2, no domain more: lower --ways; to "
+        "compare by all classes of a file take --report-on all --tuning-data stdlib"
     )
 
 

@@ -288,7 +288,7 @@ def test_a_parameter_that_grew_is_an_error_and_not_a_write_beyond_its_memory():
     optimizer.step()
     param.data = torch.cat([param.data, torch.zeros(1000)])
     param.grad = torch.ones(1008)
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with pytest.raises(RuntimeError, match="size"):
         optimizer.step()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rules import random_lstm
 
 from rnnopt import Adam, LearnedOptimizer
+from rnnopt.guard import rise
 
 
 class Rash(Adam):
@@ -109,6 +110,74 @@ def test_one_lost_coordinate_undoes_nothing():
         param.grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0])
         optimizer.step()
     assert optimizer.undone == 0
+
+
+def test_what_has_no_gradient_now_is_taken_back_too():
+    first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    optimizer = LearnedOptimizer([first, second], Rash(100.0))
+    (bowl(first) + bowl(second)).backward()
+    optimizer.step()
+    assert first.item() == second.item() > 90
+    optimizer.zero_grad()
+    bowl(first).backward()
+    optimizer.step()
+    assert optimizer.undone == 1
+    assert max(abs(first.item()), abs(second.item())) < 0.01 * 100
+
+
+def test_a_step_of_long_ago_is_not_the_last_one():
+    """A parameter whose gradient comes back."""
+    first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    optimizer = LearnedOptimizer([first, second], Rash(0.01))
+    for grads in ((1.0, 1.0), *[(1.0, None)] * 3, (1.0, -1000.0)):
+        for param, grad in zip((first, second), grads):
+            param.grad = None if grad is None else torch.tensor([grad])
+        optimizer.step()
+    assert optimizer.undone == 0
+
+
+def test_a_rule_is_not_shown_what_the_guard_keeps():
+    seen = []
+
+    class Watched(Rash):
+        def __call__(self, grad, state, param):
+            seen.append(set(state))
+            return super().__call__(grad, state, param)
+
+    param = torch.zeros(1, requires_grad=True)
+    descend(param, LearnedOptimizer([param], Watched(0.01)), 3)
+    assert seen == [{"m", "v", "step"}] * 3
+
+
+def test_a_guard_that_is_wanted_needs_a_rule_that_has_one():
+    param = torch.zeros(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="guard=True, but Adam knows no careful rule"):
+        LearnedOptimizer([param], Adam(0.1), guard=True)
+    descend(param, LearnedOptimizer([param], Adam(0.1)), 1)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_rise_is_that_of_a_parabola(dtype, lost):
+    """With a coordinate whose gradient is not finite, that of the others."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(50, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    optimizer = LearnedOptimizer([param], Rash(0.25))
+    values = []
+    for _ in range(2):
+        param.grad = param.detach().clone()
+        values.append(float(param.detach()[lost:].double().square().sum() / 2))
+        if lost:
+            param.grad[0] = float("nan")
+        optimizer.step()
+    param.grad = param.detach().clone()
+    if lost:
+        param.grad[0] = float("inf")
+    now = float(param.detach()[lost:].double().square().sum() / 2)
+    work = [(optimizer.param_groups[0], param, param.grad)]
+    change, finite = rise(work, [optimizer.state[param]])
+    assert change == pytest.approx(now - values[1], rel=0.03 if dtype == torch.bfloat16 else 0.01)
+    assert finite == (not lost)
 
 
 def test_a_resumed_run_undoes_what_the_first_would_have():

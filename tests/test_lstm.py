@@ -148,6 +148,18 @@ def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale,
     torch.testing.assert_close(scaled * nat[1], plain * nat[0], rtol=1e-3, atol=1e-6)
 
 
+def test_no_derivative_within_an_unroll_is_nan():
+    """Nor where it would be multiplied by nothing: anomaly detection is a researcher's tool."""
+    rule, start = random_lstm(), torch.randn(6)
+    param, state = start, rule.init_state(start)
+    with torch.autograd.set_detect_anomaly(True):
+        for _ in range(2):
+            delta, state = advance(rule, param, param, state, 1.0, 0.0)
+            param = param + delta
+        param.square().sum().backward()
+    assert rule.output_bias.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 3e38])
 def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
     rule, param = random_lstm(), torch.randn(6)

@@ -174,6 +174,15 @@ def test_the_memory_of_another_rule_is_refused_and_nothing_changes():
     assert not large.state
 
 
+def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
+    net = model()
+    ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
+    with pytest.raises(ValueError, match=r"no \['climbed', 'lost', 'undone'\].*of a Learned"):
+        ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
+    train(net, ours, range(1))
+
+
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
@@ -293,6 +302,33 @@ def test_a_linear_classifier_alone_has_a_shipped_rule_to_itself(shapes, head):
         assert rule_fingerprint(rule) == rule_fingerprint(load_rule(wanted))
 
 
+def test_what_is_frozen_does_not_choose_the_shipped_rule():
+    net = model()
+    net[0].requires_grad_(False)
+    rule = LearnedOptimizer(net.parameters()).rule
+    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_HEAD_RULE))
+    net.requires_grad_(False)  # nothing trains yet: who knows
+    rule = LearnedOptimizer(net.parameters()).rule
+    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_RULE))
+
+
+@pytest.mark.parametrize("later", ["group", "thawed"])
+def test_a_head_that_gets_company_is_warned_of(later, recwarn):
+    net = model()
+    net[0].requires_grad_(False)
+    params = net[2].parameters() if later == "group" else net.parameters()
+    optimizer = LearnedOptimizer(params)
+    train(net, optimizer, range(2))
+    assert not recwarn
+    net.requires_grad_()
+    if later == "group":
+        optimizer.add_param_group({"params": list(net[0].parameters())})
+    train(net, optimizer, range(2))
+    (said,) = recwarn  # once
+    assert "4 tensors train with the rule that ships for a linear head" in str(said.message)
+    assert said.filename == __file__
+
+
 def test_without_a_rule_a_shipped_one_is_loaded():
     assert SHIPPED_RULE.stat().st_size + SHIPPED_HEAD_RULE.stat().st_size <= 200_000
     net = model()
@@ -314,6 +350,18 @@ def test_without_a_rule_a_shipped_one_is_loaded():
 def test_bad_arguments_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         LearnedOptimizer(model().parameters(), **{"rule": random_lstm(), **options})
+
+
+def test_a_learning_rate_that_was_left_over_is_warned_of(recwarn):
+    net = model()
+    LearnedOptimizer(net.parameters(), lr=0.01)
+    LearnedOptimizer(net.parameters(), lr=0.0)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="lr=2e-05 multiplies the learned step.*leave lr out"
+    ) as seen:
+        LearnedOptimizer(net.parameters(), lr=2e-5)
+    assert seen[0].filename == __file__
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
