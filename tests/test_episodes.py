@@ -231,7 +231,8 @@ def test_the_same_labels_in_many_domains_are_told_apart() -> None:
         (
             {"ways": [2, 7]},
             "7-way episodes need a domain with 7 classes; x has 6, no domain more: lower --ways, "
-            "or leave out the domain column",
+            "or leave out the domain column; to compare by all classes of a file take "
+            "--report-on all --tuning-data stdlib",
         ),
         (
             {"ways": [2, 3], "shots": [1, 6]},
