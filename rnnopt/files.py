@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_corpus(
     """Read one file: JSON lines, CSV or TSV with a header; UTF-8; plain or gzip.
 
     White space in texts is collapsed. A text that repeats an earlier one of its domain, but for
-    case, is dropped and counted, even where the labels conflict.
+    case, is dropped and counted; where the labels conflict, a warning says so.
 
     Args:
         path: ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``, each also with ``.gz``.
@@ -44,9 +45,9 @@ def read_corpus(
     content = _file_text(path)
     stem, suffix = stem_and_suffix(path)
     rows = _json_rows if suffix in (".jsonl", ".ndjson") else _table_rows
-    seen: set[ClassKey] = set()
+    seen: dict[ClassKey, tuple[int, str]] = {}
     kept: list[tuple[str, str, str]] = []
-    dropped = 0
+    dropped, conflicts = 0, []
     for line, row in rows(path, content):
         where = f"{path}, line {line}"
         text = " ".join(_value(where, row, text_column, "--text-column").split())
@@ -57,11 +58,20 @@ def read_corpus(
         key = name, text_key(text)
         if key in seen:
             dropped += 1
+            if seen[key][1] != label:
+                conflicts.append((*seen[key], line, label))
             continue
-        seen.add(key)
+        seen[key] = line, label
         kept.append((text, label, name))
     if not kept:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
+    if conflicts:
+        first, one, second, other = conflicts[0]
+        warnings.warn(
+            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
+            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept",
+            stacklevel=2,
+        )
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
 
