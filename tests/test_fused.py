@@ -338,6 +338,7 @@ def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatc
 
 @needs_compiler
 @pytest.mark.parametrize("lr", [1e-9, 1e-3, 1e3])
+@pytest.mark.filterwarnings("ignore:lr=.* multiplies the learned step")
 def test_an_orthogonalized_step_is_as_long_as_its_rate_says(lr):
     fused, plain = twins([(8, 384)], random_lstm(orthogonalize=True), lr=lr)
     for param in (*params_of(fused), *params_of(plain)):
