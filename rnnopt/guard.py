@@ -88,9 +88,7 @@ def forget(state: State) -> None:
 
 
 @torch.no_grad()
-def remember(
-    work: Work, states: Sequence[State], before: Sequence[Tensor], finite: bool = False
-) -> None:
+def remember(work: Work, states: Sequence[State], before: Sequence[Tensor], finite: bool) -> None:
     """Keep the step that led from `before` to here.
 
     Args:
@@ -106,8 +104,9 @@ def remember(
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
-    """Of the loss along a step, 0-d float32 or wider; masked: of coordinates whose gradient is
-    finite, in several passes.
+    """Of the loss along a step, 0-d, float32 or wider.
+
+    Masked it is that of the coordinates whose gradient is finite, which takes several passes.
     """
     flat = grad.reshape(-1)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
