@@ -145,8 +145,8 @@ def _table_rows(path: Path, content: str) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [field.strip() for field in fields]
-                other = "\t" if delimiter == "," else ","
-                if len(header) == 1 and (found := [c for c in (";", other) if c in header[0]]):
+                found = [c for c in ";\t," if c != delimiter and c in header[0]]
+                if len(header) == 1 and found:
                     raise InputError(
                         f"{path}: its header is one column, {header[0]!r}, and looks divided by "
                         f"{found[0]!r}; divide the fields by {delimiter!r}, or name a file that is "

@@ -103,9 +103,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
-        file = shipped_rule(_choosing(self.param_groups)) if rule is None else rule
-        self._for_a_head = rule is None and file == SHIPPED_HEAD_RULE
-        self.rule = _resolve_rule(file)
+        chosen = shipped_rule(_choosing(self.param_groups)) if rule is None else rule
+        self._for_a_head = rule is None and chosen == SHIPPED_HEAD_RULE
+        self.rule = _resolve_rule(chosen)
         self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
         self.fused = fused
         self.guard = guard
@@ -226,7 +226,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         before = [local(param).clone() for _, param, _ in work]
         self.apply(work)
-        remember(work, [self.state[param] for _, param, _ in work], before, finite)
+        remember(work, states, before, finite)
         stepped = {param for _, param, _ in work}
         for param, state in self._remembered():
             if param not in stepped:  # what it did is no part of this step

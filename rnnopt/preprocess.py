@@ -193,13 +193,13 @@ def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False)
 
     with N the model's coordinates and W those of its wide matrices, see `model_sums`: however
     little each of them promises, all together bend what a whole encoder computes, and below a head
-    that is still random a long step goes too far. The rate of
-    Adam falls with an encoder's width as its inverse (Yang et al. 2022, arXiv:2203.03466), which
-    would be W^(1/2), and N is far from it in small ones: there 1/3 serves best. The
-    request is the largest before this step, see `growth_request`. What has asked for nothing but
-    growth points the right way: a head, at the means of its classes. From then on it grows, and
-    steps by what is new in its gradient: much in minibatches, little in full batches, where all
-    that would follow is to bend towards the few texts that are hardest to fit.
+    that is still random a long step goes too far. The rate of Adam falls with an encoder's width as
+    its inverse (Yang et al. 2022, arXiv:2203.03466), which would be W^(1/2), and N is far from it
+    in small ones: there 1/3 serves best. The request is the largest before this step, see
+    `growth_request`. What has asked for nothing but growth points the right way: a head, at the
+    means of its classes. From then on it grows, and steps by what is new in its gradient: much in
+    minibatches, little in full batches, where all that would follow is to bend towards the few
+    texts that are hardest to fit.
 
     Args:
         sums: what `model_sums` returned, (..., 18).
