@@ -3,17 +3,17 @@
 >>> from rnnopt import LearnedOptimizer
 >>> optimizer = LearnedOptimizer(model.parameters())  # instead of AdamW(..., lr=...)
 
-Importing this module loads torch and nothing heavier; `rnnopt.differentiable` registers the
-optimizer with `higher`, `rnnopt.text` loads `transformers`.
+Importing this module loads torch and nothing heavier; `rnnopt.meta.differentiable` registers the
+optimizer with `higher`, `rnnopt.tasks.text.classifier` loads `transformers`.
 """
 
-from rnnopt.baselines import SGD, Adam, AdamW
-from rnnopt.checkpoint import load_rule, save_rule
 from rnnopt.errors import InputError
-from rnnopt.lstm import CoordinateLSTM
-from rnnopt.metasgd import MetaSGD
-from rnnopt.optimizer import LearnedOptimizer
-from rnnopt.rule import State, UpdateRule
+from rnnopt.optim.optimizer import LearnedOptimizer
+from rnnopt.rules.classical import SGD, Adam, AdamW
+from rnnopt.rules.files import load_rule, save_rule
+from rnnopt.rules.lstm import CoordinateLSTM
+from rnnopt.rules.meta_sgd import MetaSGD
+from rnnopt.rules.protocol import State, UpdateRule
 
 __version__ = "0.1.0"
 

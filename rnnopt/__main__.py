@@ -3,7 +3,7 @@
 import os
 import sys
 
-from rnnopt.cli import main
+from rnnopt.cli.main import main
 
 code = main()
 if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 
 from rnnopt import LearnedOptimizer
-from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_fingerprint
-from rnnopt.comparators import Baseline, Build
-from rnnopt.episodes import EpisodeSampler
-from rnnopt.evaluate import LEARNED, Comparison
-from rnnopt.journal import Journal
-from rnnopt.lstm import GROWTH_STEPS, CoordinateLSTM
-from rnnopt.preprocess import COORDINATE_FEATURES
-from rnnopt.splits import read_splits
-from rnnopt.task import TaskSource
-from rnnopt.text import Classifier, Tune
+from rnnopt.data.splits import read_splits
+from rnnopt.evaluation.baselines import Baseline, Build
+from rnnopt.evaluation.comparison import LEARNED, Comparison
+from rnnopt.evaluation.journal import Journal
+from rnnopt.rules.features import COORDINATE_FEATURES
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_fingerprint
+from rnnopt.rules.lstm import GROWTH_STEPS, CoordinateLSTM
+from rnnopt.tasks.episodes import EpisodeSampler
+from rnnopt.tasks.text.classifier import Classifier, Tune
+from rnnopt.tasks.text.tasks import TaskSource
 
 CELLS = (("clinc150", 5, 1), ("clinc150", 10, 5), ("huffpost36", 5, 5))  # folder, ways, shots
 # Where the encoder has to learn, beside those: classes that it hardly tells apart.

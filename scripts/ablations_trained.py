@@ -21,8 +21,8 @@ import torch
 from ablations import SHIPPED, arguments, rows
 from meta_train import RECIPE, SOURCES, meta_train
 
-from rnnopt.checkpoint import SHIPPED_HEAD_RULE, load_rule
-from rnnopt.lstm import CoordinateLSTM
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, load_rule
+from rnnopt.rules.lstm import CoordinateLSTM
 
 
 class Change(NamedTuple):

@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rnnopt.checkpoint import write_atomically
-from rnnopt.encoder import seeded
-from rnnopt.lora import add_lora
-from rnnopt.text import Classifier, Tune
+from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.text.classifier import Classifier, Tune
+from rnnopt.tasks.text.encoder.loading import seeded
+from rnnopt.tasks.text.encoder.lora import add_lora
 
 LORA_RANK = 8
 WAYS = 10

@@ -31,17 +31,18 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rnnopt import LearnedOptimizer
-from rnnopt.checkpoint import SavedRule, rule_fingerprint, write_atomically
-from rnnopt.comparators import Baseline, Build
-from rnnopt.corpus import Corpus
-from rnnopt.encoder import encoder_name
-from rnnopt.episodes import EpisodeSampler
-from rnnopt.evaluate import LEARNED, Comparison, default_budgets
-from rnnopt.journal import Journal
-from rnnopt.options import choose_device, choose_rule
-from rnnopt.splits import read_splits
-from rnnopt.task import TaskSource
-from rnnopt.text import Classifier
+from rnnopt.cli.options import choose_device, choose_rule
+from rnnopt.data.corpus import Corpus
+from rnnopt.data.splits import read_splits
+from rnnopt.evaluation.baselines import Baseline, Build
+from rnnopt.evaluation.comparison import LEARNED, Comparison, default_budgets
+from rnnopt.evaluation.journal import Journal
+from rnnopt.rules.files import SavedRule, rule_fingerprint
+from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.episodes import EpisodeSampler
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import encoder_name
+from rnnopt.tasks.text.tasks import TaskSource
 
 TUNED = "adamw"
 SHOWN = (1, 3, 5, 10, 20, 200)
@@ -110,7 +111,7 @@ def half_encoder(encoder: str, folder: Path) -> Path:
 
 
 def compare(name: str, condition: Condition, options: argparse.Namespace) -> dict[str, Any]:
-    """The rule, its variants and AdamW under a condition, as `rnnopt.evaluate` has it."""
+    """The rule, its variants and AdamW under a condition, as `rnnopt.evaluation.comparison` has it."""
     splits = read_splits([options.data])
     encoder = options.encoder
     if condition.half_depth:

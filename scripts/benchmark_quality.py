@@ -35,16 +35,11 @@ from typing import Any
 from benchmark import progress
 from quality_table import TRAINS, filled, quality_table, short_table
 
-from rnnopt.checkpoint import (
-    SHIPPED_HEAD_RULE,
-    SHIPPED_RULE,
-    load_rule,
-    rule_fingerprint,
-    write_atomically,
-)
-from rnnopt.cli import main as rnnopt
-from rnnopt.comparators import BASELINES
-from rnnopt.frozen import FROZEN
+from rnnopt.cli.main import main as rnnopt
+from rnnopt.evaluation.baselines import BASELINES
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_fingerprint
+from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.text.frozen import FROZEN
 
 INTERRUPTED = 130
 TUNED_BY = "clinc150"  # tunes baselines for sets that have no validation classes of their own

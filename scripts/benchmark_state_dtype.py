@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 from rnnopt import LearnedOptimizer
-from rnnopt.checkpoint import write_atomically
-from rnnopt.episodes import EpisodeSampler
-from rnnopt.evaluate import METRICS, default_budgets, interval
-from rnnopt.splits import read_splits
-from rnnopt.task import TaskSource, adapt_and_judge
-from rnnopt.text import Classifier
+from rnnopt.data.splits import read_splits
+from rnnopt.evaluation.comparison import METRICS, default_budgets, interval
+from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.episodes import EpisodeSampler
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 BUDGETS = default_budgets(20)

@@ -37,8 +37,8 @@ from benchmark import (
 from torch import Tensor, nn
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
-from rnnopt.kernels import fused_step
-from rnnopt.text import Tune
+from rnnopt.optim.kernels.choice import fused_step
+from rnnopt.tasks.text.classifier import Tune
 
 # The textbook's hyperparameters are those of Andrychowicz et al. 2016, arXiv:1606.04474, app. A.
 TEXTBOOK_UNITS = 20

@@ -38,7 +38,7 @@ from benchmark import (
 )
 from unrolls import ALL, ROOM, TORCHOPT, Config, free_memory, meta_step, peak
 
-from rnnopt.text import Tune
+from rnnopt.tasks.text.classifier import Tune
 
 OURS, FIRST, SECOND, PEER = "ours", "higher, first order", "higher, second order", "torchopt"
 LENGTH = 10  # steps of what is timed

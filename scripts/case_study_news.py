@@ -19,7 +19,7 @@ which validation classes choose one:
 - `adamw`: fine-tuning from the pretrained weights, its rate tuned on validation classes for every
   number of steps, 8 rates;
 - `multitask-adamw`: the same after supervised training on all classes learned from, with a joint
-  head (`rnnopt.multitask`); validation classes choose its rate and number of steps;
+  head (`rnnopt.tasks.text.multitask`); validation classes choose its rate and number of steps;
 - `maml`, `meta-sgd`: of --order 2; at test time their rate is multiplied by one of 8 factors,
   tuned as AdamW's rate is; `-as-trained` is without;
 - `rule`: the learned rule, with nothing set; --rule takes one that is there. `multitask-rule` is it
@@ -54,27 +54,12 @@ from benchmark import progress
 from benchmark_quality import INTERRUPTED, Deadline
 from case_study_table import write_case_study
 
-from rnnopt.checkpoint import (
-    SavedRule,
-    load_rule,
-    read_training,
-    rule_fingerprint,
-    write_atomically,
-)
-from rnnopt.cli import main as rnnopt
-from rnnopt.comparators import Baseline
-from rnnopt.corpus import Corpus, class_name, merge
-from rnnopt.encoder import encoder_name
-from rnnopt.episodes import EpisodeSampler
-from rnnopt.errors import InputError
-from rnnopt.evaluate import LEARNED, Comparison, default_budgets
-from rnnopt.files import read_corpus
-from rnnopt.init_folder import INIT_FOLDER, fingerprint, read_init
-from rnnopt.journal import Journal
-from rnnopt.multitask import MultitaskSettings, MultitaskTraining
-from rnnopt.options import choose_device
-from rnnopt.provenance import versions
-from rnnopt.splits import (
+from rnnopt.cli.main import main as rnnopt
+from rnnopt.cli.options import choose_device
+from rnnopt.data.corpus import Corpus, class_name, merge
+from rnnopt.data.files import read_corpus
+from rnnopt.data.overlap import seen_in
+from rnnopt.data.splits import (
     Splits,
     check_disjoint,
     class_sketches,
@@ -82,10 +67,20 @@ from rnnopt.splits import (
     read_splits,
     source_files,
 )
-from rnnopt.start import Start
-from rnnopt.task import TaskSource
-from rnnopt.text import Classifier
-from rnnopt.transfer import seen_in
+from rnnopt.errors import InputError
+from rnnopt.evaluation.baselines import Baseline
+from rnnopt.evaluation.comparison import LEARNED, Comparison, default_budgets
+from rnnopt.evaluation.journal import Journal
+from rnnopt.rules.files import SavedRule, load_rule, read_training, rule_fingerprint
+from rnnopt.storage.files import write_atomically
+from rnnopt.storage.provenance import versions
+from rnnopt.tasks.episodes import EpisodeSampler
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import encoder_name
+from rnnopt.tasks.text.init_folder import INIT_FOLDER, fingerprint, read_init
+from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
+from rnnopt.tasks.text.start import Start
+from rnnopt.tasks.text.tasks import TaskSource
 
 SOURCES = ("bbcsport5", "reuters31", "huffpost36")
 JUDGED_SOURCES = ("bbcsport5", "reuters31")  # huffpost36 has no test classes

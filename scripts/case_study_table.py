@@ -15,9 +15,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from rnnopt.checkpoint import write_atomically
-from rnnopt.evaluate import interval
-from rnnopt.tables import table
+from rnnopt.evaluation.comparison import interval
+from rnnopt.evaluation.report.tables import table
+from rnnopt.storage.files import write_atomically
 
 matplotlib.use("Agg")  # no window system is needed, or looked for
 

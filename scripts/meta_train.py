@@ -30,9 +30,9 @@ from typing import cast
 
 import torch
 
-from rnnopt.checkpoint import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, read_training, save_rule
-from rnnopt.cli import main
-from rnnopt.lstm import CoordinateLSTM
+from rnnopt.cli.main import main
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, read_training, save_rule
+from rnnopt.rules.lstm import CoordinateLSTM
 
 SOURCES = ("clinc150", "liu54", "huffpost36", "reuters31")
 RECIPE = """

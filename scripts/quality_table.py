@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rnnopt.evaluate import LEARNED, interval
+from rnnopt.evaluation.comparison import LEARNED, interval
 
 Result = Mapping[str, Any]  # what `rnnopt compare` writes
 

@@ -1,4 +1,4 @@
-"""MAML on sine curves (Finn et al. 2017, arXiv:1703.03400, section 5.1), through `rnnopt.unroll`.
+"""MAML on sine curves (Finn et al. 2017, arXiv:1703.03400, section 5.1), through `rnnopt.meta.unroll`.
 
     python scripts/sine_regression.py --json sine.json
 
@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rnnopt import SGD, LearnedOptimizer, MetaSGD
-from rnnopt.checkpoint import write_atomically
-from rnnopt.evaluate import interval
-from rnnopt.unroll import LossFunction, UnrollSettings, unroll
+from rnnopt.evaluation.comparison import interval
+from rnnopt.meta.unroll import LossFunction, UnrollSettings, unroll
+from rnnopt.storage.files import write_atomically
 
 INNER_LR, META_LR = 0.01, 1e-3
 TRAINING_SHOTS, TEST_SHOTS, TEST_POINTS = 10, 5, 100

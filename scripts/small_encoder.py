@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling
 
-from rnnopt.encoder import seeded, silence, word_piece
-from rnnopt.splits import read_splits
+from rnnopt.data.splits import read_splits
+from rnnopt.tasks.text.encoder.loading import seeded, silence, word_piece
 
 VOCABULARY = 4000
 TOKENS = 32  # of a text

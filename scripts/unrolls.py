@@ -15,9 +15,9 @@ from benchmark import Workload
 from torch import Tensor, nn
 
 from rnnopt import LearnedOptimizer
-from rnnopt.differentiable import higher
-from rnnopt.text import Tune
-from rnnopt.unroll import UnrollSettings, unroll
+from rnnopt.meta.differentiable import higher
+from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.tasks.text.classifier import Tune
 
 ALL = 10**12  # coordinates: more than any model here has
 ROOM = 0.85  # of the free memory may be taken

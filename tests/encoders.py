@@ -8,7 +8,7 @@ from pathlib import Path
 
 import transformers
 
-from rnnopt.encoder import seeded, silence, small_bert, word_piece
+from rnnopt.tasks.text.encoder.loading import seeded, silence, small_bert, word_piece
 
 TEXTS = [
     "what is the weather like in paris tomorrow",

@@ -4,7 +4,7 @@ import copy
 import os
 
 import torch
-from rules import RULES
+from rule_table import RULES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

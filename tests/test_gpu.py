@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from rules import RULES, random_lstm
+from rule_table import RULES, random_lstm
 from torch import nn
 
 from rnnopt import LearnedOptimizer
-from rnnopt.cli import main
-from rnnopt.preprocess import Peaks
-from rnnopt.unroll import UnrollSettings, unroll
+from rnnopt.cli.main import main
+from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.rules.features import Peaks
 
 pytestmark = [
     pytest.mark.gpu,

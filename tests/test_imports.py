@@ -28,41 +28,118 @@ def test_importing_rnnopt_loads_neither_higher_nor_transformers():
 
 
 def test_the_test_above_can_fail():
-    assert "higher" in modules_after_importing("rnnopt.differentiable")
-    assert "transformers" in modules_after_importing("rnnopt.text")
+    assert "higher" in modules_after_importing("rnnopt.meta.differentiable")
+    assert "transformers" in modules_after_importing("rnnopt.tasks.text.classifier")
+
+
+def imports_of(path, package="rnnopt"):
+    """Modules of a package that a source file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in getattr(node, "names", [])]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "rnnopt" or (node.module or "").endswith("kernels"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif not isinstance(node, ast.Import):
+            continue
+        found |= {name for name in names if name.split(".")[0] == package}
+    return found
 
 
 def importers(library):
-    found = set()
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            elif not isinstance(node, ast.Import):
-                continue
-            if any(name.split(".")[0] == library for name in names):
-                found.add(path.stem)
-    return found
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if imports_of(path, library)
+    }
 
 
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("higher", {"differentiable"}),  # unmaintained since 2021, and noisy when compiled
-        ("transformers", {"encoder"}),
-        ("peft", {"lora"}),
-        ("tokenizers", {"encoder"}),
-        ("matplotlib", {"plot"}),
-        ("triton", {"fused_cuda"}),  # not there on every machine, and only of use on a GPU
+        ("higher", {"meta/differentiable.py"}),  # unmaintained since 2021, noisy when compiled
+        ("transformers", {"tasks/text/encoder/loading.py"}),
+        ("peft", {"tasks/text/encoder/lora.py"}),
+        ("tokenizers", {"tasks/text/encoder/loading.py"}),
+        ("matplotlib", {"evaluation/report/plot.py"}),
+        ("triton", {"optim/kernels/cuda.py"}),  # not there on every machine, of use on a GPU only
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):
     assert importers(library) == doors
 
 
+# Each room and the rooms that it may import, from the ground up. A room stands for all below it,
+# unless one below it has a line of its own.
+ROOMS = {
+    "errors": set(),
+    "storage": {"errors"},
+    "rules": {"errors", "storage"},
+    "optim": {"errors", "rules"},
+    "data": {"errors", "storage"},
+    "tasks": {"errors", "storage", "rules", "optim", "data"},
+    "tasks.text": {"errors", "storage", "rules", "optim", "data", "tasks"},
+    "meta": {"errors", "storage", "rules", "optim", "tasks"},
+    "evaluation": {"errors", "storage", "rules", "optim", "data", "tasks", "meta"},
+    "cli": {
+        "errors", "storage", "rules", "optim", "data", "tasks", "tasks.text", "meta", "evaluation",
+    },
+}  # fmt: skip
+
+
+def room_of(module):
+    name = module.removeprefix("rnnopt.")
+    return max((room for room in ROOMS if f"{name}.".startswith(f"{room}.")), key=len, default=None)
+
+
+def wrong_arrows(package):
+    """(file, module) of every import that leaves a room for one that it may not know."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        module = path.relative_to(package).with_suffix("").as_posix().replace("/", ".")
+        here = room_of(module.removesuffix(".__init__"))
+        if here is None:  # the face of the package, and its command
+            continue
+        allowed = ROOMS[here] | {here}
+        found += [
+            (path.relative_to(package).as_posix(), name)
+            for name in sorted(imports_of(path))
+            if room_of(name) not in allowed and name != "rnnopt.__version__"
+        ]
+    return found
+
+
+def test_imports_point_one_way():
+    assert wrong_arrows(PACKAGE) == []
+
+
+def test_a_wrong_arrow_is_found(tmp_path):
+    for room in ("rules", "optim", "tasks/text", "meta"):
+        (tmp_path / room).mkdir(parents=True)
+    (tmp_path / "rules" / "one.py").write_text("from rnnopt.optim.optimizer import X\n")
+    (tmp_path / "meta" / "two.py").write_text("def f():\n    import rnnopt.tasks.text.start\n")
+    (tmp_path / "meta" / "three.py").write_text("from rnnopt.tasks.protocol import Task\n")
+    assert wrong_arrows(tmp_path) == [
+        ("meta/two.py", "rnnopt.tasks.text.start"),
+        ("rules/one.py", "rnnopt.optim.optimizer"),
+    ]
+
+
+def test_the_house_is_small():
+    """At most nine entries at the top, nine files in a room, 250 code lines in a module."""
+    entries = {path.name for path in PACKAGE.iterdir()} - {
+        "__init__.py", "__main__.py", "__pycache__", "errors.py", "py.typed",
+    }  # fmt: skip
+    assert len(entries) <= 9
+    for room in [path for path in PACKAGE.rglob("*") if path.is_dir()]:
+        assert len([file for file in room.glob("*.py") if file.name != "__init__.py"]) <= 9, room
+
+
 def test_higher_is_imported_without_a_warning_when_it_is_compiled_afresh(tmp_path):
     """higher 0.2.1 has invalid escapes, which Python reports when there is no bytecode."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    code = "import torch, warnings; warnings.simplefilter('error'); import rnnopt.differentiable"
+    code = (
+        "import torch, warnings; warnings.simplefilter('error'); import rnnopt.meta.differentiable"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

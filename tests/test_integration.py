@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rules import random_lstm
+from rule_table import random_lstm
 
 from rnnopt import LearnedOptimizer
-from rnnopt.encoder import silence
-from rnnopt.text import Classifier
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import silence
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

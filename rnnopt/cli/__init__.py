@@ -1,0 +1,1 @@
+"""The `rnnopt` command: one file for each command."""

@@ -1,0 +1,1 @@
+"""Labelled texts: files, corpora, splits of classes, sources, the embedded corpus."""

@@ -1,0 +1,134 @@
+"""Labelled text: texts, labels and domains side by side.
+
+A *class* is the pair (domain, label), written ``domain/label``. A corpus says nothing about
+episodes; `rnnopt.tasks.episodes` draws those. Files are read by `rnnopt.data.files`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnopt.errors import InputError
+
+ClassKey = tuple[str, str]  # (domain, label)
+HASH_BYTES = 6  # 48 bits: a million texts collide with odds of 1 in 500
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts with their labels and domains, in parallel.
+
+    Args:
+        texts: the texts.
+        labels: the label of each text.
+        domains: the domain of each text.
+        dropped: how many duplicates were left out on the way here.
+
+    Raises:
+        InputError: the three differ in length.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    domains: tuple[str, ...]
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        lengths = len(self.texts), len(self.labels), len(self.domains)
+        if len(set(lengths)) > 1:
+            raise InputError(
+                f"{lengths[0]} texts, {lengths[1]} labels and {lengths[2]} domains: "
+                "give each text one label and one domain"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @functools.cached_property
+    def classes(self) -> dict[ClassKey, np.ndarray]:
+        """Class -> sorted indices of its texts (int64, read-only); in order of appearance."""
+        found: dict[ClassKey, list[int]] = {}
+        for index, key in enumerate(zip(self.domains, self.labels)):
+            found.setdefault(key, []).append(index)
+        arrays = {key: np.array(indices, dtype=np.int64) for key, indices in found.items()}
+        for array in arrays.values():
+            array.setflags(write=False)
+        return arrays
+
+    @functools.cached_property
+    def class_hashes(self) -> dict[str, set[str]]:
+        """Class name -> hashes of its texts (12 hex digits); white space and case do not count."""
+        hashes: dict[str, set[str]] = {class_name(key): set() for key in self.classes}
+        for text, label, domain in zip(self.texts, self.labels, self.domains):
+            digest = hashlib.blake2b(
+                text_key(text).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES
+            )
+            hashes[class_name((domain, label))].add(digest.hexdigest())
+        return hashes
+
+    def take(self, indices: Iterable[int]) -> Corpus:
+        """The texts at these indices, in this order; `dropped` is 0."""
+        rows = [(self.texts[i], self.labels[i], self.domains[i]) for i in indices]
+        texts, labels, domains = zip(*rows) if rows else ((), (), ())
+        return Corpus(texts, labels, domains)
+
+    def select(self, class_keys: Iterable[ClassKey]) -> Corpus:
+        """The texts of these classes, in the order they have here; `dropped` is 0.
+
+        Raises:
+            InputError: a class is not in the corpus.
+        """
+        chosen = list(dict.fromkeys(class_keys))
+        for key in chosen:
+            if key not in self.classes:
+                raise InputError(
+                    f"no class {class_name(key)!r} in this corpus of {len(self.classes)} classes: "
+                    f"choose from {listed(map(class_name, self.classes))}"
+                )
+        return self.take(sorted(int(i) for key in chosen for i in self.classes[key]))
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 of texts, labels and domains, in order."""
+        contents = json.dumps([self.texts, self.labels, self.domains])
+        return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+
+def merge(corpora: Sequence[Corpus]) -> Corpus:
+    """One corpus of all their texts, in order; `dropped` adds up."""
+    return Corpus(
+        tuple(text for corpus in corpora for text in corpus.texts),
+        tuple(label for corpus in corpora for label in corpus.labels),
+        tuple(domain for corpus in corpora for domain in corpus.domains),
+        sum(corpus.dropped for corpus in corpora),
+    )
+
+
+def class_name(key: ClassKey) -> str:
+    """``domain/label``."""
+    return "/".join(key)
+
+
+def text_key(text: str) -> str:
+    """What makes two texts the same: white space and case do not count."""
+    return " ".join(text.split()).casefold()
+
+
+def summary(corpus: Corpus) -> str:
+    """One line for people: texts, classes, domains, duplicates dropped."""
+    return (
+        f"{len(corpus)} texts, {len(corpus.classes)} classes, "
+        f"{len(set(corpus.domains))} domains, {corpus.dropped} duplicates dropped"
+    )
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,194 @@
+"""Labelled text files: JSON lines, CSV and TSV, plain or gzip, into a `Corpus`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rnnopt.data.corpus import ClassKey, Corpus, listed, text_key
+from rnnopt.errors import InputError
+
+Row = tuple[int, Mapping[str, object]]  # (line number, column -> value)
+
+
+def read_corpus(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    domain_column: str | None = None,
+    domain: str | None = None,
+) -> Corpus:
+    """Read one file: JSON lines, CSV or TSV with a header; UTF-8; plain or gzip.
+
+    White space in texts is collapsed. A text that repeats an earlier one of its domain, but for
+    case, is dropped and counted; where the labels conflict, a warning says so.
+
+    Args:
+        path: ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``, each also with ``.gz``.
+        text_column: the column (or JSON key) of the texts.
+        label_column: the column of the labels; numbers become their decimal string.
+        domain_column: the column of the domains; None where the file is one domain.
+        domain: that one domain's name; None for the file's name without its suffixes.
+
+    Raises:
+        InputError: the file, a line or a value can't be used; names file and line.
+    """
+    path = Path(path)
+    content = _file_text(path)
+    stem, suffix = stem_and_suffix(path)
+    rows = _json_rows if suffix in (".jsonl", ".ndjson") else _table_rows
+    seen: dict[ClassKey, tuple[int, str]] = {}
+    kept: list[tuple[str, str, str]] = []
+    dropped, conflicts = 0, []
+    for line, row in rows(path, content):
+        where = f"{path}, line {line}"
+        text = " ".join(_value(where, row, text_column, "--text-column").split())
+        label = _value(where, row, label_column, "--label-column")
+        name = stem if domain is None else domain
+        if domain_column is not None:
+            name = _value(where, row, domain_column, "--domain-column")
+        key = name, text_key(text)
+        if key in seen:
+            dropped += 1
+            if seen[key][1] != label:
+                conflicts.append((*seen[key], line, label))
+            continue
+        seen[key] = line, label
+        kept.append((text, label, name))
+    if not kept:
+        raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
+    if conflicts:
+        first, one, second, other = conflicts[0]
+        warnings.warn(
+            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
+            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept",
+            stacklevel=2,
+        )
+    texts, labels, domains = zip(*kept)
+    return Corpus(texts, labels, domains, dropped)
+
+
+def stem_and_suffix(path: Path) -> tuple[str, str]:
+    """("intents", ".csv") for intents.csv.gz; ("", "") where the extension is unknown."""
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    stem, suffix = os.path.splitext(name)
+    known = suffix.lower() in (".jsonl", ".ndjson", ".csv", ".tsv")
+    return (stem, suffix.lower()) if known else ("", "")
+
+
+def _file_text(path: Path) -> str:
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder, a file is needed; name one of the files in it")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; check the path")
+    if not stem_and_suffix(path)[1]:
+        raise InputError(
+            f"{path}: unknown extension; needs .jsonl (one JSON object a line), .ndjson, .csv or "
+            ".tsv, each also with .gz: convert or rename it"
+        )
+    try:
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: not a whole gzip file ({error}); copy or compress it again, or drop .gz "
+            "from the name of a plain file"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); check its rights") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+
+
+def _json_rows(path: Path, content: str) -> Iterator[Row]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{where}: not JSON ({error}); write one JSON object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{where}: a JSON {type(row).__name__}, needs an object with text and label; "
+                "write one JSON object a line"
+            )
+        yield number, row
+
+
+def _table_rows(path: Path, content: str) -> Iterator[Row]:
+    delimiter = "," if stem_and_suffix(path)[1] == ".csv" else "\t"
+    # strict: a stray quote would otherwise swallow the rows up to the next one, silently.
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    first_line = 1
+    try:
+        for fields in reader:
+            line, first_line = first_line, reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = [field.strip() for field in fields]
+                found = [c for c in ";\t," if c != delimiter and c in header[0]]
+                if len(header) == 1 and found:
+                    raise InputError(
+                        f"{path}: its header is one column, {header[0]!r}, and looks divided by "
+                        f"{found[0]!r}; divide the fields by {delimiter!r}, or name a file that is "
+                        "divided by tabs .tsv"
+                    )
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise InputError(
+                        f"{path}: column {twice[0]!r} stands twice in the header; rename one"
+                    )
+                continue
+            if len(fields) != len(header):
+                raise InputError(
+                    f"{path}, line {line}: {len(fields)} fields where the header has "
+                    f"{len(header)}; fill in what is missing, quote fields that hold {delimiter!r}"
+                )
+            yield line, dict(zip(header, fields))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {first_line}: {error}; double the quotes inside a quoted field, close "
+            "open ones, or write the file as .jsonl"
+        ) from error
+
+
+def _value(where: str, row: Mapping[str, object], column: str, option: str) -> str:
+    if column not in row:
+        raise InputError(
+            f"{where}: no column {column!r}, the columns are {listed(row)}; "
+            f"name the right one with {option}"
+        )
+    value = row[column]
+    if option != "--text-column" and isinstance(value, int | float):
+        value = None if value != value else str(value)  # NaN stands for nothing
+    if not isinstance(value, str) or not value.strip():
+        shown = "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{where}: column {column!r} is {shown}, needs some text; "
+            f"fill it in, delete the row, or name another column with {option}"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(
+            f"{where}: column {column!r} has half a surrogate pair, which no encoder can read; "
+            "delete that character"
+        )
+    return value.strip()

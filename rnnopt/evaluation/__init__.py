@@ -1,0 +1,1 @@
+"""Honest comparison: tuned baselines, intervals, inspection of a rule, reports."""

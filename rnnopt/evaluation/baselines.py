@@ -1,0 +1,186 @@
+"""The optimizers that `rnnopt compare` sets beside a rule, as their authors say to use them.
+
+Some are tuned: the comparison finds their learning rate on validation classes. The others promise
+that nothing has to be tuned, and run as documented.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnopt.errors import InputError
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.kinds import tensor_kinds
+
+# (classifier at its starting values, what of it is stepped, by name, learning rate, steps of the
+# run) -> optimizer
+Params = Mapping[str, nn.Parameter]
+Build = Callable[[Classifier, Params, float, int], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An optimizer to compare with.
+
+    Attributes:
+        build: see `Build`.
+        grid: learning rates to tune over, from the smallest to the largest; a single one is not
+            tuned.
+        package: what has to be installed for it, beside torch.
+        scheduled: its learning rate follows the number of steps of a run, so that every budget is
+            a run of its own.
+    """
+
+    build: Build
+    grid: tuple[float, ...]
+    package: str | None = None
+    scheduled: bool = False
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it has a learning rate to be found."""
+        return len(self.grid) > 1
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of parameters of its own, that step as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__(
+            [p for part in parts for group in part.param_groups for p in group["params"]], {}
+        )
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+
+def _adamw(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params.values(), lr=lr)
+
+
+def _sgd(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params.values(), lr=lr, momentum=0.9)
+
+
+def _adamw_default(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
+    """What `transformers.Trainer` does if it is told nothing: linear decay to 0, no warm-up."""
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
+    )
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return optimizer
+
+
+def _muon(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+    """Muon at AdamW's scale, so that one rate serves both parts (Liu et al. 2025,
+    arXiv:2502.16982, section 2.2).
+    """
+    return _muon_and_adamw(
+        classifier, params, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
+    )
+
+
+def _muon_default(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
+    """The example in the documentation of `torch.optim.Muon`."""
+    return _muon_and_adamw(classifier, params, {"lr": lr, "momentum": 0.95}, 3e-4)
+
+
+def _muon_and_adamw(
+    classifier: Classifier, params: Params, options: dict[str, Any], adamw_lr: float
+) -> torch.optim.Optimizer:
+    """Muon on matrices, AdamW on the rest and on embeddings, as torch's documentation has it."""
+    kinds = tensor_kinds(classifier)
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, param in params.items():
+        matrix = param.dim() == 2 and kinds[name] != "embedding"
+        (matrices if matrix else rest).append(param)
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, **options))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, lr=adamw_lr, weight_decay=0.01))
+    return Together(parts)
+
+
+def _prodigy(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(params.values(), lr=lr)
+
+
+def _schedule_free(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(params.values(), lr=lr)
+    optimizer.train()
+    return optimizer
+
+
+def _d_adaptation(
+    classifier: Classifier, params: Params, lr: float, steps: int
+) -> torch.optim.Optimizer:
+    from dadaptation import DAdaptAdam
+
+    return DAdaptAdam(params.values(), lr=lr)
+
+
+# Half-decades from too small to too large for every kind of parameters that rnnopt tunes: all
+# weights of a pretrained encoder want about 3e-4 of AdamW, a head alone about 1e-1.
+ADAMW_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
+
+BASELINES: Mapping[str, Baseline] = {
+    "adamw": Baseline(_adamw, ADAMW_GRID),
+    "sgd": Baseline(_sgd, SGD_GRID),
+    "muon": Baseline(_muon, ADAMW_GRID),
+    "muon-default": Baseline(_muon_default, (0.02,)),
+    # the usual rate of BERT's fine-tuning, and the default of `transformers.TrainingArguments`
+    "adamw-default": Baseline(_adamw_default, (5e-5,), scheduled=True),
+    # Mishchenko & Defazio 2024, arXiv:2306.06101; "leave lr set to 1"
+    "prodigy": Baseline(_prodigy, (1.0,), package="prodigyopt"),
+    # Defazio et al. 2024, arXiv:2405.15682; the rate is the package's default
+    "schedulefree": Baseline(_schedule_free, (2.5e-3,), package="schedulefree"),
+    # Defazio & Mishchenko 2023, arXiv:2301.07733; "leave lr set to 1"
+    "dadapt": Baseline(_d_adaptation, (1.0,), package="dadaptation"),
+}
+
+
+def require_baseline(name: str, others: Sequence[str] = ()) -> None:
+    """Make sure that a baseline exists and can run here.
+
+    Args:
+        name: of the baseline.
+        others: names that are no optimizers and may stand beside them, for the message.
+
+    Raises:
+        InputError: it doesn't exist, or something isn't installed.
+    """
+    if name not in BASELINES:
+        raise InputError(f"baseline {name!r}: choose from {', '.join([*BASELINES, *others])}")
+    package = BASELINES[name].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"baseline {name!r} needs {package}, which is not installed: "
+            'pip install "rnnopt[compare]"'
+        )
+    if name.startswith("muon") and not hasattr(torch.optim, "Muon"):
+        raise InputError(f"baseline {name!r} needs torch 2.9 or newer, this is {torch.__version__}")

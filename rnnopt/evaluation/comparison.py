@@ -1,0 +1,379 @@
+"""A rule against baselines: same episodes, same initial weights, equal steps, intervals.
+
+The learned rule has nothing to tune. Each baseline that is tuned gets the learning rate of its grid
+that does best on tasks of validation classes, chosen anew for every budget of steps, for accuracy
+and for loss separately: every figure it is compared by is one that it was tuned for. Those of
+`rnnopt.evaluation.baselines` that need no tuning run as documented, and classifiers on frozen embeddings
+(`rnnopt.tasks.text.frozen`) show what a task gives without any step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rnnopt.errors import InputError
+from rnnopt.evaluation.baselines import BASELINES, Baseline, require_baseline
+from rnnopt.evaluation.journal import Journal
+from rnnopt.rules.protocol import UpdateRule
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.frozen import FROZEN, judge_frozen
+from rnnopt.tasks.text.start import Start
+from rnnopt.tasks.text.tasks import Adaptation, Task, TaskSource, adapt_and_judge
+
+LEARNED = "learned"
+METRICS = ("accuracy", "loss")  # what learning rates are tuned for
+# What is reported -> what the rate behind it was tuned for.
+FIGURES = {**{metric: metric for metric in METRICS}, "f1": "accuracy"}
+# Heads drawn for tuning and for the report differ, as their tasks do.
+_TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
+_NO_STEPS = (0,)  # the budgets of a method that takes none
+
+Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure an episode
+
+
+def default_budgets(steps: int) -> tuple[int, ...]:
+    """1, 2, 3, 5, 10, 20, 50, 100, ... up to `steps`, and `steps` itself.
+
+    Raises:
+        InputError: steps is below 1.
+    """
+    if steps < 1:
+        raise InputError(f"steps={steps}: must be at least 1")
+    ladder = [1, 2, 3] + [m * 10**e for e in range(7) for m in (5, 10, 20)]
+    return tuple(sorted({b for b in ladder if b < steps} | {steps}))
+
+
+class Comparison:
+    """The rule and the baselines on the same tasks.
+
+    Args:
+        classifier: what every method adapts.
+        rule: the learned rule.
+        rule_name: tells it from other rules in the journal.
+        tuning: tasks of validation classes, for the baselines' learning rates.
+        report: tasks of test classes.
+        budgets: numbers of steps to report at.
+        baselines: names in `rnnopt.evaluation.baselines.BASELINES`, `rnnopt.tasks.text.frozen.FROZEN` or
+            `own_baselines`.
+        journal: keeps finished runs.
+        tick: called after each run with its name.
+        start: where every method starts on a task, and what it steps.
+        tuned_budgets: of the baselines that are tuned; None: as all others.
+        own_baselines: more of them by name, beside those of `rnnopt.evaluation.baselines`.
+
+    Attributes:
+        planned: runs that `run` takes in all: an upper bound until everything is tuned.
+
+    Raises:
+        InputError: a baseline that does not exist, or needs what is not installed.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        rule: UpdateRule,
+        rule_name: str,
+        tuning: TaskSource,
+        report: TaskSource,
+        budgets: Sequence[int],
+        baselines: Sequence[str],
+        journal: Journal,
+        tick: Callable[[str], None] = lambda name: None,
+        start: Start = Start(),  # noqa: B008  # immutable
+        tuned_budgets: Sequence[int] | None = None,
+        own_baselines: Mapping[str, Baseline] | None = None,
+    ) -> None:
+        own = dict(own_baselines or {})
+        for name in baselines:
+            if name not in FROZEN and name not in own:
+                require_baseline(name, others=tuple(FROZEN))
+        self._table = {**BASELINES, **own}
+        self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
+        self.tuning, self.report = tuning, report
+        self.budgets, self.baselines = budgets, baselines
+        self.tuned_budgets = budgets if tuned_budgets is None else tuned_budgets
+        self.journal, self.tick, self.start = journal, tick, start
+        self.planned = 0
+
+    def run(self, episodes: int, tuning_episodes: int) -> dict[str, Any]:
+        """Tune on validation tasks, then run every method on the same test tasks.
+
+        Args:
+            episodes: test tasks, 2 or more: one has no interval.
+            tuning_episodes: validation tasks.
+
+        Returns:
+            ``{"episodes", "tuning_episodes", "methods": {name: {"accuracy": {budget: {"mean",
+            "ci95"}}, "loss": ..., "seconds_per_step", "tuned": {"lr": {budget: rate},
+            "lr_for_loss": {budget: rate}}}}, "paired": {baseline: {metric: {budget: {"mean",
+            "ci95"}}}}, "values": {name: {metric: {budget: [one figure an episode]}}}}``; ci95 is
+            half the width of a 95 % interval, paired differences are learned minus baseline, loss
+            is in nats per text. ``tuned`` is there for what is tuned; ``undone``, for the rule, is
+            how many steps its guard took back in all episodes together. A classifier on frozen
+            embeddings has ``"frozen": true``, ``"seconds"`` in place of the time of a step, and
+            the same figures at every budget.
+        """
+        plan = {
+            name: self._runs_at_most(name, episodes, tuning_episodes) for name in self.baselines
+        }
+        self.planned = episodes + sum(plan.values())
+        values: dict[str, Values] = {}
+        methods: dict[str, dict[str, Any]] = {}
+        runs = [self._learned(number) for number in range(episodes)]
+        values[LEARNED] = _values(runs, self.budgets)
+        methods[LEARNED] = {
+            "seconds_per_step": _mean_seconds(runs),
+            "undone": sum(run.undone for run in runs),
+        }
+        for name in sorted(self.baselines, key=plan.__getitem__):  # what comes soon comes first
+            if name in FROZEN:
+                values[name], methods[name] = self._frozen_values(name, episodes)
+                continue
+            budgets = self._budgets_of(name)
+            chosen = self._tune(name, tuning_episodes, budgets)
+            rates = len({lr for by_budget in chosen.values() for lr in by_budget.values()})
+            if self._table[name].tuned:
+                unused = len(self._table[name].grid) - rates
+                self.planned -= unused * episodes
+            values[name], seconds = self._tuned_values(name, chosen, episodes)
+            methods[name] = {"seconds_per_step": seconds}
+            if self._table[name].tuned:
+                methods[name]["tuned"] = {
+                    key: {str(b): chosen[metric][b] for b in budgets}
+                    for key, metric in (("lr", "accuracy"), ("lr_for_loss", "loss"))
+                }
+        names = [LEARNED, *self.baselines]
+        return {
+            "episodes": episodes,
+            "tuning_episodes": tuning_episodes,
+            "methods": {name: {**_summary(values[name]), **methods[name]} for name in names},
+            "paired": {
+                name: _summary(_difference(values[LEARNED], values[name]))
+                for name in self.baselines
+            },
+            "values": {
+                name: {
+                    metric: {str(b): column.tolist() for b, column in by_budget.items()}
+                    for metric, by_budget in values[name].items()
+                }
+                for name in names
+            },
+        }
+
+    def _runs_at_most(self, name: str, episodes: int, tuning_episodes: int) -> int:
+        """How many runs a baseline needs if no two budgets choose the same learning rate."""
+        if name in FROZEN:
+            return episodes
+        baseline = self._table[name]
+        lengths = len(self.budgets) if baseline.scheduled else 1
+        tuning = tuning_episodes if baseline.tuned else 0
+        return lengths * len(baseline.grid) * (tuning + episodes)
+
+    def _budgets_of(self, name: str) -> Sequence[int]:
+        return self.tuned_budgets if self._table[name].tuned else self.budgets
+
+    def _tune(
+        self, name: str, episodes: int, budgets: Sequence[int]
+    ) -> dict[str, dict[int, float]]:
+        """For each metric, the best learning rate at each budget."""
+        grid = self._table[name].grid
+        if not self._table[name].tuned:
+            return {metric: dict.fromkeys(budgets, grid[0]) for metric in METRICS}
+        scores = {
+            lr: _values(
+                [
+                    self._baseline(name, lr, number, self.tuning, budgets)
+                    for number in range(episodes)
+                ],
+                budgets,
+            )
+            for lr in grid
+        }
+        # equal accuracies are common on few tasks: the lower loss decides
+        keys: dict[str, Callable[[float, int], tuple[float, ...]]] = {
+            "accuracy": lambda lr, b: (
+                -scores[lr]["accuracy"][b].mean(),
+                scores[lr]["loss"][b].mean(),
+            ),
+            "loss": lambda lr, b: (scores[lr]["loss"][b].mean(),),
+        }
+        return {
+            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in budgets}
+            for metric, key in keys.items()
+        }
+
+    def _tuned_values(
+        self, name: str, chosen: dict[str, dict[int, float]], episodes: int
+    ) -> tuple[Values, float]:
+        """A baseline's test figures, each at the rate chosen for it, and its time per step."""
+        wanted: dict[float, set[int]] = {}  # no rate runs longer than it has to
+        for by_budget in chosen.values():
+            for budget, lr in by_budget.items():
+                wanted.setdefault(lr, set()).add(budget)
+        runs = {
+            lr: [
+                self._baseline(name, lr, number, self.report, sorted(budgets))
+                for number in range(episodes)
+            ]
+            for lr, budgets in wanted.items()
+        }
+        at = {lr: _values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
+        values = {
+            name: {b: at[lr][name][b] for b, lr in chosen[metric].items()}
+            for name, metric in FIGURES.items()
+            if all(name in found for found in at.values())
+        }
+        return values, _mean_seconds([run for column in runs.values() for run in column])
+
+    def _frozen_values(self, name: str, episodes: int) -> tuple[Values, dict[str, Any]]:
+        """Test figures of a classifier on frozen embeddings, and what a method's entry tells."""
+
+        def fit(task: Task) -> Adaptation:
+            started = time.perf_counter()
+            score = judge_frozen(name, self.classifier, task)
+            return Adaptation({0: score}, time.perf_counter() - started)
+
+        runs = [
+            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, fit)
+            for number in range(episodes)
+        ]
+        found = _values(runs, _NO_STEPS)
+        values = {metric: dict.fromkeys(self.budgets, found[metric][0]) for metric in found}
+        return values, {"frozen": True, "seconds": _mean_seconds(runs)}
+
+    def _learned(self, number: int) -> Adaptation:
+        return self._adapt(
+            f"{LEARNED} {self.rule_name} report {number}",
+            number,
+            self.report,
+            self.budgets,
+            lambda: self.start.optimizer(self.classifier, self.rule),
+        )
+
+    def _baseline(
+        self, name: str, lr: float, number: int, source: TaskSource, budgets: Sequence[int]
+    ) -> Adaptation:
+        part = "tuning" if source is self.tuning else "report"
+        run, baseline = f"{name} {lr:g} {part} {number}", self._table[name]
+
+        def adapt(run: str, budgets: Sequence[int]) -> Adaptation:
+            steps = max(budgets)
+            return self._adapt(
+                run,
+                number,
+                source,
+                budgets,
+                lambda: baseline.build(
+                    self.classifier, self.start.params(self.classifier), lr, steps
+                ),
+            )
+
+        if not baseline.scheduled:
+            return adapt(run, budgets)
+        runs = [adapt(f"{run} of {budget} steps", (budget,)) for budget in budgets]
+        scores = {budget: done.scores[budget] for budget, done in zip(budgets, runs)}
+        return Adaptation(scores, _mean_seconds(runs))
+
+    def _adapt(
+        self,
+        run: str,
+        number: int,
+        source: TaskSource,
+        budgets: Sequence[int],
+        build: Callable[[], torch.optim.Optimizer],
+    ) -> Adaptation:
+        """One optimizer on one task."""
+        return self._run(
+            run,
+            number,
+            source,
+            budgets,
+            lambda task: adapt_and_judge(self.classifier, build(), task, budgets),
+        )
+
+    def _run(
+        self,
+        run: str,
+        number: int,
+        source: TaskSource,
+        budgets: Sequence[int],
+        method: Callable[[Task], Adaptation],
+    ) -> Adaptation:
+        """One method on one task, from the head that belongs to the task."""
+
+        def begin() -> Adaptation:
+            task = source.load(number)
+            heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
+            self.start.begin(self.classifier, task.support, task.ways, heads + number)
+            return method(task)
+
+        done = self.journal.run(run, budgets, begin)
+        self.tick(run)
+        return done
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and half the width of its 95 % interval, by Student's t.
+
+    Args:
+        values: (E,), one figure an episode, 2 or more.
+
+    Returns:
+        ``{"mean", "ci95"}``.
+    """
+    half = student_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return {"mean": float(values.mean()), "ci95": float(half)}
+
+
+def student_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t with this many degrees of freedom.
+
+    Below 5 from the table, from there on by the Cornish-Fisher series around the normal quantile
+    (Abramowitz & Stegun 1964, 26.7.5), exact to 0.2 %.
+    """
+    if freedom < 5:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
+    z, n = 1.959964, float(freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+
+
+def _values(runs: Sequence[Adaptation], budgets: Sequence[int]) -> Values:
+    return {
+        metric: {b: np.array([getattr(run.scores[b], metric) for run in runs]) for b in budgets}
+        for metric in FIGURES
+        # runs that an older version kept have no F1
+        if all(getattr(run.scores[b], metric) is not None for run in runs for b in budgets)
+    }
+
+
+def _difference(ours: Values, theirs: Values) -> Values:
+    """At the budgets that both have."""
+    return {
+        metric: {
+            b: ours[metric][b] - theirs[metric][b] for b in ours[metric] if b in theirs[metric]
+        }
+        for metric in ours
+        if metric in theirs
+    }
+
+
+def _summary(values: Values) -> dict[str, Any]:
+    return {
+        metric: {str(b): interval(column) for b, column in by_budget.items()}
+        for metric, by_budget in values.items()
+    }
+
+
+def _mean_seconds(runs: Sequence[Adaptation]) -> float:
+    return float(np.mean([run.seconds_per_step for run in runs]))

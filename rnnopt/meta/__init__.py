@@ -1,0 +1,1 @@
+"""Meta-learning: the unroll, meta-training, initial values, several processes."""

@@ -1,0 +1,77 @@
+"""`LearnedOptimizer` inside `higher`: importing this module registers it.
+
+>>> import higher, rnnopt.meta.differentiable
+>>> with higher.innerloop_ctx(model, LearnedOptimizer(model.parameters(), rule)) as (fmodel, opt):
+...     opt.step(loss(fmodel))  # differentiable in the rule's weights
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, ABCMeta
+from typing import Any
+
+from torch import Tensor, nn
+
+from rnnopt.optim.optimizer import LearnedOptimizer
+from rnnopt.rules.protocol import advance, related, sums_of
+
+__all__ = ["DifferentiableLearnedOptimizer", "higher"]
+
+with warnings.catch_warnings():
+    # higher 0.2.1 has "\ " in plain docstrings and an `is 1`; Python says so when it compiles them
+    warnings.filterwarnings("ignore", message=".*invalid escape sequence")
+    warnings.filterwarnings("ignore", message='"is" with')
+    import higher
+
+
+class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
+    """The same arithmetic as `LearnedOptimizer.step`, ``p' = p + delta``, with its graph kept.
+
+    Attributes:
+        rule: the rule of the optimizer that was handed in, the same object: its weights receive
+            the meta-gradient.
+        first_order: treat what the rule is fed (gradient, parameter) as constant, as Andrychowicz
+            et al. 2016 do; set it before the first step. `higher`'s own track_higher_grads=False
+            is no substitute: it cuts the meta-gradient off altogether.
+    """
+
+    def __init__(self, other: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(other, *args, **kwargs)
+        self.rule = other.rule
+        self._init_state = other.init_state
+        self.first_order = False
+
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        work = []
+        for group, states, grads in zip(self.param_groups, self.state, grouped_grads):
+            for i, (param, grad) in enumerate(zip(group["params"], grads)):
+                if grad is None:
+                    continue
+                seen, slope = (param.detach(), grad.detach()) if self.first_order else (param, grad)
+                states[i] = states[i] or self._init_state(seen)
+                work.append((group, states, i, seen, slope))
+        sums = [sums_of(self.rule, seen, slope, states[i]) for _, states, i, seen, slope in work]
+        for (group, states, i, seen, slope), known in zip(work, related(self.rule, sums)):
+            delta, states[i] = advance(
+                self.rule, seen, slope, states[i], group["lr"], group["weight_decay"], known
+            )
+            param = group["params"][i]
+            group["params"][i] = (param + delta).to(param.dtype)
+
+
+def _accept_peft() -> None:
+    """Let `higher` patch peft's layers.
+
+    It makes a class of the layer's and of its own base, `(ABC, Module)`; peft's layers are
+    `(Module, ..., ABC)`, so Python finds no order for both ("Cannot create a consistent method
+    resolution order"). The same base class the other way round fits every module.
+    """
+    base = higher.patch._MonkeyPatchBase
+    own = {"__dict__", "__weakref__", "_abc_impl"}  # every class makes these for itself
+    body = {name: value for name, value in vars(base).items() if name not in own}
+    higher.patch._MonkeyPatchBase = ABCMeta(base.__name__, (nn.Module, ABC), body)
+
+
+_accept_peft()
+higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -1,0 +1,479 @@
+"""The outer loop: episodes -> meta-loss -> meta-step, with validation, checkpoints and resume.
+
+Everything random is a pure function of (seed, number of the task), so a run that was killed and
+resumed ends with the same weights, bit for bit on CPU, as one that was not. Several processes
+share the tasks out; their number changes only the order in which floats are summed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnnopt.errors import InputError
+from rnnopt.meta.learned import Learned, LearnedSettings
+from rnnopt.meta.processes import Team
+from rnnopt.meta.unroll import Unrolled, UnrollSettings, unroll
+from rnnopt.rules.files import RULE_FILE, SavedRule, save_rule
+from rnnopt.storage.run_folder import RunFolder
+from rnnopt.tasks.requirement import DIGITS, Requirement
+from rnnopt.tasks.text.classifier import Classifier, Tune
+from rnnopt.tasks.text.init_folder import INIT_FOLDER, save_init
+from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge
+
+# Heads of validation tasks must not repeat those of meta-training tasks.
+_VALIDATION_HEADS = 1_000_000_000
+VALIDATED = ("accuracy", "loss")  # the metrics of a validation, after each step
+
+
+@dataclass(frozen=True)
+class MetaTrainSettings:
+    """What a run of meta-training does, apart from its data and its classifier.
+
+    Attributes:
+        meta_steps: steps of the meta-optimizer.
+        unroll: the inner loop and its meta-loss.
+        shortest: each task's number of steps is drawn from shortest .. unroll.steps; None for
+            always the latter. A rule that has seen one horizon only counts on it.
+        tasks_per_meta_step: tasks whose meta-gradients are averaged.
+        meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
+        clip: bound on the norm of each task's meta-gradient (per step): tasks that a
+            rule ruins have gradients a hundred times as large, and would drown all others.
+        judged: share of the steps whose query loss is taken, drawn for each task, weighted so that
+            the sum stays what it is on average; the last is always among them. 0.5 saves a third
+            of a first-order meta-step.
+        loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
+            1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
+        calibrated: share of `rnnopt.tasks.text.tasks.calibrated_loss` in the query loss that judges each step:
+            a rule can win plain cross-entropy by confidence, with a head that fits the support set
+            at once and leaves the encoder as it was; this it can win by telling classes apart only.
+        sure_from: the first step at which the rest of that share counts; before it the share is 1:
+            a rule is to tell classes apart at once and may be sure of them later, which lets a head
+            stay small while an encoder learns below it.
+        exact: kinds of training (see `rnnopt.tasks.text.classifier.Classifier.load`, tune) whose meta-gradient is of
+            second order whatever `unroll` says. Only that order sees what a step does to the
+            gradients of later ones, and where few coordinates train it costs little more.
+        hidden_size: of the rule, see `rnnopt.meta.learned.Learned`.
+        learned: the inner rule, the initial values, and how tasks start.
+        seed: of everything random.
+        validate_every: meta-steps between validations; one more at the end.
+        validation_tasks: tasks of one validation, always the same ones.
+        checkpoint_every: meta-steps between checkpoints.
+        until: the run ends at the first validation that meets this requirement, of accuracy and
+            loss after some step, see `rnnopt.tasks.requirement`; None: after all meta-steps.
+    """
+
+    meta_steps: int
+    unroll: UnrollSettings
+    shortest: int | None = None
+    tasks_per_meta_step: int = 1
+    meta_lr: float = 5e-3
+    clip: float = 1.0
+    judged: float = 1.0
+    loss_scale: float = 1.0
+    calibrated: float = 0.0
+    sure_from: int = 1
+    exact: tuple[str, ...] = ()
+    hidden_size: int | None = None
+    learned: LearnedSettings = field(default_factory=LearnedSettings)
+    seed: int = 0
+    validate_every: int = 50
+    validation_tasks: int = 8
+    checkpoint_every: int = 10
+    until: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "meta_steps",
+            "tasks_per_meta_step",
+            "validate_every",
+            "validation_tasks",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                option = " (--tasks)" if name == "tasks_per_meta_step" else ""
+                raise InputError(f"{name}={getattr(self, name)}{option}: must be at least 1")
+        if self.shortest is not None and not 1 <= self.shortest <= self.unroll.steps:
+            raise InputError(
+                f"shortest unroll of {self.shortest} steps: must lie between 1 and the longest, "
+                f"{self.unroll.steps}"
+            )
+        weights = self.unroll.step_weights
+        if weights is not None and not any(weights[: self.shortest]):
+            raise InputError(
+                f"step_weights {tuple(weights)} are all 0 within the shortest unroll of "
+                f"{self.shortest} steps: nothing to learn from"
+            )
+        for name in ("meta_lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
+        if not 0 < self.judged <= 1:
+            raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
+        if not 1 <= self.loss_scale < math.inf:
+            raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
+        if not 0 <= self.calibrated <= 1:
+            raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
+        if not 1 <= self.sure_from <= self.unroll.steps:
+            raise InputError(
+                f"sure_from={self.sure_from}: must lie between 1 and the last step, "
+                f"{self.unroll.steps}"
+            )
+        for tune in self.exact:
+            if tune not in get_args(Tune):
+                raise InputError(f"exact={tune!r}: choose from {', '.join(get_args(Tune))}")
+        self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
+        if self.exact:
+            self.learned.unrolled(self._exactly())
+        _ = self.requirement  # raises where it can't be read
+
+    def unroll_of(self, classifier: Classifier) -> UnrollSettings:
+        """How the tasks of a kind of classifier are unrolled."""
+        if classifier.kind["tune"] not in self.exact:
+            return self.unroll
+        return self._exactly()
+
+    def share(self, step: int) -> float:
+        """The calibrated share of the query loss after step number `step` (from 0)."""
+        return self.calibrated if step + 1 >= self.sure_from else 1.0
+
+    def _exactly(self) -> UnrollSettings:
+        return replace(self.unroll, order=2, coordinates=None)
+
+    @property
+    def requirement(self) -> Requirement | None:
+        """`until`, read."""
+        if self.until is None:
+            return None
+        return Requirement.parse(self.until, VALIDATED, self.unroll.steps)
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside tensors."""
+
+    meta_step: int = 0
+    skipped: int = 0
+    best_score: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+    checked_step: int = -1  # the meta-step of the last validation, and its figures
+    figures: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+class MetaTraining:
+    """One run of meta-training in its folder.
+
+    The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
+    config and `training` facts), ``init`` (the initial values that go with it, if they are learned,
+    see `rnnopt.tasks.text.init_folder`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
+    team's processes rank 0 alone reads and writes it.
+
+    Args:
+        train: meta-training tasks.
+        validation: tasks of other classes, which choose the rule.
+        settings: see `MetaTrainSettings`.
+        folder: the run's folder; created.
+        facts: JSON-compatible facts that tell this run from others (data, encoder, ...): a
+            resumed run must have the same.
+        training: JSON-compatible facts kept inside the rule file.
+        resume: continue the run in the folder, if there is one; also one that another number of
+            processes began.
+        team: the processes that share the tasks; task k of a meta-step belongs to rank
+            k % team.size.
+
+    Raises:
+        InputError: the folder holds a run and resume is False, or a run with other settings; fewer
+            tasks in a meta-step than processes; the processes differ in facts or kind of device.
+    """
+
+    def __init__(
+        self,
+        train: TaskSource,
+        validation: TaskSource,
+        settings: MetaTrainSettings,
+        folder: Path,
+        facts: dict[str, Any],
+        training: dict[str, Any],
+        resume: bool = False,
+        team: Team = Team(),  # noqa: B008  # immutable
+    ) -> None:
+        self.train, self.validation = train, validation
+        self.device = train.classifier.device
+        self.settings, self.training, self.team = settings, training, team
+        self.folder = RunFolder(folder)
+        self.learned = Learned(
+            settings.learned, train.classifier, settings.hidden_size, settings.seed
+        ).to(self.device)
+        self.rule, self.start = self.learned.rule, self.learned.start
+        self.meta_optimizer = torch.optim.Adam(self.learned.groups(settings.meta_lr))
+        self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
+        self.progress = _Progress()
+        self._open(json.loads(json.dumps({**asdict(settings), **facts})), resume)
+
+    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> SavedRule:
+        """Meta-train to the end.
+
+        Args:
+            report: called with every log record, on rank 0.
+
+        Returns:
+            The best rule by validation.
+        """
+        started = time.monotonic() - self.progress.seconds
+        if self.progress.meta_step == 0:
+            self._log({"meta_step": 0, **self._validate()}, report)
+        while not self.met and self.progress.meta_step < self.settings.meta_steps:
+            record = self._meta_step()
+            done = self.progress.meta_step
+            last = done == self.settings.meta_steps
+            if last or done % self.settings.validate_every == 0:
+                record |= self._validate()
+            self.progress.seconds = time.monotonic() - started
+            self._log({**record, "seconds": round(self.progress.seconds, 2)}, report)
+            if last or done % self.settings.checkpoint_every == 0:
+                self._save()
+        if self.met:
+            # what meets the requirement is what was asked for, be its loss over all steps higher
+            self._keep()
+            self._save()
+        self.learned.load_state_dict(self.best)
+        if self.learned.init is not None and not (self.folder.path / INIT_FOLDER).exists():
+            self._save_best()  # a crash came between the old folder and the new one
+        return self.rule
+
+    @property
+    def met(self) -> bool:
+        """Whether the rule as it stands was validated and meets the requirement; False without."""
+        requirement, progress = self.settings.requirement, self.progress
+        fresh = progress.checked_step == progress.meta_step
+        return requirement is not None and fresh and requirement.met(progress.figures)
+
+    def _meta_step(self) -> dict[str, Any]:
+        """One step of the meta-optimizer; a task that is not finite is left out and counted."""
+        settings, progress = self.settings, self.progress
+        first = progress.meta_step * settings.tasks_per_meta_step
+        shared = self.team.share(settings.tasks_per_meta_step)
+        results, terms = zip(*(self._term(first + k) for k in shared))
+        # all that follows depends on pooled values only: everyone decides alike
+        meta_loss, norm, finite = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
+        if finite:
+            for group in self.meta_optimizer.param_groups:
+                group["lr"] = self._meta_lr(group["peak"])
+            self.meta_optimizer.step()
+        progress.skipped += settings.tasks_per_meta_step - finite
+        progress.meta_step += 1
+        return {
+            "meta_step": progress.meta_step,
+            "meta_loss": meta_loss if finite else None,
+            "query_losses": finite_or_none(results[0].query_losses.tolist()),
+            "gradient_norm": norm if finite else None,
+            "skipped": progress.skipped,
+            **self.learned.report(),
+        }
+
+    def _term(self, number: int) -> tuple[Unrolled, Tensor]:
+        """Unroll task `number`; what it adds to the sums of the meta-step.
+
+        These are its clipped meta-gradient of all P weights, its meta-loss, the norm of its
+        meta-gradient before it was clipped, and 1: all per step and relative to log(ways), the
+        loss of a guess, so that long tasks and those of many classes count like others; or zeros
+        where anything is not finite. (P + 3,), float64, so that their order, which the number of
+        processes decides, is all but lost in rounding to float32.
+        """
+        self.meta_optimizer.zero_grad()
+        result, ways = self._unroll(number)
+        # a task that doesn't depend on the rule leaves no gradient, which is one of zero
+        weights = list(self.learned.parameters())
+        unit = len(result.query_losses) * math.log(ways)
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad.div_(unit) for w in weights]
+        norm, meta_loss = self.learned.clip(self.settings.clip), result.meta_loss / unit
+        gradient = torch.cat([grad.flatten().double() for grad in grads])
+        if not (math.isfinite(norm) and math.isfinite(meta_loss)):
+            return result, gradient.new_zeros(len(gradient) + 3)
+        return result, torch.cat([gradient, gradient.new_tensor([meta_loss, norm, 1.0])])
+
+    def _take(self, total: Tensor) -> tuple[float, float, int]:
+        """Take the meta-gradient, a mean over tasks, from the sums (see `_term`).
+
+        Returns:
+            Meta-loss and norm, means as well, and the number of tasks.
+        """
+        weights = list(self.learned.parameters())
+        *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 3])
+        meta_loss, norm, finite = plain.tolist()
+        tasks = max(finite, 1.0)
+        for weight, part in zip(weights, parts):
+            weight.grad = (part / tasks).view_as(weight).to(weight.dtype)
+        self.learned.add_penalty()
+        return meta_loss / tasks, norm / tasks, round(finite)
+
+    def _unroll(self, number: int) -> tuple[Unrolled, int]:
+        """Unroll task `number`, adding to the meta-gradient of all that is learned; its ways."""
+        settings = self.settings
+        task, classifier = self.train.load(number), self.train.classifier_of(number)
+        self.start.begin(classifier, task.support, task.ways, seed=settings.seed + number)
+        longest = settings.unroll.steps
+        shortest = longest if settings.shortest is None else settings.shortest
+        generator = np.random.default_rng([settings.seed, number])
+        steps = int(generator.integers(shortest, longest + 1))
+        scale = settings.loss_scale ** generator.uniform(-1, 1)
+        support = task.support_loss(classifier)
+        unrolled = settings.learned.unrolled(settings.unroll_of(classifier)).shortened(steps)
+        result = unroll(
+            classifier.model,
+            self.start.optimizer(classifier, self.rule),
+            lambda module, step: scale * support(module, step),
+            task.query_loss(classifier, settings.share),
+            _thinned(unrolled, settings.judged, generator),
+            seed=number,
+        )
+        self.learned.accumulate(result, classifier, task)
+        return result, task.ways
+
+    def _meta_lr(self, peak: float) -> float:
+        """From the highest learning rate to a tenth of it along half a cosine."""
+        done = self.progress.meta_step / self.settings.meta_steps
+        return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def _validate(self) -> dict[str, Any]:
+        """Score the rule on the validation tasks by what judges it in training; keep the best.
+
+        The score is the mean over all steps of the query loss with its calibrated share.
+        """
+        budgets = range(1, self.settings.unroll.steps + 1)
+        # (tasks, budgets, metrics): everyone fills rows of its own, the sum fills all
+        table = torch.zeros(self.settings.validation_tasks, len(budgets), 3, dtype=torch.float64)
+        for number in self.team.share(self.settings.validation_tasks):
+            task, classifier = self.validation.load(number), self.validation.classifier_of(number)
+            seed = _VALIDATION_HEADS + number
+            self.start.begin(classifier, task.support, task.ways, seed)
+            optimizer = self.start.optimizer(classifier, self.rule)
+            scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
+            table[number] = torch.tensor(
+                [(scores[b].loss, scores[b].calibrated, scores[b].accuracy) for b in budgets],
+                dtype=table.dtype,
+            )
+        # (budgets,) each
+        loss, calibrated, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)
+        shares = loss.new_tensor([self.settings.share(b - 1) for b in budgets])
+        score = float(torch.lerp(loss, calibrated, shares).mean())
+        figures = {
+            "loss": finite_or_none(loss.tolist()),
+            "accuracy": finite_or_none(accuracy.tolist()),
+        }
+        self.progress.checked_step, self.progress.figures = self.progress.meta_step, figures
+        if score < self.progress.best_score:
+            self.progress.best_score = score
+            self._keep()
+        return {
+            "validation": {
+                "score": score,
+                **figures,
+                "best_step": self.progress.best_step,
+                **({} if self.settings.until is None else {"met": self.met}),
+            }
+        }
+
+    def _keep(self) -> None:
+        """Take what is learned, as it stands, for the best."""
+        self.progress.best_step = self.progress.meta_step
+        self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
+        self._save_best()
+
+    def _save_best(self) -> None:
+        training = {**self.training, "meta_step": self.progress.best_step}
+        if self.team.rank == 0:
+            save_rule(self.rule, self.folder.path / RULE_FILE, training)
+            if self.learned.init is not None:
+                folder = self.folder.path / INIT_FOLDER
+                save_init(folder, self.train.classifier, self.start, training)
+
+    # -- the folder
+
+    def _open(self, facts: dict[str, Any], resume: bool) -> None:
+        self.team.together(self._check_tasks)
+        device = {"device": self.device.type}
+        everyone = self.team.gather({**facts, **device})
+        self.team.together(lambda: _check_alike(everyone))
+        checkpoint = self.team.first(lambda: self.folder.open(facts, resume, self._restore))
+        if checkpoint and self.team.rank > 0:  # the folder may not be on this machine
+            self._restore(*checkpoint)
+
+    def _check_tasks(self) -> None:
+        tasks, size = self.settings.tasks_per_meta_step, self.team.size
+        if tasks < size:
+            raise InputError(
+                f"--tasks {tasks}: must be at least {size}, the number of processes, which share "
+                f"the tasks of a meta-step; raise it, or start {tasks} or fewer"
+            )
+
+    def _save(self) -> None:
+        if self.team.rank > 0:
+            return
+        tensors = dict(self.learned.state_dict())
+        tensors |= {f"best.{name}": leaf for name, leaf in self.best.items()}
+        for index, state in self.meta_optimizer.state_dict()["state"].items():
+            tensors |= {f"meta.{index}.{name}": leaf for name, leaf in state.items()}
+        self.folder.save(tensors, asdict(self.progress))
+
+    def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        self.progress = _Progress(**progress)
+        self.learned.load_state_dict({name: tensors[name] for name in self.learned.state_dict()})
+        self.best = {name: leaf.to(self.device) for name, leaf in _under("best.", tensors).items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, leaf in _under("meta.", tensors).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = leaf
+        groups = self.meta_optimizer.state_dict()["param_groups"]
+        self.meta_optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _log(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+        if self.team.rank == 0:
+            self.folder.log(record)
+            report(record)
+
+
+def _thinned(
+    settings: UnrollSettings, share: float, generator: np.random.Generator
+) -> UnrollSettings:
+    """Judge the last step and about `share` of the others, with weights that make up for it."""
+    if share == 1:
+        return settings
+    drawn = generator.random(settings.steps - 1) < share
+    weights = [settings.weight(t) * float(kept) / share for t, kept in enumerate(drawn)]
+    return replace(settings, step_weights=[*weights, settings.weight(settings.steps - 1)])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)
+    }
+
+
+def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that would not work on the same run; given by rank."""
+    for rank, facts in enumerate(everyone):
+        other = [
+            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
+            for name in sorted({*everyone[0], *facts})
+            if everyone[0].get(name) != facts.get(name)
+        ]
+        if other:
+            raise InputError(
+                f"the processes of this run differ ({'; '.join(other)}); give all the same "
+                "command, data, encoder and kind of device"
+            )
+
+
+def finite_or_none(losses: Sequence[float]) -> list[float | None]:
+    """Losses to 5 digits for a JSON file, which has no NaN and no infinity."""
+    return [round(x, DIGITS) if math.isfinite(x) else None for x in losses]

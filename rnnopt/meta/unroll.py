@@ -1,0 +1,460 @@
+"""Unrolled adaptation: T steps of a `LearnedOptimizer`, and the meta-gradient of what they reach.
+
+The meta-loss is the recurrent learner's cumulative loss,
+``sum_t weight_t * (query_weight * query_loss(theta_t) + support_weight * support_loss(theta_t))``
+over the parameters theta_1 .. theta_T after each step. Its gradient is *added* to ``.grad`` of the
+rule's weights, so tasks sum up as they do in ordinary training. On demand it is also taken with
+respect to the initial parameters theta_0, as MAML does, and returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rnnopt.errors import InputError
+from rnnopt.meta.memory import used_bytes, warn_if_too_large
+from rnnopt.meta.sampling import Sample, draw_samples
+from rnnopt.optim.optimizer import LearnedOptimizer, trainable
+from rnnopt.rules.protocol import UpdateRule
+
+# The rule's graph between two cuts, where the number of coordinates is not set: it holds every
+# coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
+GRAPH_BYTES = 72 * 2**20
+# Kept a coordinate and step beside the rule's memory: parameter, gradient, change and slope.
+_OTHER_BYTES = 16
+
+# (the module to run, the step's number from 0) -> mean loss in nats per example, 0-d
+LossFunction = Callable[[nn.Module, int], Tensor]
+
+
+@dataclass(frozen=True)
+class UnrollSettings:
+    """How an unroll is run and what its meta-loss weighs.
+
+    Attributes:
+        steps: T, steps of adaptation.
+        order: 1, everything fed to the rule is a constant; 2, exact, through `higher`.
+        truncation: steps after which the graph is cut (truncated backpropagation through time);
+            None cuts nowhere. Memory grows with the truncation, not with T.
+        coordinates: first order only: how many coordinates carry the meta-gradient, a random
+            sample stratified over tensors, while all are updated; the estimate is unbiased. None
+            takes all where the rule's graph stays within `GRAPH_BYTES`, and else as many as do.
+            What the rule turns as a whole (`rnnopt.rules.protocol.TurningRule`) is taken beside them.
+        query_weight: weight of the query loss, what adaptation is for.
+        support_weight: weight of the support loss.
+        step_weights: weight of each of the T steps; None weighs all by 1.
+        initial: what an unroll returns of theta_0, the values of all parameters of the model that
+            take a gradient, also of those that the optimizer leaves as they are (ANIL, Raghu et al.
+            2020). ``"gradient"``: the meta-gradient; with order 2 exact (MAML, Finn et al. 2017,
+            arXiv:1703.03400); with order 1 the sum over steps of the meta-loss's slope at theta_t,
+            d theta_t / d theta_0 being taken for the identity (first-order MAML, where the last
+            step alone has a weight). ``"displacement"``: theta_0 - theta_T (Reptile, Nichol et al.
+            2018, arXiv:1803.02999), 0 for what the optimizer leaves. None: nothing.
+    """
+
+    steps: int
+    order: int = 1
+    truncation: int | None = None
+    coordinates: int | None = None
+    query_weight: float = 1.0
+    support_weight: float = 0.0
+    step_weights: Sequence[float] | None = None
+    initial: Literal["gradient", "displacement"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps={self.steps}: at least 1")
+        if self.order not in (1, 2):
+            raise InputError(f"order={self.order}: 1 or 2")
+        for name in ("truncation", "coordinates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: at least 1, or None")
+        if self.initial not in (None, "gradient", "displacement"):
+            raise InputError(f"initial={self.initial!r}: 'gradient', 'displacement' or None")
+        if self.initial == "displacement" and self.order == 2:
+            raise InputError(
+                "initial='displacement' (Reptile) with order 2: it differentiates through nothing; "
+                "use order 1"
+            )
+        if self.coordinates is not None and self.order == 2:
+            raise InputError(
+                f"coordinates={self.coordinates} with order 2: second order needs all of them, "
+                "since the model connects them; leave coordinates out"
+            )
+        if self.initial == "gradient" and self.order == 2 and self.kept_steps < self.steps:
+            raise InputError(
+                f"truncation={self.truncation} of {self.steps} steps: with order 2 nothing from "
+                "beyond a cut would reach the initial values; leave truncation out, or use order 1"
+            )
+        if self.step_weights is not None and len(self.step_weights) != self.steps:
+            raise InputError(
+                f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
+            )
+        for name, weights in (
+            ("query_weight and support_weight", (self.query_weight, self.support_weight)),
+            ("step_weights", self.step_weights or (1.0,)),
+        ):
+            if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+                raise InputError(
+                    f"{name} {tuple(weights)}: must be finite, at least 0, and not all 0"
+                )
+
+    def shortened(self, steps: int) -> UnrollSettings:
+        """The same with the first `steps` steps only."""
+        weights = None if self.step_weights is None else self.step_weights[:steps]
+        return replace(self, steps=steps, step_weights=weights)
+
+    def weight(self, step: int) -> float:
+        """Weight of the losses after step number `step` (from 0)."""
+        return 1.0 if self.step_weights is None else self.step_weights[step]
+
+    @property
+    def kept_steps(self) -> int:
+        """The longest run of steps whose graph is held at once."""
+        return min(self.truncation or self.steps, self.steps)
+
+    def cut_after(self, step: int) -> bool:
+        """Whether the graph ends after step number `step` (from 0)."""
+        done = step + 1
+        return done == self.steps or (self.truncation is not None and done % self.truncation == 0)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """What an unroll measured.
+
+    Attributes:
+        support_losses: (T,) before each step, nats per example.
+        query_losses: (T,) after each step; NaN where query_weight or the step's weight is 0.
+        meta_loss: the weighted sum that was differentiated.
+        initial: see `UnrollSettings.initial`, by the parameter's name in the model.
+    """
+
+    support_losses: Tensor
+    query_losses: Tensor
+    meta_loss: float
+    initial: dict[str, Tensor] = field(default_factory=dict)
+
+
+def unroll(
+    model: nn.Module,
+    optimizer: LearnedOptimizer,
+    support_loss: LossFunction,
+    query_loss: LossFunction,
+    settings: UnrollSettings,
+    seed: int = 0,
+) -> Unrolled:
+    """Adapt, add the meta-gradient to the rule's ``.grad``, and put everything back.
+
+    Args:
+        model: the model, at its initial parameters; back there, bitwise, when this returns.
+        optimizer: steps its parameters; its own state is the start and stays as it is.
+        support_loss: the loss that adaptation descends.
+        query_loss: the loss that judges it.
+        settings: see `UnrollSettings`.
+        seed: decides which coordinates are sampled.
+
+    Returns:
+        The losses along the way.
+
+    Raises:
+        InputError: second order with gradient checkpointing on; a rule with frozen weights;
+            nothing that trains.
+
+    Warns:
+        RuntimeWarning: second order whose graph will not fit into memory, after the first step.
+    """
+    _check_weights(optimizer.rule)
+    if not any(True for _ in trainable(optimizer)):
+        raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
+    if settings.order == 2:
+        return _second_order(model, optimizer, support_loss, query_loss, settings)
+    tensors = [param for _, param in trainable(optimizer)]
+    initial = [param.detach().clone() for param in tensors]
+    try:
+        result = _first_order(model, optimizer, support_loss, query_loss, settings, seed)
+        if settings.initial == "displacement":
+            moved = dict(zip(map(id, tensors), initial))
+            for name, param in _named(model).items():
+                result.initial[name] = moved.get(id(param), param.detach()) - param.detach()
+        return result
+    finally:
+        with torch.no_grad():
+            for param, value in zip(tensors, initial):
+                param.copy_(value)
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that take a gradient, by name."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _check_weights(rule: UpdateRule) -> None:
+    """A classical rule has no weights and can be unrolled; frozen ones are a mistake."""
+    weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
+    if weights and not any(weight.requires_grad for weight in weights):
+        raise InputError(
+            "the rule's weights are frozen, as load_rule returns them, and would get no "
+            "meta-gradient; call rule.requires_grad_()"
+        )
+
+
+def _first_order(
+    model: nn.Module,
+    optimizer: LearnedOptimizer,
+    support_loss: LossFunction,
+    query_loss: LossFunction,
+    settings: UnrollSettings,
+    seed: int,
+) -> Unrolled:
+    """First order without the model's graph.
+
+    With inputs constant, theta_t depends on the rule's weights only through the changes
+    delta_0 .. delta_{t-1} that were added, so the meta-gradient is
+    ``sum_s < sum_{t > s} dL/dtheta_t , d delta_s / dw >``: every dL/dtheta_t is an ordinary
+    gradient whose graph is gone before the next one is made, and only the rule's graph is kept.
+    The inner products are sums over coordinates, which a sample of them estimates.
+    """
+    groups, tensors = zip(*trainable(optimizer))
+    runner = _runner(optimizer, tensors)
+    states = [runner.state[param] for param in tensors]
+    samples = draw_samples(optimizer.rule, tensors, states, _coordinates(runner, settings), seed)
+    segment = _Segment(len(tensors))
+    initial = _InitialGradient(model, tensors, settings)
+    support_losses, query_losses, meta_loss = [], [], 0.0
+    for t in range(settings.steps):
+        loss = support_loss(model, t)
+        grads = torch.autograd.grad(loss, tensors, allow_unused=True)
+        support_losses.append(loss.detach())
+        changes = _step(runner, groups, tensors, grads, samples)
+        judged = _judge(model, initial.tensors, support_loss, query_loss, settings, t)
+        query_losses.append(judged.query)
+        meta_loss += judged.value
+        initial.add(judged.slopes)
+        slopes = [sample.scaled(slope) for sample, slope in zip(samples, judged.slopes)]
+        segment.append(changes, slopes)
+        if settings.cut_after(t):
+            segment.backward()
+            segment = _Segment(len(tensors))
+            for sample in samples:
+                sample.cut()
+    return Unrolled(
+        torch.stack(support_losses), torch.stack(query_losses), meta_loss, initial.named()
+    )
+
+
+class _InitialGradient:
+    """The first-order meta-gradient of the initial values: the sum of the slopes.
+
+    Attributes:
+        tensors: whose slopes are wanted: those that are stepped, then, if the initial gradient is
+            asked for, those that only the model has.
+    """
+
+    def __init__(
+        self, model: nn.Module, stepped: Sequence[Tensor], settings: UnrollSettings
+    ) -> None:
+        self._named = _named(model) if settings.initial == "gradient" else {}
+        known = set(map(id, stepped))
+        self.tensors = [
+            *stepped,
+            *(param for param in self._named.values() if id(param) not in known),
+        ]
+        self._sums = [torch.zeros_like(param) for param in self.tensors if self._named]
+
+    def add(self, slopes: Sequence[Tensor | None]) -> None:
+        for total, slope in zip(self._sums, slopes):
+            if slope is not None:
+                total += slope
+
+    def named(self) -> dict[str, Tensor]:
+        sums = dict(zip(map(id, self.tensors), self._sums))
+        return {name: sums[id(param)].detach() for name, param in self._named.items()}
+
+
+def _step(
+    runner: LearnedOptimizer,
+    groups: Sequence[dict[str, Any]],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    samples: Sequence[Sample],
+) -> list[Tensor | None]:
+    """Step all coordinates; what the rule added to the sampled ones, with its graph."""
+    touched = [i for i, grad in enumerate(grads) if grad is not None]
+    work = [(groups[i], tensors[i], cast(Tensor, grads[i])) for i in touched]
+    # before the parameters change in place
+    seen = [samples[i].pick(param, grad) for i, (_, param, grad) in zip(touched, work)]
+    changes: list[Tensor | None] = [None] * len(tensors)
+    for i, (param, grad), sums in zip(touched, seen, runner.apply(work)):
+        changes[i] = samples[i].change(runner.rule, groups[i], param, grad, sums)
+    return changes
+
+
+def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOptimizer:
+    """A twin that steps the same parameters from a copy of the optimizer's state."""
+    runner = LearnedOptimizer(
+        list(tensors),
+        optimizer.rule,
+        state_dtype=optimizer.state_dtype,
+        fused=optimizer.fused,
+    )
+    for param in tensors:
+        memory = runner.init_state(param)
+        known = optimizer.state.get(param) or {}
+        # what the guard keeps beside it is no part of the rule
+        runner.state[param] = {name: known.get(name, leaf).clone() for name, leaf in memory.items()}
+    return runner
+
+
+def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
+    """How many coordinates carry the meta-gradient: as set, or as many as `GRAPH_BYTES` hold."""
+    if settings.coordinates is not None:
+        return settings.coordinates
+    param, state = next(iter(runner.state.items()))
+    memory = sum(leaf.nbytes for leaf in state.values()) / max(param.numel(), 1)
+    return int(GRAPH_BYTES / (settings.kept_steps * (memory + _OTHER_BYTES)))
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """The meta-loss's term after one step: its value and its slope in each parameter."""
+
+    value: float
+    query: Tensor
+    slopes: list[Tensor | None]
+
+
+def _judge(
+    model: nn.Module,
+    tensors: Sequence[Tensor],
+    support_loss: LossFunction,
+    query_loss: LossFunction,
+    settings: UnrollSettings,
+    t: int,
+) -> _Judgement:
+    if not settings.weight(t):
+        return _Judgement(0.0, torch.tensor(float("nan")), [None] * len(tensors))
+    term, query = _meta_term(model, support_loss, query_loss, settings, t)
+    slopes = torch.autograd.grad(term, tensors, allow_unused=True)
+    return _Judgement(float(term.detach()), query, list(slopes))
+
+
+def _meta_term(
+    model: nn.Module,
+    support_loss: LossFunction,
+    query_loss: LossFunction,
+    settings: UnrollSettings,
+    t: int,
+) -> tuple[Tensor, Tensor]:
+    """The meta-loss's term after step t, and the query loss in it (detached; NaN if unweighted)."""
+    terms = []
+    query = torch.tensor(float("nan"))
+    if settings.query_weight:
+        loss = query_loss(model, t)
+        query = loss.detach()
+        terms.append(settings.query_weight * loss)
+    if settings.support_weight:
+        terms.append(settings.support_weight * support_loss(model, t))
+    return settings.weight(t) * torch.stack(terms).sum(), query
+
+
+class _Segment:
+    """The steps between two cuts: their changes, with the rule's graph, and the slopes."""
+
+    def __init__(self, tensors: int) -> None:
+        self._changes: list[list[Tensor | None]] = [[] for _ in range(tensors)]
+        self._slopes: list[list[Tensor | None]] = [[] for _ in range(tensors)]
+
+    def append(self, changes: Sequence[Tensor | None], slopes: Sequence[Tensor | None]) -> None:
+        for i, (change, slope) in enumerate(zip(changes, slopes)):
+            self._changes[i].append(change)
+            self._slopes[i].append(slope)
+
+    def backward(self) -> None:
+        """Pull the slopes back through the changes into the rule's weights."""
+        outputs, pulls = [], []
+        for changes, slopes in zip(self._changes, self._slopes):
+            pull: Tensor | None = None
+            for change, slope in zip(reversed(changes), reversed(slopes)):
+                if slope is not None:
+                    pull = slope if pull is None else pull + slope
+                if change is not None and pull is not None and change.requires_grad:
+                    outputs.append(change)
+                    pulls.append(pull.to(change.dtype))
+        if outputs:
+            torch.autograd.backward(outputs, pulls)
+
+
+def _second_order(
+    model: nn.Module,
+    optimizer: LearnedOptimizer,
+    support_loss: LossFunction,
+    query_loss: LossFunction,
+    settings: UnrollSettings,
+) -> Unrolled:
+    """Exact: `higher` keeps the graph of every step between two cuts."""
+    from rnnopt.meta.differentiable import higher  # here: first-order users need not have it
+
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise InputError(
+            "gradient checkpointing is on: `higher` ignores it; call "
+            "model.gradient_checkpointing_disable(), or use order 1"
+        )
+    rule = cast(nn.Module, optimizer.rule)
+    weights = [weight for weight in rule.parameters() if weight.requires_grad]
+    support_losses, query_losses, meta_loss = [], [], 0.0
+    device = next(model.parameters()).device
+    before = used_bytes(device)
+    with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
+        segment: list[Tensor] = []
+        # `higher` keeps its parameters in the model's order
+        initial = {
+            name: start
+            for (name, _), start in zip(model.named_parameters(), fmodel.fast_params)
+            if settings.initial and start.requires_grad
+        }
+        inputs = [*weights, *initial.values()]
+        for t in range(settings.steps):
+            loss = support_loss(fmodel, t)
+            support_losses.append(loss.detach())
+            stepper.step(loss)
+            query = torch.tensor(float("nan"))
+            if settings.weight(t):
+                term, query = _meta_term(fmodel, support_loss, query_loss, settings, t)
+                meta_loss += float(term.detach())
+                segment.append(term)
+            query_losses.append(query)
+            if t == 0:
+                warn_if_too_large(before, settings.kept_steps - 1, device)
+            if settings.cut_after(t):
+                # a classical rule has no inputs, and can be unrolled all the same
+                if inputs and segment:
+                    torch.autograd.backward(torch.stack(segment).sum(), inputs=inputs)
+                segment = []
+                _cut(fmodel, stepper)
+        gradient = {
+            name: torch.zeros_like(start) if start.grad is None else start.grad
+            for name, start in initial.items()
+        }
+    return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss, gradient)
+
+
+def _cut(fmodel: Any, stepper: Any) -> None:
+    """End the graph here, and let go of what lies before.
+
+    `higher` keeps every step's parameters in a list of its own; detaching the newest alone frees
+    nothing.
+    """
+    fresh = [param.detach().requires_grad_(param.requires_grad) for param in fmodel.fast_params]
+    fmodel._fast_params.clear()
+    fmodel.update_params(fresh)
+    for states in stepper.state:
+        for i, state in states.items():
+            states[i] = {name: leaf.detach() for name, leaf in state.items()}

@@ -1,0 +1,1 @@
+"""Rules as a torch optimizer: the optimizer, its safeguard, sharded parameters, fast kernels."""

@@ -1,0 +1,1 @@
+"""Fused steps that match the plain rule: on the CPU in C, on a GPU in Triton."""

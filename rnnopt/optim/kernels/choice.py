@@ -1,0 +1,71 @@
+"""Which kernel takes a rule's steps, if any."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import warnings
+
+import torch
+
+from rnnopt.optim.kernels.cpu import CompiledStep, build
+from rnnopt.optim.kernels.fused import FusedStep
+from rnnopt.rules.lstm import CoordinateLSTM
+
+
+def fused_step(rule: object) -> FusedStep | None:
+    """The fast path of a rule, or None if it has none: another kind, dtype or device, no compiler.
+
+    Warns:
+        RuntimeWarning: once a process, where there is no compiler.
+    """
+    if type(rule) is not CoordinateLSTM:
+        return None  # also of a subclass, whose arithmetic may differ
+    weight = rule.gate_weight
+    if weight.dtype != torch.float32:
+        return None
+    if weight.is_cuda:
+        return _triton_step(rule)
+    if not weight.is_cpu:
+        return None
+    kernel = c_kernel(rule.hidden_size)
+    return None if kernel is None else CompiledStep(rule, kernel)
+
+
+@functools.cache
+def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
+    """The kernel for this many hidden units, or None where it can not be had."""
+    try:
+        return build(hidden_size)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        _warn_once(
+            detail.strip().splitlines()[0] if detail.strip() else type(error).__name__,
+            "install gcc or clang, or name one in the environment variable CC",
+        )
+        return None
+
+
+def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:
+    """Its module is imported here only: Triton takes a second to load, and may not be there."""
+    try:
+        from rnnopt.optim.kernels import cuda as fused_cuda
+    except ImportError as error:
+        _warn_once(str(error), "install triton")
+        return None
+    problem = fused_cuda.problem(rule.hidden_size, rule.gate_weight.device)
+    if problem is None:
+        return fused_cuda.TritonStep(rule)
+    _warn_once(problem, "install a recent triton")
+    return None
+
+
+@functools.cache
+def _warn_once(detail: str, remedy: str) -> None:
+    warnings.warn(
+        "the fast step could not be compiled, and the plain one, several times slower, is used: "
+        f"{detail}; {remedy}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,1 @@
+"""What a step is: the protocol, classical rules, the LSTM, its features, and rule files."""

@@ -1,0 +1,120 @@
+"""Rule files: weights and config in safetensors, written atomically, read as data only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rnnopt.errors import InputError
+from rnnopt.rules.classical import SGD, Adam
+from rnnopt.rules.lstm import CoordinateLSTM
+from rnnopt.rules.meta_sgd import MetaSGD
+from rnnopt.storage.files import read_tensors, save_tensors
+
+RULE_FILE = "rule.safetensors"
+SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
+SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
+# The rules that a file can hold. A number rises when a rule's arithmetic changes.
+SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
+_KINDS: dict[str, Callable[..., SavedRule]] = {
+    "rnnopt.CoordinateLSTM.7": CoordinateLSTM,
+    **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
+}
+
+
+def shipped_rule(params: Iterable[Tensor]) -> Path:
+    """The file of the shipped rule for a model of which these parameters train.
+
+    A linear classifier alone, which is a matrix and a bias of as many rows, has a rule to itself:
+    its loss is convex, and what is right for it lets a head run away from the encoder below it.
+    """
+    shapes = sorted((param.shape for param in params), key=len)
+    alone = [len(shape) for shape in shapes] == [1, 2] and shapes[0][0] == shapes[1][0]
+    return SHIPPED_HEAD_RULE if alone else SHIPPED_RULE
+
+
+def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:
+    """Write a rule with its config, and what it was meta-trained on, to one file.
+
+    Args:
+        rule: the rule.
+        path: the file to write.
+        training: JSON-compatible facts on its meta-training, kept with the weights.
+
+    Raises:
+        InputError: see `write_atomically`; or a rule of another kind than those a file can hold.
+    """
+    format_ = next((name for name, kind in _KINDS.items() if kind is type(rule)), None)
+    if format_ is None:
+        raise InputError(
+            f"a rule of type {type(rule).__name__} can't be saved, only one of "
+            f"{', '.join(kind.__name__ for kind in _KINDS.values())}; keep its state_dict yourself"
+        )
+    about = {"format": format_, "config": rule.config, "training": dict(training or {})}
+    save_tensors(path, rule.state_dict(), about)
+
+
+def load_rule(path: str | os.PathLike[str]) -> SavedRule:
+    """Read a rule. Nothing in the file is ever run.
+
+    Args:
+        path: a rule file, or a folder that holds ``rule.safetensors``.
+
+    Returns:
+        The rule, float32 or as saved, on CPU, without gradients, in evaluation mode.
+
+    Raises:
+        InputError: missing, corrupt, truncated, or not a rule of this version's kind.
+    """
+    file = rule_path(path)
+    tensors, about = read_tensors(file)
+    if about.get("format") not in _KINDS:
+        raise InputError(
+            f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected "
+            f"{' or '.join(map(repr, _KINDS))}; name a file that `rnnopt meta-train` wrote with "
+            "this version"
+        )
+    try:
+        rule = _KINDS[about["format"]](**about["config"])
+        for dtype in {leaf.dtype for leaf in tensors.values()}:
+            rule.to(dtype)
+        rule.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file}: weights and config do not fit together ({str(error).splitlines()[0]}); the "
+            "file was altered or made by another version: meta-train again"
+        ) from error
+    if not all(torch.isfinite(leaf).all() for leaf in tensors.values()):
+        raise InputError(f"{file} holds weights that are not finite; meta-train again")
+    return rule.requires_grad_(False).eval()
+
+
+def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a rule file says of its own meta-training; empty if nothing was saved.
+
+    Raises:
+        InputError: see `read_tensors`.
+    """
+    return dict(read_tensors(rule_path(path))[1].get("training", {}))
+
+
+def rule_fingerprint(rule: SavedRule) -> str:
+    """12 hexadecimal digits that tell one rule from another by its weights and config."""
+    digest = hashlib.sha256(json.dumps(rule.config).encode())
+    for weight in rule.parameters():
+        exact = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype  # numpy has none
+        digest.update(weight.detach().to("cpu", exact).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def rule_path(path: str | os.PathLike[str]) -> Path:
+    """The rule file that a path means: the file itself, or the one in the folder."""
+    file = Path(path)
+    return file / RULE_FILE if file.is_dir() else file

@@ -1,0 +1,103 @@
+"""Files that rnnopt writes: atomically, and as safetensors; read as data only."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
+
+from rnnopt.errors import InputError
+
+_ABOUT = "rnnopt"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises:
+        InputError: the folder can't be written to, or the disk is full.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # a temporary file is private by default, results are not
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise InputError(
+            f"can't write {path}: {error.strerror}; choose a folder with space that you may "
+            "write to"
+        ) from error
+    finally:
+        if temporary is not None:  # also after Ctrl-C
+            temporary.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make an output folder, or take one that is empty.
+
+    Raises:
+        InputError: it holds something, or can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"can't write to {folder}: {error.strerror}; choose another --output"
+        ) from error
+    if taken:
+        raise InputError(f"{folder} is not an empty folder; choose another --output")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically; the same content is the same bytes.
+
+    Args:
+        path: the file.
+        tensors: its tensors.
+        about: JSON-compatible facts on them. They are one entry of the file's metadata, since
+            safetensors writes several in no particular order.
+
+    Raises:
+        InputError: see `write_atomically`.
+    """
+    contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
+    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors, on CPU, and the facts; {} if there are none.
+
+    Raises:
+        InputError: the file is missing, unreadable, truncated, or no safetensors file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}; check the path") from error
+    try:
+        tensors = parse_tensors(data)
+        (length,) = struct.unpack("<Q", data[:8])
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        about = dict(json.loads(metadata.get(_ABOUT, "{}")))
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
+            "format: make it again with `rnnopt meta-train`"
+        ) from error
+    return tensors, about

@@ -1,0 +1,1 @@
+"""What is adapted: episodes, requirements, and one room for each field."""

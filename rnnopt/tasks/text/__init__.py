@@ -1,0 +1,1 @@
+"""Text classification: the classifier, its tasks, and how an episode starts."""

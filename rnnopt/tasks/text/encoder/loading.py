@@ -1,0 +1,337 @@
+"""Pretrained encoders: found, read, given LoRA factors, or made; alone imports `transformers`.
+
+Shapes: B batch, S sequence (tokens), C ways (classes), H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rnnopt.errors import InputError
+
+try:
+    import huggingface_hub
+    import transformers
+    from transformers.modeling_outputs import SequenceClassifierOutput
+except ImportError as error:
+    raise ImportError('text encoders need transformers: pip install "rnnopt[meta]"') from error
+
+Pooling = Literal["model", "mean"]
+
+# What is fetched from the hub: never a pickle, never code.
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class MeanPooled(nn.Module):
+    """A linear head on the mean of the encoder's last hidden states, padding left out.
+
+    What sentence encoders are trained for; their [CLS] pooler often never was.
+
+    Args:
+        encoder: a model as `transformers.AutoModel` loads it.
+        ways: C, the classes of the head.
+    """
+
+    def __init__(self, encoder: Any, ways: int) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.num_labels = ways
+        self.encoder = encoder
+        rate = getattr(self.config, "hidden_dropout_prob", 0.0)
+        self.dropout = nn.Dropout(getattr(self.config, "classifier_dropout", None) or rate)
+        self.classifier = nn.Linear(self.config.hidden_size, ways)
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder, under the name that `transformers` gives it."""
+        return self.encoder
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.encoder._init_weights(module)
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Logits (B, C) from what `TokenCache.batch` returns, as `.logits` of the output."""
+        states = self.encoder(**batch).last_hidden_state.float()  # (B, S, H)
+        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)  # (B, S, 1)
+        pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)  # (B, H)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+
+def read_encoder(
+    encoder: str | Path, pooling: Pooling, ways: int, attention: str | None
+) -> tuple[Any, Any, set[str]]:
+    """Read a text classifier in float32 from safetensors; runs no code of the model's.
+
+    Args:
+        encoder: a folder, or a name on the Hugging Face hub (the local cache comes first).
+        pooling: see `rnnopt.tasks.text.classifier.Classifier.load`.
+        ways: C, the classes of its head.
+        attention: transformers' `attn_implementation`; None for its default.
+
+    Returns:
+        The model, its tokenizer, and the names of the parameters that the files lack.
+
+    Raises:
+        InputError: it can't be found, read or used.
+    """
+    folder = _find(encoder)
+    with silence():
+        model, absent = _read_model(folder, encoder, pooling, ways, attention)
+        return model, _read_tokenizer(folder, encoder), absent
+
+
+def _find(encoder: str | Path) -> Path:
+    """The folder with the encoder's files, checked for what can be told without loading."""
+    folder = Path(encoder).expanduser()
+    if folder.is_file():
+        raise InputError(f"{encoder} is a file; give the folder that holds config.json")
+    if not folder.is_dir():
+        folder = _fetch(str(encoder))
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{encoder} holds an adapter, not a model; merge it into its model first")
+    if not (folder / "config.json").exists():
+        raise InputError(f"{encoder} has no config.json; give a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"only {', '.join(pickles)}, a pickle, which can run code" if pickles else "none"
+        raise InputError(
+            f"{encoder}: weights must be in safetensors and there are {found}; load the model "
+            "with transformers and save_pretrained it again"
+        )
+    return folder
+
+
+def _fetch(name: str) -> Path:
+    """A model of the hub, from the cache if it is there."""
+    remedy = "give a folder that save_pretrained wrote, or a model's name on huggingface.co"
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"there is no folder {name}; {remedy}")
+    cause: Exception | None = None
+    for cached in (True, False):
+        try:
+            with silence():
+                folder = huggingface_hub.snapshot_download(
+                    name, allow_patterns=HUB_FILES, ignore_patterns="*/*", local_files_only=cached
+                )
+        except Exception as error:  # the hub's client raises its own, requests' and httpx's
+            cause = error
+            continue
+        if not cached or any(Path(folder).glob("*.safetensors")):  # the cache may hold a part
+            return Path(folder)
+    raise InputError(
+        f"{name} is neither a folder here nor a model that huggingface.co gave "
+        f"({first_line(cause)}); {remedy}"
+    ) from cause
+
+
+def _read_model(
+    folder: Path, encoder: str | Path, pooling: Pooling, ways: int, attention: str | None
+) -> tuple[Any, set[str]]:
+    """The model and the names of its parameters that the files lack."""
+    options = {
+        "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32,
+        "attn_implementation": attention, "output_loading_info": True, "local_files_only": True,
+        "ignore_mismatched_sizes": True,  # a head for another number of classes
+    }  # fmt: skip
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if pooling == "mean":
+            model, info = transformers.AutoModel.from_pretrained(folder, **options)
+        elif type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=ways, **options
+            )
+        else:
+            raise InputError(
+                f"{encoder} is a {config.model_type} model, and transformers has no text "
+                "classifier for those; choose another encoder, or try --pooling mean"
+            )
+    except InputError:
+        raise
+    except Exception as error:  # every reader under transformers raises its own
+        raise InputError(
+            f"{encoder} can't be loaded: {first_line(error)}; fetch or save the model again"
+        ) from error
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    _check_complete(model, absent, encoder, pooling)
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # a decoder's cache is of no use to a classifier
+    return MeanPooled(model, ways) if pooling == "mean" else model, absent
+
+
+def _check_complete(model: Any, absent: set[str], encoder: str | Path, pooling: Pooling) -> None:
+    """A body with random layers would load in silence and learn nothing."""
+    prefix = "" if pooling == "mean" else f"{model.base_model_prefix}."
+    # files of masked language models have no pooler, and its fresh one is what all start from
+    lost = sorted(key for key in absent if key.startswith(prefix) and "pooler" not in key)
+    if lost:
+        raise InputError(
+            f"{encoder}: {len(lost)} of the encoder's weights are missing or of another shape "
+            f"than config.json says, {lost[0]} for one; fetch or save the model again"
+        )
+
+
+def _read_tokenizer(folder: Path, encoder: str | Path) -> Any:
+    remedy = "save the encoder's tokenizer into the same folder"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # every reader under transformers raises its own
+        raise InputError(
+            f"{encoder}: its tokenizer can't be loaded: {first_line(error)}; {remedy}"
+        ) from error
+    # without files transformers makes a tokenizer that knows special tokens only
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{encoder} has no tokenizer; {remedy}")
+    return tokenizer
+
+
+def position_limit(model: Any) -> int:
+    """The longest input that the encoder takes, in tokens."""
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from the one after the padding's
+            used = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - used
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def encoder_name(encoder: str | Path) -> str:
+    """A short name for reports: the hub's name, or the folder's without where it lies."""
+    path = Path(encoder)
+    if not path.is_dir():
+        return str(encoder)
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/HASH
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return f"{path.parent.name}/model" if path.name == "model" else path.name
+
+
+def encoder_fingerprint(encoder: Any, tokenizer: Any) -> str:
+    """12 hexadecimal digits of the encoder's weights and vocabulary.
+
+    A name is no identity: another model may lie in a folder of the same name.
+    """
+    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for param in encoder.parameters():
+        digest.update(param.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def small_bert(
+    texts: Sequence[str],
+    *,
+    hidden_size: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    seed: int = 0,
+    folder: str | Path,
+) -> Path:
+    """Write a BERT with random weights and a tokenizer trained on `texts`; needs no download.
+
+    Args:
+        texts: what the vocabulary is learned from.
+        hidden_size: a multiple of heads.
+        layers: number of transformer layers.
+        heads: attention heads.
+        seed: decides the weights; the global random state is left alone.
+        folder: where to; files of the same names are overwritten.
+
+    Returns:
+        The folder, which `Classifier.load` takes.
+    """
+    tokenizer = word_piece(texts)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=4 * hidden_size,
+        max_position_embeddings=tokenizer.model_max_length, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with seeded(seed), silence():
+        transformers.BertModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def word_piece(texts: Sequence[str], vocab_size: int = 2000, max_length: int = 128) -> Any:
+    """A lowercasing WordPiece tokenizer trained on `texts`; a function of its arguments.
+
+    Args:
+        texts: what the vocabulary is learned from.
+        vocab_size: most entries, special tokens included.
+        max_length: the most tokens that the tokenizer makes when asked to cut off.
+
+    Returns:
+        A `transformers` tokenizer that puts a text between [CLS] and [SEP].
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import WordPieceTrainer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    text = "".join(map(normalizer.normalize_str, texts))
+    # The trainer numbers the pieces of one letter in the order of a hash table, and breaks ties
+    # by number: naming them beforehand makes the vocabulary the same at every run.
+    letters = sorted(set(text) - set(string.whitespace))
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special + letters + [f"##{letter}" for letter in letters],
+        show_progress=False,
+    )
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.train_from_iterator(texts, trainer)
+    # a new one, in which single letters aren't special
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, pad_token="[PAD]",
+        unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+    )  # fmt: skip
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw on the CPU from `seed`; afterwards the global random state is what it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+        yield
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No report on missing head weights, which are meant to be missing, and no progress bars."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception | None) -> str:
+    """What a library's error says, short enough to be quoted in ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

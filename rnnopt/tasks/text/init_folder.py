@@ -1,0 +1,162 @@
+"""The folder of meta-learned initial values: an encoder, or an adapter, with the facts on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnopt.errors import InputError
+from rnnopt.storage.files import read_tensors, write_atomically
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import Pooling, read_encoder
+from rnnopt.tasks.text.encoder.lora import ADAPTER_FILE, adapter_key
+from rnnopt.tasks.text.start import Start
+
+INIT_FOLDER = "init"
+INIT_FILE = "init.json"
+_FORMAT = "rnnopt.init.1"
+
+
+def save_init(
+    folder: Path, classifier: Classifier, start: Start, training: Mapping[str, Any]
+) -> None:
+    """Write initial values as a folder that `transformers` or `peft` loads, and ``init.json``.
+
+    See `Classifier.save_start` for what is in it. A folder that is there is replaced as a whole: a
+    reader finds the old one or the new one, or none for the moment between.
+
+    Args:
+        folder: where to.
+        classifier: whose values they are.
+        start: how tasks began in meta-training: its values, its head and what it adapts.
+        training: JSON-compatible facts on the meta-training.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    values = start.values or {}
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    for stale in (partial, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    classifier.save_start(partial, values)
+    facts = {
+        "format": _FORMAT,
+        **classifier.kind,
+        "head": start.head,
+        "adapted": start.adapted,
+        "values": fingerprint(values),
+        "training": dict(training),
+    }
+    write_atomically(partial / INIT_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise InputError(
+            f"can't write {folder}: {error.strerror}; choose another --output"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_init(path: str | os.PathLike[str], classifier: Classifier) -> Start:
+    """How tasks start from the values in a folder.
+
+    Args:
+        path: the folder, or that of the run of meta-training that holds it.
+        classifier: what is to start there.
+
+    Returns:
+        The start of the meta-training, with its values on the classifier's device.
+
+    Raises:
+        InputError: no such folder, a damaged one, or one of another encoder, LoRA rank, or
+            choice of what trains: says what is there and what is here.
+    """
+    folder, facts = _facts(path)
+    other = [
+        f"{name}: {facts.get(name)!r} there, {value!r} here"
+        for name, value in classifier.kind.items()
+        if facts.get(name) != value
+    ]
+    if other:
+        raise InputError(
+            f"the initial values in {folder} are those of another classifier ({'; '.join(other)}); "
+            "give the --encoder, --tune, --lora-rank, --top-layers and --pooling (`adapt` knows "
+            "the model's own only) that they were meta-trained with, or leave --init out"
+        )
+    values = _values(folder, classifier)
+    if fingerprint(values) != facts.get("values"):
+        raise InputError(
+            f"{folder}: the values are not those that {INIT_FILE} was written for; the folder was "
+            "altered: meta-train again"
+        )
+    on_device = {name: value.to(classifier.device) for name, value in values.items()}
+    return Start(facts["head"], facts["adapted"], on_device)
+
+
+def read_init_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder of initial values says of its meta-training.
+
+    Raises:
+        InputError: no such folder, or a damaged one.
+    """
+    return dict(_facts(path)[1].get("training", {}))
+
+
+def fingerprint(values: Mapping[str, Tensor]) -> str:
+    """12 hexadecimal digits that tell initial values from others."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder that a path means, and what its facts are."""
+    folder = Path(path)
+    if (folder / INIT_FOLDER / INIT_FILE).exists():
+        folder = folder / INIT_FOLDER
+    remedy = "name a folder that `rnnopt meta-train --init maml` wrote with this version"
+    try:
+        facts = dict(json.loads((folder / INIT_FILE).read_text()))
+    except OSError as error:
+        raise InputError(f"--init {path}: no {INIT_FILE} ({error.strerror}); {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / INIT_FILE} is damaged ({error}); {remedy}") from error
+    if facts.get("format") != _FORMAT:
+        raise InputError(
+            f"{folder / INIT_FILE} holds {facts.get('format')!r}, expected {_FORMAT!r}; {remedy}"
+        )
+    lacking = [name for name in ("head", "adapted", "values") if name not in facts]
+    if lacking:
+        raise InputError(f"{folder / INIT_FILE} is damaged (no {', '.join(lacking)}); {remedy}")
+    return folder, facts
+
+
+def _values(folder: Path, classifier: Classifier) -> dict[str, Tensor]:
+    """The values by name, on the CPU."""
+    names = {name: name for name in classifier.start}
+    if classifier.kind["tune"] == "lora":
+        found = read_tensors(folder / ADAPTER_FILE)[0]
+        names = {name: adapter_key(name) for name in names}
+    else:
+        pooling: Pooling = "mean" if classifier.kind["pooling"] == "mean" else "model"
+        model, _, absent = read_encoder(folder, pooling, classifier.ways, None)
+        found = {name: leaf for name, leaf in model.named_parameters() if name not in absent}
+    lost = [key for key in names.values() if key not in found]
+    if lost:
+        raise InputError(
+            f"{folder} lacks {len(lost)} of {len(names)} initial values, {lost[0]} for one; the "
+            "folder was altered: meta-train again"
+        )
+    return {name: found[key].detach().to(torch.float32) for name, key in names.items()}

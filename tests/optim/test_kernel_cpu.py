@@ -1,0 +1,350 @@
+"""The compiled step: what the plain rule does, to 1e-6, or the plain rule itself."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_table import random_lstm
+
+from rnnopt import CoordinateLSTM, LearnedOptimizer
+from rnnopt.optim.kernels.choice import c_kernel
+from rnnopt.rules.features import Peaks
+
+needs_compiler = pytest.mark.skipif(c_kernel(8) is None, reason="no C compiler on this machine")
+SHAPES = [(37, 53), (5,), (1,), (16,), (0,), (3, 11_000)]
+
+
+def twins(shapes, rule=None, **options):
+    """The same parameters twice, with a fused and a plain optimizer."""
+    generator = torch.Generator().manual_seed(1)
+    ours = [torch.randn(s, generator=generator).mul_(0.05).requires_grad_() for s in shapes]
+    theirs = [param.detach().clone().requires_grad_() for param in ours]
+    rule = rule or random_lstm()
+    options.setdefault("guard", False)  # random gradients climb, and what is undone is rounded
+    return (
+        LearnedOptimizer(ours, rule, fused=True, **options),
+        LearnedOptimizer(theirs, rule, fused=False, **options),
+    )
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def walk(optimizers, steps=20, scale=1e-3, spoil=lambda grad, step: None):
+    """Feed all of them the same gradients."""
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        for params in zip(*map(params_of, optimizers)):
+            grad = torch.randn(params[0].shape, generator=generator) * scale
+            spoil(grad, step)
+            for param in params:
+                param.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_same(fused, plain, atol):
+    for ours, theirs in zip(params_of(fused), params_of(plain)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=atol)
+
+
+@needs_compiler
+@pytest.mark.parametrize("hidden_size", [0, 1, 8, 13])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": 0.5, "weight_decay": 0.3}], ids=["plain", "decayed"]
+)
+def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, options):
+    rule = random_lstm(hidden_size=hidden_size, orthogonalize=orthogonalize)
+    fused, plain = twins(SHAPES, rule, **options)
+    start = [param.detach().clone() for param in params_of(plain)]
+    walk((fused, plain))
+    assert_same(fused, plain, atol=1e-6)
+    moved = [(p - q).abs().max() for p, q in zip(params_of(plain), start) if p.numel()]
+    assert min(moved) > 3e-4  # or 1e-6 would say nothing
+    for ours, theirs in zip(params_of(fused), params_of(plain)):
+        if not ours.numel():
+            continue
+        one, other = fused.state[ours], plain.state[theirs]
+        for name in ("m", "v", "step", *Peaks._fields):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_steps_are_those_of_the_plain_rule_as_gradients_vanish(orthogonalize):
+    """What comes to rest then, and what goes on, is the same."""
+    fused, plain = twins([(4, 30), (90, 80), (9,)], random_lstm(orthogonalize=orthogonalize))
+    walk((fused, plain), steps=5, scale=1.0, spoil=lambda grad, step: grad.mul_(0.2**step))
+    assert_same(fused, plain, atol=1e-6)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=2), min_size=1, max_size=4),
+    scale=st.sampled_from([1e-30, 1e-12, 1e-3, 1.0, 1e12, 1e30]),
+    cut=st.integers(0, 50),
+    orthogonalize=st.booleans(),
+)
+def test_any_shapes_and_sizes_of_gradient(shapes, scale, cut, orthogonalize):
+    fused, plain = twins(shapes, random_lstm(orthogonalize=orthogonalize), lr=0.1)
+
+    def spoil(grad, step):
+        flat = grad.view(-1)
+        flat[:cut] = 0
+        if step == 1:
+            flat[-1:] = float("nan")
+            flat[-2:-1] = float("inf")
+
+    walk((fused, plain), steps=3, scale=scale, spoil=spoil)
+    assert_same(fused, plain, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [48, 7])  # whole vectors of the kernel, and parts of them
+def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory(width):
+    fused, _ = twins([(40, width)])
+    (param,) = params_of(fused)
+    before = param.detach().clone()
+
+    def spoil(grad, step):
+        grad[1:30] = 0
+
+    walk((fused,), steps=3, spoil=spoil)
+    assert torch.equal(param[1:30], before[1:30])
+    assert (param[0] != before[0]).all()
+    for name in ("m", "v", "hidden", "cell"):
+        assert not fused.state[param][name].reshape(-1, 40, width)[:, 1:30].any()
+
+
+@needs_compiler
+def test_a_coordinate_whose_gradient_is_not_finite_keeps_value_and_memory_to_the_bit():
+    fused, _ = twins([(40,)], weight_decay=0.1)
+    (param,) = params_of(fused)
+    walk((fused,), steps=2)
+    before = {name: leaf.clone() for name, leaf in fused.state[param].items()}
+    value = param.detach().clone()
+    param.grad = torch.randn(40)
+    odd = torch.tensor([0, 5, 17, 39])
+    param.grad[odd] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")])
+    fused.step()
+    assert torch.equal(param[odd], value[odd])
+    assert param.isfinite().all() and (param != value).sum() == 36
+    for name in ("m", "v", "hidden", "cell"):
+        assert torch.equal(fused.state[param][name][..., odd], before[name][..., odd])
+
+
+@needs_compiler
+def test_bfloat16_memory_takes_40_bytes_a_coordinate_and_follows_the_plain_rule():
+    rule = random_lstm()
+    fused, plain = twins([(100, 33)], rule, lr=0.1, state_dtype=torch.bfloat16)
+    _, exact = twins([(100, 33)], rule, lr=0.1)
+    walk((fused, plain, exact))
+    (param,) = params_of(fused)
+    leaves = fused.state[param].items()
+    size = sum(leaf.nbytes for name, leaf in leaves if leaf.dim() and name != "last")
+    assert size == 40 * param.numel()
+    (theirs,), (full) = params_of(plain), params_of(exact)[0]
+    off = (param - theirs).norm() / (theirs - full).norm()
+    assert off < 0.3  # what differs in the last bit before rounding, beside the rounding itself
+    moved = full - twins([(100, 33)])[0].param_groups[0]["params"][0]
+    assert 0 < (param - full).norm() < 0.02 * moved.norm()
+
+
+@needs_compiler
+def test_threads_change_no_bit():
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            fused, _ = twins([(700, 300)])
+            walk((fused,), steps=2)
+        finally:
+            torch.set_num_threads(before)
+        results.append(params_of(fused)[0].detach())
+    assert torch.equal(*results)
+
+
+@needs_compiler
+def test_what_does_not_fit_the_kernel_is_stepped_plainly_beside_it():
+    for make in (
+        lambda x: x.to(torch.bfloat16),
+        lambda x: x.to(torch.float64),
+        lambda x: x.t(),
+    ):
+        odd, even = make(torch.randn(6, 5)), torch.randn(7)
+        results = []
+        for fused in (True, False):
+            params = [odd.clone().requires_grad_(), even.clone().requires_grad_()]
+            optimizer = LearnedOptimizer(params, random_lstm(), lr=0.1, fused=fused)
+            for _ in range(3):
+                for param in params:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+            results.append(params)
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
+
+
+@needs_compiler
+def test_a_gradient_in_another_layout_is_read_in_logical_order():
+    fused, plain = twins([(6, 5)])
+    for optimizer in (fused, plain):
+        params_of(optimizer)[0].grad = torch.arange(30.0).reshape(5, 6).t()
+        optimizer.step()
+    assert_same(fused, plain, atol=1e-7)
+
+
+@needs_compiler
+def test_the_step_counts_as_a_change_in_place():
+    param = torch.randn(4, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm(), fused=True)
+    loss = param.square().sum()
+    param.grad = torch.ones(4)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_compiler
+def test_a_saved_run_goes_on_to_the_same_bits():
+    fused, _ = twins([(9, 9)], state_dtype=torch.bfloat16)
+    walk((fused,), steps=3)
+    twin = copy.deepcopy(fused)
+    walk((fused,), steps=2)
+    other, _ = twins([(9, 9)], state_dtype=torch.bfloat16)
+    with torch.no_grad():
+        params_of(other)[0].copy_(params_of(twin)[0])
+    other.load_state_dict(twin.state_dict())
+    walk((other,), steps=2)
+    assert twin.fused is True and twin.state_dtype is torch.bfloat16
+    assert torch.equal(params_of(fused)[0], params_of(other)[0])
+
+
+def test_a_kernel_that_is_demanded_and_can_not_be_had_is_an_error():
+    class Mine(CoordinateLSTM):
+        pass
+
+    with pytest.raises(RuntimeError, match="no kernel for Mine here"):
+        LearnedOptimizer([torch.zeros(2)], Mine(), fused=True)
+
+
+SCRIPT = """
+import warnings, torch
+from rnnopt import LearnedOptimizer
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        param = torch.ones(3, requires_grad=True)
+        optimizer = LearnedOptimizer([param])
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            optimizer.step()
+print(param.tolist(), [str(w.message) for w in seen])
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"), [("absent-cc", "absent-cc is not there"), ("false", "status 1")]
+)
+def test_without_a_compiler_it_says_so_once_and_steps_plainly(compiler, why, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    values, messages = done.stdout.split("] [")
+    assert messages.count("could not be compiled") == 1
+    assert why in messages and "install gcc or clang" in messages
+    param = torch.ones(3, requires_grad=True)
+    plain = LearnedOptimizer([param], fused=False)
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        plain.step()
+    assert values == str(param.tolist())[:-1]
+
+
+@needs_compiler
+def test_two_processes_may_build_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = "from rnnopt.optim.kernels.choice import c_kernel; assert c_kernel(8)"
+    runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", line]) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "rnnopt").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_parameter_that_grew_is_an_error_and_not_a_write_beyond_its_memory():
+    param = torch.nn.Parameter(torch.randn(8))
+    optimizer = LearnedOptimizer([param])
+    param.grad = torch.randn(8)
+    optimizer.step()
+    param.data = torch.cat([param.data, torch.zeros(1000)])
+    param.grad = torch.ones(1008)
+    with pytest.raises(
+        RuntimeError, match=r"tensor \[1008\] and src \[8\] to have the same number"
+    ):
+        optimizer.step()
+
+
+@needs_compiler
+def test_betas_near_one_are_those_of_the_plain_rule():
+    rule = random_lstm()
+    rule.betas = (0.9, 1 - 1e-8)
+    fused, plain = twins([(50,)], rule, lr=0.1)
+    walk((fused, plain), steps=3)
+    assert_same(fused, plain, atol=1e-6)
+
+
+@needs_compiler
+def test_a_step_may_be_compiled_or_begun_in_inference_mode():
+    fused, plain = twins([(5,)])
+    (param,), (twin,) = params_of(fused), params_of(plain)
+    param.grad, twin.grad = torch.ones(5), torch.ones(5)
+    torch.compile(lambda: fused.step(), backend="eager")()
+    plain.step()
+    assert_same(fused, plain, atol=1e-7)
+    begun = LearnedOptimizer([param])
+    with torch.inference_mode():
+        begun.step()
+    begun.step()
+
+
+@pytest.mark.parametrize("compiler", ["", '"gcc'])
+def test_an_odd_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)
+
+
+@needs_compiler
+def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatch):
+    fused, _ = twins([(4, 30), (3, 30)], random_lstm(orthogonalize=True))
+    start = [param.detach().clone() for param in params_of(fused)]
+
+    def stopped(self, direction):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CoordinateLSTM, "turned", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        walk((fused,), steps=1)
+    assert all(map(torch.equal, params_of(fused), start))
+
+
+@needs_compiler
+@pytest.mark.parametrize("lr", [1e-9, 1e-3, 1e3])
+@pytest.mark.filterwarnings("ignore:lr=.* multiplies the learned step")
+def test_an_orthogonalized_step_is_as_long_as_its_rate_says(lr):
+    fused, plain = twins([(8, 384)], random_lstm(orthogonalize=True), lr=lr)
+    for param in (*params_of(fused), *params_of(plain)):
+        param.data.zero_()
+    walk((fused, plain), steps=3)
+    ours, theirs = params_of(fused)[0], params_of(plain)[0]
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()

@@ -1,0 +1,424 @@
+"""`LearnedOptimizer` is a true `torch.optim.Optimizer`."""
+
+import copy
+import io
+import itertools
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_table import RULES, random_lstm
+from torch import nn
+
+from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
+from rnnopt.rules.files import (
+    SHIPPED_HEAD_RULE,
+    SHIPPED_RULE,
+    load_rule,
+    rule_fingerprint,
+    shipped_rule,
+)
+
+each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
+
+
+def model(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(net.parameters()).dtype
+    return net(torch.randn(16, 4, generator=generator).to(dtype)).float().square().mean()
+
+
+def train(net, optimizer, steps):
+    for seed in steps:
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.step()
+
+
+def values(net):
+    return [param.detach().clone() for param in net.parameters()]
+
+
+@each_rule
+def test_steps_lower_the_loss_of_a_small_network(make):
+    net = model()
+    before = float(loss_of(net, 0).detach())
+    train(net, LearnedOptimizer(net.parameters(), make(), lr=0.01), [0] * 30)
+    assert float(loss_of(net, 0).detach()) < before
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(1, 3)), make=st.sampled_from(list(RULES.values())))
+def test_grouping_changes_nothing(cuts, make):
+    net = model()
+    twin = copy.deepcopy(net)
+    params = list(twin.parameters())
+    edges = [0, *sorted(cuts), len(params)]
+    groups = [{"params": params[a:b]} for a, b in itertools.pairwise(edges)]
+    train(net, LearnedOptimizer(net.parameters(), make()), range(3))
+    train(twin, LearnedOptimizer(groups, make()), range(3))
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_lr_and_weight_decay_belong_to_the_group():
+    frozen, moved = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer(
+        [{"params": [frozen], "lr": 0.0}, {"params": [moved], "weight_decay": 2.0}], Adam(0.1)
+    )
+    frozen.grad = moved.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(frozen, torch.ones(3))
+    torch.testing.assert_close(moved.detach(), torch.full((3,), 0.8))
+
+
+def test_closure_is_called_with_gradients_on_and_its_loss_returned():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    before = values(net)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, 0)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+    assert not any(map(torch.equal, before, values(net)))
+
+
+def test_parameters_without_a_gradient_stay():
+    net = model()
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    train(net, LearnedOptimizer(net.parameters(), random_lstm(), weight_decay=1.0), range(2))
+    assert torch.equal(net[0].weight, before)
+
+
+def test_the_gradient_is_read_only():
+    net = model()
+    loss_of(net, 0).backward()
+    before = [param.grad.clone() for param in net.parameters()]
+    LearnedOptimizer(net.parameters(), random_lstm()).step()
+    assert all(map(torch.equal, before, (param.grad for param in net.parameters())))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,)])
+def test_small_tensors_step(shape):
+    param = torch.ones(shape, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm())
+    for _ in range(2):
+        param.grad = torch.ones(shape)
+        optimizer.step()
+    assert param.shape == shape
+    assert torch.isfinite(param).all()
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_resume_is_exact_in_the_middle_of_an_adaptation(make, dtype):
+    net = model(dtype)
+    optimizer = LearnedOptimizer(net.parameters(), make(), lr=0.5, weight_decay=0.01)
+    train(net, optimizer, range(3))
+    buffer = io.BytesIO()
+    torch.save([net.state_dict(), optimizer.state_dict()], buffer)
+    train(net, optimizer, range(3, 6))
+
+    buffer.seek(0)
+    weights, memory = torch.load(buffer, weights_only=True)
+    resumed = model(dtype)
+    resumed.load_state_dict(weights)
+    fresh = LearnedOptimizer(resumed.parameters(), make())
+    fresh.load_state_dict(memory)
+    train(resumed, fresh, range(3, 6))
+    assert all(map(torch.equal, values(net), values(resumed)))
+
+
+def test_loading_keeps_the_dtype_of_the_memory():
+    net = model(torch.bfloat16)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, optimizer, range(1))
+    fresh = LearnedOptimizer(net.parameters(), random_lstm())
+    fresh.load_state_dict(optimizer.state_dict())
+    for state in fresh.state.values():
+        assert state.pop("last").dtype == torch.bfloat16  # the guard's
+    assert {leaf.dtype for state in fresh.state.values() for leaf in state.values()} == {
+        torch.float32
+    }
+
+
+def test_a_loaded_state_shares_no_memory_with_its_source():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, optimizer, range(1))
+    saved = optimizer.state_dict()
+    fresh = LearnedOptimizer(net.parameters(), random_lstm())
+    fresh.load_state_dict(saved)
+    saved["state"][0]["m"].fill_(7)
+    assert not (fresh.state[net[0].weight]["m"] == 7).any()
+
+
+def test_the_memory_of_another_rule_is_refused_and_nothing_changes():
+    net = model()
+    small = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=4))
+    train(net, small, range(1))
+    large = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=8))
+    with pytest.raises(ValueError, match="load it with the rule that it was saved with"):
+        large.load_state_dict(small.state_dict())
+    assert not large.state
+
+
+def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
+    net = model()
+    ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
+    with pytest.raises(ValueError, match=r"no \['climbed', 'lost', 'undone'\].*of a Learned"):
+        ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
+    train(net, ours, range(1))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_has_the_rule_and_steps_alike(copied):
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, optimizer, range(2))
+    twin, twin_optimizer = copied((net, optimizer))
+    train(net, optimizer, range(2, 4))
+    train(twin, twin_optimizer, range(2, 4))
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_the_rule_is_the_object_that_was_given_and_not_in_param_groups():
+    rule = random_lstm()
+    optimizer = LearnedOptimizer(model().parameters(), rule)
+    assert optimizer.rule is rule
+    counts = "undone", "climbed", "lost"  # plain values
+    assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *counts}
+
+
+def test_a_step_leaves_no_graph_and_no_gradient_on_the_rule():
+    net, rule = model(), random_lstm()
+    optimizer = LearnedOptimizer(net.parameters(), rule)
+    train(net, optimizer, range(2))
+    assert all(weight.grad is None for weight in rule.parameters())
+    assert not any(leaf.requires_grad for s in optimizer.state.values() for leaf in s.values())
+
+
+def test_schedulers_scale_the_step():
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Adam(0.1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    moves = []
+    for _ in range(3):
+        before = float(param.detach())
+        param.grad = torch.ones(1)
+        optimizer.step()
+        scheduler.step()
+        moves.append(before - float(param.detach()))
+    torch.testing.assert_close(moves, [0.1, 0.05, 0.025], rtol=1e-5, atol=0)
+
+
+def test_grad_scaler_changes_nothing():
+    net = model()
+    twin = copy.deepcopy(net)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(net, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    train(twin, LearnedOptimizer(twin.parameters(), random_lstm()), [0])
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_grad_scaler_skips_a_step_that_overflowed():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = values(net)
+    scaler.scale(loss_of(net, 0) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(torch.equal, before, values(net)))
+    assert scaler.get_scale() == 4.0
+
+
+def test_clipped_gradients_are_what_the_rule_sees():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), SGD(1.0))
+    before = values(net)
+    loss_of(net, 0).backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+    optimizer.step()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(net))])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_add_param_group_after_the_first_step():
+    net, late = model(), torch.ones(2, requires_grad=True)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, optimizer, range(1))
+    optimizer.add_param_group({"params": [late], "lr": 2.0})
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert (late != 1).all()
+
+
+def test_a_rule_may_come_from_a_file(tmp_path):
+    rule = random_lstm()
+    save_rule(rule, tmp_path / "rule.safetensors")
+    for path in (tmp_path / "rule.safetensors", tmp_path, str(tmp_path)):
+        loaded = LearnedOptimizer(model().parameters(), path).rule
+        assert all(map(torch.equal, rule.parameters(), loaded.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "head"),
+    [
+        ([(3, 8), (3,)], True),
+        ([(3,), (3, 8)], True),
+        ([(3, 8)], False),  # may be a prompt as well
+        ([(3, 8), (8,)], False),
+        ([(8, 8), (8,), (3, 8), (3,)], False),
+        ([(3, 8, 1), (3,)], False),
+        ([(3,)], False),
+    ],
+)
+def test_a_linear_classifier_alone_has_a_shipped_rule_to_itself(shapes, head):
+    wanted = SHIPPED_HEAD_RULE if head else SHIPPED_RULE
+    params = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    assert shipped_rule(params) == wanted
+    for passed in (params, [{"params": params[:1]}, *({"params": [p]} for p in params[1:])]):
+        rule = LearnedOptimizer(passed).rule
+        assert rule_fingerprint(rule) == rule_fingerprint(load_rule(wanted))
+
+
+def test_what_is_frozen_does_not_choose_the_shipped_rule():
+    net = model()
+    net[0].requires_grad_(False)
+    rule = LearnedOptimizer(net.parameters()).rule
+    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_HEAD_RULE))
+    net.requires_grad_(False)  # nothing trains yet: who knows
+    rule = LearnedOptimizer(net.parameters()).rule
+    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_RULE))
+
+
+@pytest.mark.parametrize("later", ["group", "thawed"])
+def test_a_head_that_gets_company_is_warned_of(later):
+    net = model()
+    net[0].requires_grad_(False)
+    params = net[2].parameters() if later == "group" else net.parameters()
+    optimizer = LearnedOptimizer(params)
+    train(net, optimizer, range(2))  # without a warning, or this fails
+    net.requires_grad_()
+    if later == "group":
+        optimizer.add_param_group({"params": list(net[0].parameters())})
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        train(net, optimizer, range(2))
+    (said,) = heard  # once
+    assert "4 tensors train with the rule that ships for a linear head" in str(said.message)
+    assert said.filename == __file__
+
+
+def test_without_a_rule_a_shipped_one_is_loaded():
+    assert SHIPPED_RULE.stat().st_size + SHIPPED_HEAD_RULE.stat().st_size <= 200_000
+    net = model()
+    train(net, LearnedOptimizer(net.parameters()), range(2))
+    assert all(torch.isfinite(value).all() for value in values(net))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr=-1.0: must be finite and at least 0"),
+        ({"lr": float("nan")}, ValueError, "lr=nan: must be finite"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1: must be finite and at least 0"),
+        ({"rule": object()}, TypeError, "expected an UpdateRule"),
+        ({"rule": 1e-3}, TypeError, r"the multiplier of its steps is lr=0.001, and 1.0"),
+        ({"rule": Path("nowhere")}, InputError, "can't read nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        LearnedOptimizer(model().parameters(), **{"rule": random_lstm(), **options})
+
+
+def test_a_learning_rate_that_was_left_over_is_warned_of(recwarn):
+    net = model()
+    LearnedOptimizer(net.parameters(), lr=0.01)
+    LearnedOptimizer(net.parameters(), lr=0.0)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="lr=2e-05 multiplies the learned step.*leave lr out"
+    ) as seen:
+        LearnedOptimizer(net.parameters(), lr=2e-5)
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_complex_and_integer_parameters_are_refused(dtype):
+    optimizer = LearnedOptimizer(model().parameters(), random_lstm())
+    with pytest.raises(TypeError, match=f"dtype {dtype}.*only real floating-point"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=dtype)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves():
+    dense, table = torch.ones(2, requires_grad=True), nn.Embedding(5, 2, sparse=True)
+    optimizer = LearnedOptimizer([dense, table.weight], random_lstm())
+    (dense.sum() + table(torch.tensor([1])).sum()).backward()
+    with pytest.raises(TypeError, match="build the embedding with sparse=False"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(2))
+
+
+def test_a_compiled_model_is_stepped_as_the_plain_one():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, backend="aot_eager")  # a real graph, no C++ needed
+    for model, module in ((plain, plain), (compiled, twin)):
+        optimizer = LearnedOptimizer(module.parameters(), random_lstm())
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), float(step))).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(plain.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_first_group_without_parameters_is_no_hindrance():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer([{"params": []}, {"params": [param]}])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert (param != 1).all()
+
+
+def test_a_parameter_given_twice_is_refused():
+    param = torch.ones(3, requires_grad=True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="in this group twice"):
+        LearnedOptimizer([param, param])
+
+
+def test_a_pickle_without_the_newer_options_steps():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm())
+    state = optimizer.__getstate__()
+    older = {name: value for name, value in state.items() if name not in ("fused", "state_dtype")}
+    revived = LearnedOptimizer.__new__(LearnedOptimizer)
+    revived.__setstate__(older)
+    param.grad = torch.ones(3)
+    revived.step()
+    assert (param != 1).all()

@@ -1,0 +1,224 @@
+"""The guard: steps that overshoot are undone, and a careful rule takes over."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_table import random_lstm
+
+from rnnopt import Adam, LearnedOptimizer
+from rnnopt.optim.safeguard import rise
+
+
+class Rash(Adam):
+    """Adam at a rate that ruins anything; careful, it is Adam at one that does not."""
+
+    def careful(self):
+        return Adam(self.step_size / 1000)
+
+
+def bowl(param):
+    """A quadratic with its minimum at 1; 50 nats at 0."""
+    return 50 * (param - 1).square().sum()
+
+
+def descend(param, optimizer, steps, loss=bowl):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(param)
+        value.backward()
+        losses.append(float(value.detach()))
+        optimizer.step()
+    return losses
+
+
+def test_a_step_that_overshot_is_undone_and_the_careful_rule_takes_over():
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Rash(100.0))
+    losses = descend(param, optimizer, 2)
+    assert losses == [50.0, pytest.approx(50 * 99**2, rel=1e-3)]
+    assert optimizer.undone == 1
+    assert abs(param.item()) < 0.01 * 100  # 8 bits of the step are kept
+    start = param.item()
+    descend(param, optimizer, 1)
+    assert 0.05 < abs(param.item() - start) < 0.101  # Adam's step is at most its rate, 100 / 1000
+    assert optimizer.undone == 1
+
+
+def test_every_further_one_halves_the_step():
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Rash(1e6))
+    moves = []
+    for _ in range(60):
+        before, undone = param.item(), optimizer.undone
+        descend(param, optimizer, 1)
+        if undone and optimizer.undone == undone:
+            moves.append((undone, abs(param.item() - before)))
+    first = {}
+    for undone, move in moves:
+        first.setdefault(undone, move)
+    assert len(first) >= 3
+    for undone, move in first.items():
+        assert move <= 1.01e3 * 0.5 ** (undone - 1)
+
+
+def test_without_a_guard_nothing_is_undone():
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Rash(100.0), guard=False)
+    descend(param, optimizer, 5)
+    assert optimizer.undone == 0
+    assert "last" not in optimizer.state[param]
+
+
+def test_a_step_after_which_no_gradient_is_finite_is_undone():
+    param = torch.full((4,), 3.0, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Rash(0.5))
+    optimizer.zero_grad()
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert (param < 2.6).all()
+    param.grad = torch.full((4,), float("nan"))
+    optimizer.step()
+    assert optimizer.undone == 0 and (param < 2.6).all()  # one may be the batch's fault
+    optimizer.step()
+    torch.testing.assert_close(param, torch.full((4,), 3.0), rtol=0, atol=0.01)
+    assert optimizer.undone == 1
+    optimizer.step()  # nothing is left to undo
+    assert optimizer.undone == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lost_batch_is_passed_over_and_the_rule_goes_on(value):
+    param, twin = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    ours, theirs = LearnedOptimizer([param], Rash(0.1)), LearnedOptimizer([twin], Rash(0.1))
+    for _ in range(3):
+        descend(param, ours, 1)
+        descend(twin, theirs, 1)
+        param.grad = torch.full((3,), value)
+        ours.step()
+    assert ours.undone == 0
+    assert torch.equal(param, twin)
+
+
+def test_one_lost_coordinate_undoes_nothing():
+    param = torch.full((4,), 3.0, requires_grad=True)
+    optimizer = LearnedOptimizer([param], Rash(0.5))
+    for _ in range(3):
+        param.grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0])
+        optimizer.step()
+    assert optimizer.undone == 0
+
+
+def test_what_has_no_gradient_now_is_taken_back_too():
+    first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    optimizer = LearnedOptimizer([first, second], Rash(100.0))
+    (bowl(first) + bowl(second)).backward()
+    optimizer.step()
+    assert first.item() == second.item() > 90
+    optimizer.zero_grad()
+    bowl(first).backward()
+    optimizer.step()
+    assert optimizer.undone == 1
+    assert max(abs(first.item()), abs(second.item())) < 0.01 * 100
+
+
+def test_a_step_of_long_ago_is_not_the_last_one():
+    """A parameter whose gradient comes back."""
+    first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    optimizer = LearnedOptimizer([first, second], Rash(0.01))
+    for grads in ((1.0, 1.0), *[(1.0, None)] * 3, (1.0, -1000.0)):
+        for param, grad in zip((first, second), grads):
+            param.grad = None if grad is None else torch.tensor([grad])
+        optimizer.step()
+    assert optimizer.undone == 0
+
+
+def test_a_rule_is_not_shown_what_the_guard_keeps():
+    seen = []
+
+    class Watched(Rash):
+        def __call__(self, grad, state, param):
+            seen.append(set(state))
+            return super().__call__(grad, state, param)
+
+    param = torch.zeros(1, requires_grad=True)
+    descend(param, LearnedOptimizer([param], Watched(0.01)), 3)
+    assert seen == [{"m", "v", "step"}] * 3
+
+
+def test_a_guard_that_is_wanted_needs_a_rule_that_has_one():
+    param = torch.zeros(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="guard=True, but Adam knows no careful rule"):
+        LearnedOptimizer([param], Adam(0.1), guard=True)
+    descend(param, LearnedOptimizer([param], Adam(0.1)), 1)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_rise_is_that_of_a_parabola(dtype, lost):
+    """With a coordinate whose gradient is not finite, that of the others."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(50, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    optimizer = LearnedOptimizer([param], Rash(0.25))
+    values = []
+    for _ in range(2):
+        param.grad = param.detach().clone()
+        values.append(float(param.detach()[lost:].double().square().sum() / 2))
+        if lost:
+            param.grad[0] = float("nan")
+        optimizer.step()
+    param.grad = param.detach().clone()
+    if lost:
+        param.grad[0] = float("inf")
+    now = float(param.detach()[lost:].double().square().sum() / 2)
+    work = [(optimizer.param_groups[0], param, param.grad)]
+    change, finite = rise(work, [optimizer.state[param]])
+    assert change == pytest.approx(now - values[1], rel=0.03 if dtype == torch.bfloat16 else 0.01)
+    assert finite == (not lost)
+
+
+def test_a_resumed_run_undoes_what_the_first_would_have():
+    def start():
+        param = torch.zeros(3, requires_grad=True)
+        return param, LearnedOptimizer([param], Rash(100.0))
+
+    param, optimizer = start()
+    descend(param, optimizer, 1)
+    saved, value = copy.deepcopy(optimizer.state_dict()), param.detach().clone()
+    descend(param, optimizer, 4)
+    fresh, resumed = start()
+    with torch.no_grad():
+        fresh.copy_(value)
+    resumed.load_state_dict(saved)
+    descend(fresh, resumed, 4)
+    assert resumed.undone == optimizer.undone > 0
+    assert torch.equal(fresh, param)
+
+
+def test_careful_is_adam_and_leaves_the_rule_as_it_is():
+    rule = random_lstm()
+    weights = copy.deepcopy(rule.state_dict())
+    careful = rule.careful()
+    assert not careful.output_weight.any() and not careful.output_context.any()
+    assert not careful.output_bias.any()
+    assert all(torch.equal(weights[name], leaf) for name, leaf in rule.state_dict().items())
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), steep=st.floats(0.1, 300), lr=st.sampled_from([0.5, 1.0, 30.0]))
+def test_no_rule_leaves_a_valley_far_behind(seed, steep, lr):
+    """Whatever its weights: 40 steps end at most a nat above the start."""
+    rule = random_lstm(seed=seed).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.randn(20, generator=generator).requires_grad_()
+    curvature = steep * torch.rand(20, generator=generator)
+    optimizer = LearnedOptimizer([param], rule, lr=lr)
+
+    def loss(x):
+        return (curvature * x.square()).sum() / 2
+
+    losses = descend(param, optimizer, 41, loss)
+    assert min(losses[-2:]) < losses[0] + 1.1  # the last may be about to be undone

@@ -1,0 +1,511 @@
+"""What defines `CoordinateLSTM`."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rule_table import random_lstm
+
+from rnnopt import CoordinateLSTM, LearnedOptimizer
+from rnnopt.rules import lstm as lstm_module
+from rnnopt.rules.features import (
+    BALANCE,
+    REST,
+    Peaks,
+    growth_request,
+    orthogonalized,
+    step_scale,
+    tensor_context,
+)
+from rnnopt.rules.protocol import advance, related, sums_of
+
+
+def peaks_of(state):
+    return Peaks(*(state[name] for name in Peaks._fields))
+
+
+def scale_of(sums, peaks, step, going_on=False):
+    return float(step_scale(sums, peaks, peaks.after(sums, step), going_on))
+
+
+def cosine(one, other):
+    return float(torch.cosine_similarity(one.detach().flatten(), other.flatten(), dim=0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(hidden_size=st.integers(0, 12), seed=st.integers(0, 99))
+def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
+    """reach (RMS / largest so far)^0.25 (largest RMS now / so far)^0.5 / (8 + largest promise so
+    far), worked out here."""
+    generator = torch.Generator().manual_seed(seed)
+    rule = random_lstm(hidden_size=hidden_size, reach=0.01)
+    rule.zero_output()
+    ours = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5, 10), (7,))]
+    twins = [param.clone().requires_grad_() for param in ours]
+    optimizer = LearnedOptimizer([param.requires_grad_() for param in ours], rule)
+    reference = torch.optim.Adam([{"params": [twin]} for twin in twins])
+    largest, most, requests = 0.0, 0.0, [0.0, 0.0, 0.0]
+    for step in range(20):
+        for size, param, twin in zip((5.0, 0.3 + step, 20.0), ours, twins):
+            param.grad = size * torch.randn(param.shape, generator=generator)
+            twin.grad = param.grad.clone()
+        sizes = [float(twin.grad.square().mean().sqrt()) for twin in twins]
+        shares = [(size / max(sizes)) ** 0.25 for size in sizes]
+        promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
+        weights = [  # a vector's is nothing, however large its gradient
+            size**2 * twin.numel() ** 0.5 * (twin.dim() > 1) for size, twin in zip(sizes, twins)
+        ]
+        asked = [
+            max(0.0, -cosine(twin, twin.grad)) * weight / max(weights)
+            for twin, weight in zip(twins, weights)
+        ]
+        now = [share**2 / (share**2 + 0.15**2) for share in asked]
+        largest, most = max(largest, *sizes), max(most, promised)
+        rest = (max(sizes) / largest) ** 0.5
+        for i, (group, size, twin) in enumerate(zip(reference.param_groups, sizes, twins)):
+            memory = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
+            new = (1 - requests[i] * max(0.0, cosine(memory, twin.grad))) ** 2
+            group["lr"] = 0.01 * new * (size / largest) ** 0.25 * rest / (8 + most)
+            requests[i] = max(requests[i], now[i])
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
+
+
+def test_a_new_rule_is_adam():
+    weights = CoordinateLSTM().named_parameters()
+    zero = {name for name, weight in weights if not weight.any()} - {"context_bias"}
+    assert zero == {
+        *("output_weight", "output_context", "output_bias"),
+        *("growth_context", "growth_bias"),
+    }
+
+
+def test_state_is_18_numbers_a_coordinate_at_the_default_size():
+    state = CoordinateLSTM().init_state(torch.zeros(10, 10))
+    assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 18 * 100
+
+
+def test_a_coordinate_that_never_had_a_gradient_stays_and_keeps_no_memory():
+    rule, param = random_lstm(), torch.randn(4, 5)
+    state = rule.init_state(param)
+    for _ in range(3):
+        grad = torch.randn(4, 5)
+        grad[1] = 0
+        delta, state = advance(rule, param, grad, state, 1.0, 0.0)
+        assert not delta[1].any()
+        assert delta[0].all()
+    for name in ("m", "v", "hidden", "cell"):
+        assert not state[name].reshape(-1, 4, 5)[:, 1].any()
+
+
+def test_untouched_rows_change_nothing_for_the_touched_ones_but_their_size():
+    """An embedding's gradient is as large in a small vocabulary as in a large one."""
+    rule = random_lstm()
+    with torch.no_grad():
+        rule.context_weight.zero_()  # the context knows the tensor's size and RMS
+        rule.context_bias.zero_()
+        rule.growth_bias.zero_()  # and growth goes by the whole tensor
+    grad = torch.randn(3, 5)
+    small, _ = advance(rule, torch.ones(3, 5), grad, rule.init_state(grad), 1.0, 0.0)
+    padded = torch.cat([grad, torch.zeros(100, 5)])
+    large, _ = advance(rule, torch.ones(103, 5), padded, rule.init_state(padded), 1.0, 0.0)
+    torch.testing.assert_close(large[:3], small)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    rule, param = random_lstm(), torch.randn(100)
+    grads = [torch.randn(100) for _ in range(3)]
+
+    def run():
+        state, deltas = rule.init_state(param), []
+        for grad in grads:
+            delta, state = advance(rule, param, grad, state, 1.0, 0.0)
+            deltas.append(delta)
+        return deltas[-1], state["hidden"]
+
+    whole = run()
+    monkeypatch.setattr(lstm_module, "CHUNK", 16)
+    torch.testing.assert_close(run(), whole, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.sampled_from([0.1, 10.0, 1e3]), seed=st.integers(0, 9))
+def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale, seed):
+    rule = random_lstm()
+    with torch.no_grad():
+        rule.context_weight.zero_()  # the context does know the gradient's RMS
+        rule.growth_bias.zero_()  # growth is relative to the parameter
+        rule.context_bias.zero_()
+    generator = torch.Generator().manual_seed(seed)
+    param, grad = (torch.randn(20, generator=generator) for _ in range(2))
+    plain, _ = advance(rule, param, grad, rule.init_state(param), 1.0, 0.0)
+    scaled, _ = advance(rule, param, grad * scale, rule.init_state(param), 1.0, 0.0)
+    nat = [8 + float(size.abs().sum()) for size in (grad, grad * scale)]
+    torch.testing.assert_close(scaled * nat[1], plain * nat[0], rtol=1e-3, atol=1e-6)
+
+
+def test_no_derivative_within_an_unroll_is_nan():
+    """Nor where it would be multiplied by nothing: anomaly detection is a researcher's tool."""
+    rule, start = random_lstm(), torch.randn(6)
+    param, state = start, rule.init_state(start)
+    with torch.autograd.set_detect_anomaly(True):
+        for _ in range(2):
+            delta, state = advance(rule, param, param, state, 1.0, 0.0)
+            param = param + delta
+        param.square().sum().backward()
+    assert rule.output_bias.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 3e38])
+def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
+    rule, param = random_lstm(), torch.randn(6)
+    state = rule.init_state(param)
+    for _ in range(3):
+        delta, state = advance(rule, param, torch.rand(6) * scale, state, 1.0, 0.0)
+        assert torch.isfinite(delta).all()
+    assert all(torch.isfinite(leaf).all() for leaf in state.values())
+
+
+@pytest.mark.parametrize(
+    "first, second, alike", [(15, 16, False), (16, 17, True), (16, 5000, True)]
+)
+def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
+    """No meta-training goes far beyond: a rule must not go by what it never saw."""
+    rule, param = random_lstm(), torch.linspace(-1, 1, 6)
+    state = rule.init_state(param)
+    sums = rule.related(rule.sums(param, state, param).unsqueeze(0))[0]
+    peaks = peaks_of(state)
+    contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
+    assert torch.equal(*contexts) == alike
+
+
+@settings(max_examples=20, deadline=None)
+@given(raw=st.floats(-9, 9), seed=st.integers(0, 9), steps=st.sampled_from([8, 0, 9]))
+def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(raw, seed, steps):
+    rule = CoordinateLSTM(growth_steps=steps) if steps != 8 else CoordinateLSTM()
+    still = CoordinateLSTM()
+    with torch.no_grad():
+        rule.growth_bias.fill_(raw)
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.randn(4, 5, generator=generator)
+    state = rule.init_state(param)
+    for step in range(1, 11):
+        # as much against the parameter as across it, and beside a tensor of more weight
+        grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
+        grad[2] = 0
+        sums = rule.sums(grad.flatten(), state, param.flatten())
+        largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0, 20])
+        heavier = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
+        told = rule.related(torch.stack([sums, largest]))[0]
+        adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
+        delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
+        asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
+        asked = (asked / heavier) ** 2
+        granted = asked / (asked + 0.15**2) if step <= steps else 0.0
+        growth = math.expm1(math.tanh(raw) * granted)
+        grown = 0.5 * growth * param
+        grown[2] = 0
+        torch.testing.assert_close(delta, adam + grown, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    units=st.floats(-1, 7).filter(lambda x: abs(x) > 0.01),
+    unit=st.floats(0.1, 2),
+    raw=st.floats(-0.15, 0.15),
+)
+@example(units=0.5, unit=0.5, raw=0.1)
+@example(units=3.0, unit=0.5, raw=0.1)
+def test_growth_follows_what_it_promises_from_its_unit_to_five_times_that(units, unit, raw):
+    rules = CoordinateLSTM(growth_unit=unit), CoordinateLSTM()
+    param, pull = torch.randn(4, 5), units * unit
+    grad = -pull * param / (param * param).sum()  # along the parameter alone
+    grown = []
+    for rule in rules:
+        with torch.no_grad():
+            rule.growth_bias.fill_(raw)
+        state = rule.init_state(param)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        grown.append(float(rule.shifts(sums, peaks_of(state), torch.tensor(1.0))[2].detach()))
+    granted = 1 / (1 + 0.15**2) if pull > 0 else 0.0
+    times = min(max(units, 1), 5)
+    for growth, speed in zip(grown, (times, 1)):
+        assert growth == pytest.approx(math.expm1(math.tanh(speed * raw) * granted), abs=1e-4)
+
+
+def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alone():
+    rule, param = CoordinateLSTM(), torch.tensor([3.0, 4.0])
+    state = rule.init_state(param)
+    for grad, pull, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
+        sums = rule.related(rule.sums(torch.tensor(grad), state, param).unsqueeze(0))[0]
+        peaks = peaks_of(state)
+        found = tensor_context(sums, peaks, torch.tensor(1.0))[-2:].tolist()
+        assert found == pytest.approx([math.asinh(pull / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
+
+
+def test_every_weight_of_the_rule_has_a_say():
+    rule, param = random_lstm(), torch.randn(4, 5)
+    state = rule.init_state(param)
+    for _ in range(2):  # the recurrent weights act from the second step on
+        delta, state = advance(rule, param, torch.randn(4, 5), state, 1.0, 0.0)
+    delta.square().sum().backward()
+    for name, weight in rule.named_parameters():
+        assert weight.grad.count_nonzero() == weight.numel(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": -1}, "hidden_size=-1: must lie between 0 and 1024"),
+        ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
+        ({"growth_steps": -1}, "growth_steps=-1: must be 0 or more"),
+        ({"growth_unit": 0.0}, "growth_unit=0.0: must be positive and finite, or None"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CoordinateLSTM(**options)
+
+
+def test_a_vector_does_not_grow_and_does_not_keep_a_matrix_from_it():
+    """A bias that grew would bend every decision towards the classes that it favours."""
+    rule, head, bias = CoordinateLSTM(), torch.randn(5, 10), torch.randn(5)
+    rows = []
+    for param, size in ((head, 1.0), (bias, 100.0)):  # both ask for growth, the bias for far more
+        state = rule.init_state(param)
+        flat = param.flatten()
+        rows.append(rule.sums(-size * flat, state, flat))
+    asked = growth_request(rule.related(torch.stack(rows)))
+    assert asked.tolist() == pytest.approx([1 / (1 + 0.15**2), 0], abs=1e-5)
+    assert growth_request(rule.related(rows[1].unsqueeze(0))).tolist() == [0]  # alone
+
+
+def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
+    """In a full batch, whose gradient repeats, next to nothing; in one at right angles, as ever."""
+    rule, param = CoordinateLSTM(), torch.randn(5, 10)
+    grad, other = -param, torch.randn(5, 10)  # the gradient asks the tensor to grow
+    other -= grad * (other * grad).sum() / (grad * grad).sum()
+    state = rule.init_state(param)
+
+    def scale(g, without_request=False):
+        sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        peaks = peaks_of(state)
+        if without_request:
+            peaks = peaks._replace(request_peak=torch.tensor(0.0))
+        return scale_of(sums, peaks, state["step"] + 1)
+
+    assert scale(grad) == scale(grad, without_request=True) > 0
+    _, state = advance(rule, param, grad, state, 1.0, 0.0)
+    request = 1 / (1 + 0.15**2)
+    assert scale(grad) == pytest.approx(scale(grad, True) * (1 - request) ** 2, rel=1e-4)
+    assert scale(other) == pytest.approx(scale(other, True), rel=1e-4)
+    assert scale(-grad) == scale(-grad, without_request=True)
+
+
+def test_an_outlier_slows_what_follows_tenfold_at_most():
+    """A gradient a thousand, or a million, times as large, once; at the first steps it is taken as
+    it comes, and with an encoder below counts less and less until something asks for growth."""
+    steps = 9
+    param = torch.randn(5, 10)
+
+    def scales(outlier_at, size=1e3, grad=-param, orthogonalize=True):
+        rule = CoordinateLSTM(orthogonalize=orthogonalize)
+        state, found = rule.init_state(param), []
+        for step in range(1, steps + 1):
+            g = grad * (size if step == outlier_at else 1)
+            sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
+            peaks = peaks_of(state)
+            found.append(scale_of(sums, peaks, torch.tensor(float(step))))
+            _, state = advance(rule, param, g, state, 1.0, 0.0)
+        return found
+
+    plain, late, early = scales(None), scales(7), scales(2)
+    assert late[:6] == plain[:6]
+    assert late[6] <= plain[6]  # the outlier's own step is no larger either
+    assert scales(7, size=1e6)[6] <= plain[6]
+    assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
+    assert plain[8] / early[8] > 500
+    unlearned = {"grad": param}  # the gradient asks the tensor to shrink
+    head = {**unlearned, "orthogonalize": False}
+    assert scales(None, **head)[8] / scales(2, **head)[8] > 500
+    ratio = scales(None, **unlearned)[8] / scales(2, **unlearned)[8]
+    left = 1e3 * 0.5**7
+    promise = scales(None, **unlearned)[0] ** -1 - 8  # of the gradient without the outlier
+    assert ratio == pytest.approx(
+        left ** (BALANCE + REST) * (8 + left * promise) / (8 + promise), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("pull, keep", [(0.0, 0.5), (1 / 16, 0.75), (1 / 8, 1.0), (1.0, 1.0)])
+def test_peaks_fade_until_growth_would_bring_an_eighth_of_a_nat(pull, keep):
+    """However much else the gradient asks for, as that of a head does that is too long."""
+    param, other = torch.randn(5, 10), torch.randn(5, 10)
+    other -= param * (other * param).sum() / (param * param).sum()
+    grad = 100 * other - pull * param / (param * param).sum()
+    for orthogonalize, kept in ((True, keep), (False, 1.0)):
+        rule = CoordinateLSTM(hidden_size=0, orthogonalize=orthogonalize)
+        state = rule.init_state(param)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        assert growth_request(sums) < 1e-3
+        for before, share in ((0.0, kept), (1.0, 1.0)):  # of the evidence; it is remembered
+            peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
+            for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
+                assert float(peak) == pytest.approx(1e6 * share, rel=1e-3)
+
+
+def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_it_goes_on():
+    rule = CoordinateLSTM(hidden_size=0, orthogonalize=True).double()
+    head, body = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 10), (10, 10)))
+    params, grads = (head, body), (-head, torch.randn(10, 10, dtype=torch.float64))
+    states = [rule.init_state(param) for param in params]
+
+    def scales(size, going_on):
+        now = [(size * grad).flatten() for grad in grads]
+        told = related(rule, [sums_of(rule, *given) for given in zip(params, now, states)])
+        peaks = [peaks_of(state) for state in states]
+        step = states[0]["step"]
+        return [scale_of(*given, step, going_on) for given in zip(told, peaks)]
+
+    assert scales(1.0, True) == scales(1.0, False)
+    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    for i, (param, grad, sums) in enumerate(zip(params, grads, told)):
+        _, states[i] = advance(rule, param, grad, states[i], 1.0, 0.0, sums)
+    rested = [on / off for on, off in zip(scales(0.01, True), scales(0.01, False))]
+    for state, ratio in zip(states, rested):
+        request = float(state["request_peak"])
+        assert ratio == pytest.approx(0.01 ** (REST * (request - 1)), rel=1e-6)
+    assert rested[0] < 2 < 9 < rested[1]
+
+
+def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
+    """However little their gradients promise."""
+    rule, param = CoordinateLSTM(hidden_size=0), torch.zeros(1000, 500)
+    state = rule.init_state(param)
+    peaks = peaks_of(state)
+    for size, promised in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
+        grad = torch.full_like(param, size)
+        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        scale = scale_of(sums, peaks, torch.tensor(1.0))
+        assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shapes, counted",
+    [
+        ([(70, 80), (90, 100)], 5600),
+        ([(70, 80), (90, 5, 20), (65, 65)], 5600 + 4225),
+        ([(70, 80), (64, 100), (100,)], 0),  # a head of 70 classes above narrow matrices
+        ([(200, 200)], 0),
+    ],
+)
+@pytest.mark.parametrize("hidden", [0, 17])
+def test_a_step_is_bounded_by_the_wide_matrices_but_the_largest(shapes, counted, hidden):
+    """Of those coordinates that have a gradient."""
+    rule = CoordinateLSTM()
+    params = [torch.zeros(shape) for shape in shapes]
+    grads = [torch.full_like(param, 1e-9) for param in params]
+    grads[0].view(-1)[:hidden] = 0
+    states = [rule.init_state(param) for param in params]
+    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    bound = 2.29 * max(0, counted - hidden) ** (1 / 3)
+    everything = sum(param.numel() for param in params) / 45_000
+    for sums, state in zip(told, states):
+        scale = scale_of(sums, peaks_of(state), torch.tensor(1.0))
+        assert scale == pytest.approx(1 / (8 + max(bound, everything)), rel=1e-4)
+
+
+def test_what_is_wide_is_known_of_a_shard_by_the_whole_tensors_shape():
+    rule, shard = CoordinateLSTM(), torch.zeros(35, 80)
+    assert float(rule.init_state(shard)["matrix"]) == 1
+    assert float(rule.init_state(shard, shape=(70, 80))["matrix"]) == 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
+def test_an_orthogonalized_direction_has_like_singular_values_and_keeps_its_length(
+    rows, columns, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    ours = orthogonalized(direction)
+    left, sizes, right = torch.linalg.svd(direction, full_matrices=False)
+    known = sizes > 0.01 * direction.norm()  # the iterations have come to those
+    expected = left[:, known] @ right[known]
+    found = left[:, known].T @ ours @ right[known].T
+    torch.testing.assert_close(
+        found / found[0, 0], torch.eye(int(known.sum())).double(), atol=0.01, rtol=0
+    )
+    assert float((ours * expected).sum()) > 0
+    torch.testing.assert_close(ours.norm(), direction.norm())
+    torch.testing.assert_close(orthogonalized(direction.T), ours.T)
+    assert not orthogonalized(torch.zeros(rows, columns)).any()
+
+
+def test_what_is_nothing_in_a_matrix_stays_so_when_it_is_orthogonalized():
+    ours = orthogonalized(torch.ones(3, 50) * torch.arange(50))
+    torch.testing.assert_close(ours, torch.ones(3, 50) * torch.arange(50), rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_they_ask_for_growth():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 80), (80, 3), (65, 70), (9,))
+    plain = CoordinateLSTM().double()
+    turning = copy.deepcopy(plain)
+    turning.orthogonalize = True
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    states = [plain.init_state(param) for param in params]
+    for step in range(4):
+        grads = [0.1 * torch.randn(param.shape, generator=generator) for param in params]
+        grads = [grad.double() for grad in grads]
+        if step == 2:  # the first asks for growth, and is the heaviest
+            grads[0] = -10 * params[0]
+        sums = [sums_of(plain, *given) for given in zip(params, grads, states)]
+        told = related(plain, sums)
+        for i, (param, grad, known) in enumerate(zip(params, grads, told)):
+            delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, known)
+            turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
+            assert all(torch.equal(after[name], same[name]) for name in after)
+            decay = -0.5 * 0.1 * plain.step_size * param
+            peaks = peaks_of(states[i])
+            rests, goes_on = (scale_of(known, peaks, after["step"], on) for on in (False, True))
+            delta = decay + (delta - decay) * goes_on / rests
+            if i < 2:
+                request = max(float(growth_request(known)), float(states[i]["request_peak"]))
+                longer = 2 - request if step else 1
+                direction = delta - decay
+                if step == 0:  # Adam's is no more than the sign
+                    direction = -grad * direction.norm() / grad.norm()
+                delta = decay + longer * orthogonalized(direction)
+            torch.testing.assert_close(turned, delta)
+            states[i] = after
+        if step == 2:
+            assert float(growth_request(told[0])) > 0.9 > 0.1 > float(growth_request(told[1]))
+        if step == 3:  # it is remembered
+            assert float(growth_request(told[0])) < 0.1 < 0.9 < float(states[0]["request_peak"])
+
+
+def test_a_rule_in_doubt_is_adam_and_orthogonalizes_nothing():
+    assert not random_lstm(orthogonalize=True).careful().turns((3, 80))
+
+
+def test_growth_alone_is_the_growth_of_the_rule_with_adams_directions():
+    rule, param = random_lstm(), torch.randn(4, 5)
+    alone = rule.growth_alone()
+    grad = -param  # asks for nothing else
+    delta, _ = advance(alone, param, grad, alone.init_state(param), 1.0, 0.0)
+    twin = rule.careful()
+    with torch.no_grad():
+        for name in ("growth_context", "growth_bias"):
+            twin.get_parameter(name).copy_(rule.get_parameter(name))
+    expected, _ = advance(twin, param, grad, twin.init_state(param), 1.0, 0.0)
+    torch.testing.assert_close(delta, expected)
+    state = alone.init_state(param)
+    assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 2 * param.numel()
+    assert {name for name, weight in alone.named_parameters() if weight.requires_grad} == {
+        *("context_weight", "context_bias", "growth_context", "growth_bias")
+    }
