@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from rnnopt import LearnedOptimizer
 from rnnopt.data.splits import read_splits
-from rnnopt.evaluation.comparison import METRICS, default_budgets, interval
+from rnnopt.evaluation.comparison import METRICS, default_budgets
+from rnnopt.evaluation.statistics import interval
 from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier

@@ -15,8 +15,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from rnnopt.evaluation.comparison import interval
 from rnnopt.evaluation.report.tables import table
+from rnnopt.evaluation.statistics import interval
 from rnnopt.storage.files import write_atomically
 
 matplotlib.use("Agg")  # no window system is needed, or looked for

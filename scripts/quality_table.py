@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from rnnopt.evaluation.comparison import LEARNED, interval
+from rnnopt.evaluation.comparison import LEARNED
+from rnnopt.evaluation.statistics import interval
 
 Result = Mapping[str, Any]  # what `rnnopt compare` writes
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rnnopt import SGD, LearnedOptimizer, MetaSGD
-from rnnopt.evaluation.comparison import interval
+from rnnopt.evaluation.statistics import interval
 from rnnopt.meta.unroll import LossFunction, UnrollSettings, unroll
 from rnnopt.storage.files import write_atomically
 

@@ -11,14 +11,10 @@ from rnnopt import SGD, Adam, InputError
 from rnnopt.data.files import read_corpus
 from rnnopt.data.splits import divide_classes
 from rnnopt.evaluation.baselines import BASELINES
-from rnnopt.evaluation.comparison import (
-    Comparison,
-    default_budgets,
-    interval,
-    student_quantile,
-)
+from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.tables import comparison_table
+from rnnopt.evaluation.statistics import interval, student_quantile
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.tasks import Adaptation, Score, TaskSource
