@@ -63,7 +63,9 @@ def read_splits(
     Args:
         paths: the sources.
         seed: for dividing the classes of single files.
-        text_column, label_column, domain_column: as in `read_corpus`.
+        text_column: as in `read_corpus`.
+        label_column: as in `read_corpus`.
+        domain_column: as in `read_corpus`.
         allow_overlap: skip the check that no two parts share a class.
 
     Raises:
@@ -257,7 +259,8 @@ def check_disjoint(
     Classes are the same by their texts if they share 2 texts and 10 % of the smaller one.
 
     Args:
-        train, other: the two sides.
+        train: one side.
+        other: the other side.
         what: both sides' names, for the message.
         allow_overlap: return the pairs rather than raise.
 

@@ -1,4 +1,4 @@
-"""What README and documentation promise: code that runs, links that lead somewhere, true figures."""
+"""What the pages promise: code that runs, links that lead somewhere, figures of the results."""
 
 import math
 import re
