@@ -32,7 +32,7 @@ from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE, load_rule, rule_
 from rnnopt.rules.lstm import GROWTH_STEPS, CoordinateLSTM
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier, Tune
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.tasks import TextTasks
 
 CELLS = (("clinc150", 5, 1), ("clinc150", 10, 5), ("huffpost36", 5, 5))  # folder, ways, shots
 # Where the encoder has to learn, beside those: classes that it hardly tells apart.
@@ -119,7 +119,7 @@ def rows(
     for folder, ways, shots in CELLS if tune == "head" else LEARNING_CELLS:
         corpus = read_splits([str(data / folder)]).validation
         sampler = EpisodeSampler(corpus, ways=ways, shots=shots, queries=QUERIES, seed=SEED)
-        tasks = TaskSource(sampler, classifier)
+        tasks = TextTasks(sampler, classifier)
         facts = {
             "cell": [folder, ways, shots], "tune": tune, "encoder": classifier.fingerprint,
             "data": corpus.fingerprint(),

@@ -42,7 +42,7 @@ from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.tasks import TextTasks
 
 TUNED = "adamw"
 SHOWN = (1, 3, 5, 10, 20, 200)
@@ -124,12 +124,12 @@ def compare(name: str, condition: Condition, options: argparse.Namespace) -> dic
 
     _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
 
-    def source(corpus: Corpus) -> TaskSource:
+    def source(corpus: Corpus) -> TextTasks:
         sampler = EpisodeSampler(
             corpus, ways=condition.ways, shots=condition.shots, queries=options.queries, seed=0
         )
         sizes = None if condition.batch_size is None else [condition.batch_size]
-        return TaskSource(sampler, classifier, sizes)
+        return TextTasks(sampler, classifier, sizes)
 
     facts = {
         "condition": str(condition), "encoder": encoder_name(options.encoder),

@@ -22,9 +22,10 @@ from rnnopt.data.splits import read_splits
 from rnnopt.evaluation.comparison import METRICS, default_budgets
 from rnnopt.evaluation.statistics import interval
 from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.adaptation import adapt_and_judge
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge
+from rnnopt.tasks.text.tasks import TextTasks
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 BUDGETS = default_budgets(20)
@@ -42,7 +43,7 @@ def main() -> None:
     corpus = read_splits([options.data]).test
     classifier = Classifier.load(options.encoder, tune="head", ways=10, device=torch.device("cpu"))
     sampler = EpisodeSampler(corpus, ways=10, shots=5, queries=10, seed=0)
-    source = TaskSource(sampler, classifier, [4])
+    source = TextTasks(sampler, classifier, [4])
     rows: dict[str, list[list[list[float]]]] = {name: [] for name in DTYPES}
     for number in tqdm(range(options.episodes), unit="episode"):
         for name in DTYPES:
@@ -63,7 +64,7 @@ def main() -> None:
         print(f"| {metric} | " + " | ".join(figures) + " |")
 
 
-def _scores(source: TaskSource, number: int, name: str) -> list[list[float]]:
+def _scores(source: TextTasks, number: int, name: str) -> list[list[float]]:
     """(budgets, metrics) of one adaptation."""
     task, classifier = source.load(number), source.classifier
     classifier.reset(task.ways, seed=number)

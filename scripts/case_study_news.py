@@ -73,13 +73,15 @@ from rnnopt.evaluation.journal import Journal
 from rnnopt.rules.files import SavedRule, load_rule, read_training, rule_fingerprint
 from rnnopt.storage.files import write_atomically
 from rnnopt.storage.provenance import versions
+from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
-from rnnopt.tasks.text.init_folder import INIT_FOLDER, fingerprint, read_init
+from rnnopt.tasks.text.frozen import DIRECT
+from rnnopt.tasks.text.init_folder import fingerprint, read_init
 from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.start import TextStart
+from rnnopt.tasks.text.tasks import TextTasks
 
 SOURCES = ("bbcsport5", "reuters31", "huffpost36")
 JUDGED_SOURCES = ("bbcsport5", "reuters31")  # huffpost36 has no test classes
@@ -209,7 +211,7 @@ class CaseStudy:
 
     def _pretrain(self, name: str, rate: float, folder: Path) -> None:
         options = self.options
-        validation = TaskSource(self.sampler(self.splits.validation, WAYS), self.classifier())
+        validation = TextTasks(self.sampler(self.splits.validation, WAYS), self.classifier())
         classes = {
             "classes": class_sketches(self.splits.train),
             "validation_classes": class_sketches(self.splits.validation),
@@ -281,7 +283,7 @@ class CaseStudy:
     ) -> dict[str, Any]:
         """All methods that start from the same values."""
         options = self.options
-        start = Start(head=options.head)
+        start = TextStart(head=options.head)
         if start_name != "pretrained":
             # the values of the multi-task training know no head: all methods begin with the same
             init = read_init(chosen[start_name] / INIT_FOLDER, classifier)
@@ -308,13 +310,14 @@ class CaseStudy:
             classifier,
             rule,
             rule_fingerprint(rule),
-            TaskSource(tuning, classifier),
-            TaskSource(report, classifier),
+            TextTasks(tuning, classifier),
+            TextTasks(report, classifier),
             default_budgets(options.steps),
             names,
             Journal(self.folder / "runs" / f"{name}-{start_name}.runs", facts),
             start=start,
             own_baselines=own,
+            direct=DIRECT,
         )
         return comparison.run(options.episodes, options.tuning_episodes)
 
@@ -397,7 +400,7 @@ METHODS = {
 }
 
 
-def tuned_factor(start: Start, rule: SavedRule) -> Baseline:
+def tuned_factor(start: TextStart, rule: SavedRule) -> Baseline:
     """A meta-trained rule whose steps are multiplied by the best of `FACTORS`."""
     return Baseline(
         lambda classifier, params, lr, steps: start.optimizer(classifier, rule, lr), FACTORS

@@ -43,8 +43,10 @@ from torch.nn.functional import mse_loss
 
 from rnnopt import SGD, LearnedOptimizer, MetaSGD
 from rnnopt.evaluation.statistics import interval
-from rnnopt.meta.unroll import LossFunction, UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.storage.files import write_atomically
+from rnnopt.tasks.protocol import LossFunction
 
 INNER_LR, META_LR = 0.01, 1e-3
 TRAINING_SHOTS, TEST_SHOTS, TEST_POINTS = 10, 5, 100

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rnnopt import LearnedOptimizer
 from rnnopt.meta.differentiable import higher
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.tasks.text.classifier import Tune
 
 ALL = 10**12  # coordinates: more than any model here has

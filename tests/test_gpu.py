@@ -9,7 +9,8 @@ from torch import nn
 
 from rnnopt import LearnedOptimizer
 from rnnopt.cli.main import main
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.rules.features import Peaks
 
 pytestmark = [

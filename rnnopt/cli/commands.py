@@ -50,21 +50,22 @@ from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.report import ADAPT_FILE, write_report
 from rnnopt.evaluation.report.tables import comparison_table, confusion_text
-from rnnopt.meta.learned import LearnedSettings
 from rnnopt.meta.processes import Team
-from rnnopt.meta.training import MetaTraining, MetaTrainSettings, finite_or_none
-from rnnopt.meta.unroll import UnrollSettings
+from rnnopt.meta.settings import LearnedSettings, MetaTrainSettings, UnrollSettings
+from rnnopt.meta.training import MetaTraining, finite_or_none
 from rnnopt.rules.files import RULE_FILE, SHIPPED_RULE, read_training, rule_fingerprint
 from rnnopt.storage.files import claim_folder, write_atomically
 from rnnopt.storage.provenance import versions, write_provenance
+from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.requirement import NOT_MET
 from rnnopt.tasks.text.adapt import fit, in_batches, judge_texts, label_numbers
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
-from rnnopt.tasks.text.init_folder import INIT_FOLDER, fingerprint, read_init_training
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.frozen import DIRECT
+from rnnopt.tasks.text.init_folder import fingerprint, read_init_training
+from rnnopt.tasks.text.start import TextStart
+from rnnopt.tasks.text.tasks import TextTask, TextTasks
 
 
 def meta_train(options: Namespace) -> int:
@@ -89,7 +90,7 @@ def meta_train(options: Namespace) -> int:
 
 def _parts(
     options: Namespace, team: Team
-) -> tuple[MetaTrainSettings, TaskSource, TaskSource, Splits]:
+) -> tuple[MetaTrainSettings, TextTasks, TextTasks, Splits]:
     """What a process of meta-training reads on its own: training and validation tasks."""
     settings = _settings(options)
     splits = read_data(options, weighted=True)
@@ -102,15 +103,15 @@ def _parts(
     classifiers = load_kinds(options, device)
     if options.init != "pretrained":
         require_one_kind(classifiers)
-    train = TaskSource(samplers[0], classifiers, options.batch_size)
-    return settings, train, TaskSource(samplers[1], classifiers), splits
+    train = TextTasks(samplers[0], classifiers, options.batch_size)
+    return settings, train, TextTasks(samplers[1], classifiers), splits
 
 
 def _run(
     options: Namespace,
     settings: MetaTrainSettings,
-    train: TaskSource,
-    validation: TaskSource,
+    train: TextTasks,
+    validation: TextTasks,
     team: Team,
 ) -> MetaTraining:
     """The run that the options of `meta-train` describe."""
@@ -225,8 +226,7 @@ def _settings(options: Namespace) -> MetaTrainSettings:
             init=options.init,
             init_lr=options.init_lr,
             init_penalty=options.init_penalty,
-            head=options.head or "random",
-            adapted=options.adapt_only or "all",
+            start=TextStart(options.adapt_only or "all", head=options.head or "random"),
         ),
         seed=options.seed,
         validate_every=options.validate_every,
@@ -272,7 +272,8 @@ def adapt(options: Namespace) -> int:
     start = choose_start(options, classifier)
     rule_file, rule = choose_rule(options, start.params(classifier).values())
     support = in_batches(classifier, train.texts, train_labels)
-    start.begin(classifier, support, len(names), options.seed)
+    task = TextTask(classifier, (support,), support, len(names))
+    start.begin(classifier, task, options.seed)
     optimizer = start.optimizer(classifier, rule, lr=options.lr)
     folder = Path(options.output)
     claim_folder(folder)
@@ -385,7 +386,7 @@ def compare(options: Namespace) -> None:
     classifier = load_classifier(options, options.ways, choose_device(options.device))
     start = choose_start(options, classifier)
     _, rule = choose_rule(options, start.params(classifier).values())
-    tuning, report = (TaskSource(sampler, classifier) for sampler in samplers)
+    tuning, report = (TextTasks(sampler, classifier) for sampler in samplers)
     out = Path(options.json)
     facts = _facts(options, splits, classifier, start) | _fewer_ways(options, samplers)
     journal = Journal(out.with_name(out.name + ".runs"), facts)
@@ -403,6 +404,7 @@ def compare(options: Namespace) -> None:
             start=start,
             tick=lambda name: _tick(bar, comparison.planned),
             tuned_budgets=tuned_budgets,
+            direct=DIRECT,
         )
         result = comparison.run(options.episodes, options.tuning_episodes)
     setting = {
@@ -440,7 +442,7 @@ def _fewer_ways(options: Namespace, samplers: Sequence[EpisodeSampler]) -> dict[
 
 
 def _facts(
-    options: Namespace, splits: Splits, classifier: Classifier, start: Start
+    options: Namespace, splits: Splits, classifier: Classifier, start: TextStart
 ) -> dict[str, Any]:
     """All that a run of a comparison depends on, beside method, rate and task number."""
     return {

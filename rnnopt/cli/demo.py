@@ -22,14 +22,14 @@ from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.tables import comparison_table
-from rnnopt.meta.training import MetaTraining, MetaTrainSettings
-from rnnopt.meta.unroll import UnrollSettings
+from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.training import MetaTraining
 from rnnopt.rules.files import SavedRule
 from rnnopt.storage.files import claim_folder, write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import small_bert
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.tasks import TextTasks
 
 WAYS, SHOTS, QUERIES, STEPS = 5, 5, 8, 10
 MAX_LENGTH = 32  # tokens: a docstring's first words tell most
@@ -56,7 +56,7 @@ def demo(folder: Path, seed: int = 0) -> None:
     encoder = small_bert(splits.train.texts, seed=seed, folder=folder / "encoder")
     classifier = Classifier.load(encoder, ways=WAYS, **_options(seed))
     train, validation, test = (
-        TaskSource(
+        TextTasks(
             EpisodeSampler(corpus, ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed), classifier
         )
         for corpus in (splits.train, splits.validation, splits.test)
@@ -100,7 +100,7 @@ def _options(seed: int) -> dict[str, Any]:
     }
 
 
-def _meta_train(train: TaskSource, validation: TaskSource, folder: Path, seed: int) -> SavedRule:
+def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int) -> SavedRule:
     run = MetaTraining(
         train,
         validation,

@@ -22,7 +22,7 @@ from rnnopt.evaluation.inspection import inspect_rule, inspection_text
 from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name, small_bert
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.tasks import TextTasks
 
 SUFFIXES = (".png", ".json")
 
@@ -36,7 +36,7 @@ def inspect(options: Namespace) -> None:
     corpus = read_data(options).test
     classifier = _classifier(options, corpus)
     _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
-    task = TaskSource(episode_sampler(options, corpus), classifier).load(0)
+    task = TextTasks(episode_sampler(options, corpus), classifier).load(0)
     classifier.reset(task.ways, seed=options.seed)
     found = inspect_rule(rule, classifier, task, options.steps, options.kind, options.at_step)
     print(inspection_text(found))

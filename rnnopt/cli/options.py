@@ -21,7 +21,7 @@ from rnnopt.rules.files import SavedRule, load_rule, shipped_rule
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init
-from rnnopt.tasks.text.start import Start
+from rnnopt.tasks.text.start import TextStart
 
 EMBEDDED = "stdlib"
 
@@ -144,9 +144,9 @@ def require_one_kind(kinds: Sequence[Classifier]) -> None:
         )
 
 
-def choose_start(options: Namespace, classifier: Classifier) -> Start:
+def choose_start(options: Namespace, classifier: Classifier) -> TextStart:
     """Where tasks start: as --init was meta-trained, but for what --head and --adapt-only say."""
-    start = Start()
+    start = TextStart()
     if options.init:
         start = read_init(options.init, classifier)
     return replace(

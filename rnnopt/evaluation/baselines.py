@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.encoder.kinds import tensor_kinds
+from rnnopt.tasks.kinds import tensor_kinds
+from rnnopt.tasks.protocol import Learner
 
-# (classifier at its starting values, what of it is stepped, by name, learning rate, steps of the
+# (learner at its starting values, what of it is stepped, by name, learning rate, steps of the
 # run) -> optimizer
 Params = Mapping[str, nn.Parameter]
-Build = Callable[[Classifier, Params, float, int], torch.optim.Optimizer]
+Build = Callable[[Learner, Params, float, int], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Together(torch.optim.Optimizer):
             part.step()
 
 
-def _adamw(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+def _adamw(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params.values(), lr=lr)
 
 
-def _sgd(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+def _sgd(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.SGD(params.values(), lr=lr, momentum=0.9)
 
 
 def _adamw_default(
-    classifier: Classifier, params: Params, lr: float, steps: int
+    learner: Learner, params: Params, lr: float, steps: int
 ) -> torch.optim.Optimizer:
     """What `transformers.Trainer` does if it is told nothing: linear decay to 0, no warm-up."""
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.0)
@@ -83,27 +83,25 @@ def _adamw_default(
     return optimizer
 
 
-def _muon(classifier: Classifier, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+def _muon(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     """Muon at AdamW's scale, so that one rate serves both parts (Liu et al. 2025,
     arXiv:2502.16982, section 2.2).
     """
     return _muon_and_adamw(
-        classifier, params, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
+        learner, params, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
     )
 
 
-def _muon_default(
-    classifier: Classifier, params: Params, lr: float, steps: int
-) -> torch.optim.Optimizer:
+def _muon_default(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     """The example in the documentation of `torch.optim.Muon`."""
-    return _muon_and_adamw(classifier, params, {"lr": lr, "momentum": 0.95}, 3e-4)
+    return _muon_and_adamw(learner, params, {"lr": lr, "momentum": 0.95}, 3e-4)
 
 
 def _muon_and_adamw(
-    classifier: Classifier, params: Params, options: dict[str, Any], adamw_lr: float
+    learner: Learner, params: Params, options: dict[str, Any], adamw_lr: float
 ) -> torch.optim.Optimizer:
     """Muon on matrices, AdamW on the rest and on embeddings, as torch's documentation has it."""
-    kinds = tensor_kinds(classifier)
+    kinds = tensor_kinds(learner)
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, param in params.items():
@@ -117,16 +115,14 @@ def _muon_and_adamw(
     return Together(parts)
 
 
-def _prodigy(
-    classifier: Classifier, params: Params, lr: float, steps: int
-) -> torch.optim.Optimizer:
+def _prodigy(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     return Prodigy(params.values(), lr=lr)
 
 
 def _schedule_free(
-    classifier: Classifier, params: Params, lr: float, steps: int
+    learner: Learner, params: Params, lr: float, steps: int
 ) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
@@ -135,9 +131,7 @@ def _schedule_free(
     return optimizer
 
 
-def _d_adaptation(
-    classifier: Classifier, params: Params, lr: float, steps: int
-) -> torch.optim.Optimizer:
+def _d_adaptation(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
     from dadaptation import DAdaptAdam
 
     return DAdaptAdam(params.values(), lr=lr)

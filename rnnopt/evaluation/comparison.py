@@ -1,10 +1,10 @@
-"""A rule against baselines: same episodes, same initial weights, equal steps, intervals.
+"""A rule against baselines: same tasks, same initial values, equal steps, intervals.
 
 The learned rule has nothing to tune. Each baseline that is tuned gets the learning rate of its grid
-that does best on tasks of validation classes, chosen anew for every budget of steps, for accuracy
-and for loss separately: every figure it is compared by is one that it was tuned for. Those of
-`rnnopt.evaluation.baselines` that need no tuning run as documented, and classifiers on frozen embeddings
-(`rnnopt.tasks.text.frozen`) show what a task gives without any step.
+that does best on validation tasks. The rate is chosen anew for every budget of steps and for every
+metric: each figure that a baseline is compared by is one that it was tuned for. The baselines that
+need no tuning run as their authors document them. Direct methods, such as logistic regression on
+frozen embeddings, show what a task gives without any step.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ from rnnopt.evaluation.baselines import BASELINES, Baseline, require_baseline
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.statistics import interval
 from rnnopt.rules.protocol import UpdateRule
-from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.frozen import FROZEN, judge_frozen
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import Adaptation, Task, TaskSource, adapt_and_judge
+from rnnopt.tasks.adaptation import Adaptation, adapt_and_judge
+from rnnopt.tasks.protocol import Learner, Scores, Task, TaskSource
+from rnnopt.tasks.start import Start
 
 LEARNED = "learned"
-METRICS = ("accuracy", "loss")  # what learning rates are tuned for
-# What is reported -> what the rate behind it was tuned for.
-FIGURES = {**{metric: metric for metric in METRICS}, "f1": "accuracy"}
 # Heads drawn for tuning and for the report differ, as their tasks do.
 _TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
 _NO_STEPS = (0,)  # the budgets of a method that takes none
 
-Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure an episode
+Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure a task
+Direct = Callable[[Learner, Task], Scores]  # a method that takes no steps
 
 
 def default_budgets(steps: int) -> tuple[int, ...]:
@@ -53,19 +50,19 @@ class Comparison:
     """The rule and the baselines on the same tasks.
 
     Args:
-        classifier: what every method adapts.
+        learner: what every method adapts.
         rule: the learned rule.
         rule_name: tells it from other rules in the journal.
         tuning: tasks of validation classes, for the baselines' learning rates.
         report: tasks of test classes.
         budgets: numbers of steps to report at.
-        baselines: names in `rnnopt.evaluation.baselines.BASELINES`, `rnnopt.tasks.text.frozen.FROZEN` or
-            `own_baselines`.
-        journal: keeps finished runs.
+        baselines: names in `rnnopt.evaluation.baselines.BASELINES`, `direct` or `own_baselines`.
+        journal: keeps finished runs; None keeps none.
         tick: called after each run with its name.
         start: where every method starts on a task, and what it steps.
         tuned_budgets: of the baselines that are tuned; None: as all others.
         own_baselines: more of them by name, beside those of `rnnopt.evaluation.baselines`.
+        direct: methods by name that solve a task without steps of an optimizer.
 
     Attributes:
         planned: runs that `run` takes in all: an upper bound until everything is tuned.
@@ -76,25 +73,26 @@ class Comparison:
 
     def __init__(
         self,
-        classifier: Classifier,
+        learner: Learner,
         rule: UpdateRule,
         rule_name: str,
         tuning: TaskSource,
         report: TaskSource,
         budgets: Sequence[int],
         baselines: Sequence[str],
-        journal: Journal,
+        journal: Journal | None,
         tick: Callable[[str], None] = lambda name: None,
         start: Start = Start(),  # noqa: B008  # immutable
         tuned_budgets: Sequence[int] | None = None,
         own_baselines: Mapping[str, Baseline] | None = None,
+        direct: Mapping[str, Direct] | None = None,
     ) -> None:
-        own = dict(own_baselines or {})
+        own, self._direct = dict(own_baselines or {}), dict(direct or {})
         for name in baselines:
-            if name not in FROZEN and name not in own:
-                require_baseline(name, others=tuple(FROZEN))
+            if name not in self._direct and name not in own:
+                require_baseline(name, others=tuple(self._direct))
         self._table = {**BASELINES, **own}
-        self.classifier, self.rule, self.rule_name = classifier, rule, rule_name
+        self.learner, self.rule, self.rule_name = learner, rule, rule_name
         self.tuning, self.report = tuning, report
         self.budgets, self.baselines = budgets, baselines
         self.tuned_budgets = budgets if tuned_budgets is None else tuned_budgets
@@ -123,31 +121,17 @@ class Comparison:
             name: self._runs_at_most(name, episodes, tuning_episodes) for name in self.baselines
         }
         self.planned = episodes + sum(plan.values())
-        values: dict[str, Values] = {}
-        methods: dict[str, dict[str, Any]] = {}
         runs = [self._learned(number) for number in range(episodes)]
-        values[LEARNED] = _values(runs, self.budgets)
-        methods[LEARNED] = {
-            "seconds_per_step": _mean_seconds(runs),
-            "undone": sum(run.undone for run in runs),
+        values = {LEARNED: self._values(runs, self.budgets)}
+        methods: dict[str, dict[str, Any]] = {
+            LEARNED: {
+                "seconds_per_step": _mean_seconds(runs),
+                "undone": sum(run.undone for run in runs),
+            }
         }
         for name in sorted(self.baselines, key=plan.__getitem__):  # what comes soon comes first
-            if name in FROZEN:
-                values[name], methods[name] = self._frozen_values(name, episodes)
-                continue
-            budgets = self._budgets_of(name)
-            chosen = self._tune(name, tuning_episodes, budgets)
-            rates = len({lr for by_budget in chosen.values() for lr in by_budget.values()})
-            if self._table[name].tuned:
-                unused = len(self._table[name].grid) - rates
-                self.planned -= unused * episodes
-            values[name], seconds = self._tuned_values(name, chosen, episodes)
-            methods[name] = {"seconds_per_step": seconds}
-            if self._table[name].tuned:
-                methods[name]["tuned"] = {
-                    key: {str(b): chosen[metric][b] for b in budgets}
-                    for key, metric in (("lr", "accuracy"), ("lr_for_loss", "loss"))
-                }
+            judged = self._direct_values if name in self._direct else self._baseline_values
+            values[name], methods[name] = judged(name, episodes, tuning_episodes)
         names = [LEARNED, *self.baselines]
         return {
             "episodes": episodes,
@@ -166,9 +150,33 @@ class Comparison:
             },
         }
 
+    @property
+    def _tuned_metrics(self) -> list[str]:
+        """What learning rates are chosen for; the first is the main one."""
+        return [name for name, metric in self.report.metrics.items() if metric.tuned_by is None]
+
+    def _baseline_values(
+        self, name: str, episodes: int, tuning_episodes: int
+    ) -> tuple[Values, dict[str, Any]]:
+        """Test figures of an optimizer, and what its entry tells."""
+        budgets = self._budgets_of(name)
+        chosen = self._tune(name, tuning_episodes, budgets)
+        tuned = self._table[name].tuned
+        if tuned:
+            rates = {lr for by_budget in chosen.values() for lr in by_budget.values()}
+            self.planned -= (len(self._table[name].grid) - len(rates)) * episodes
+        values, seconds = self._tuned_values(name, chosen, episodes)
+        about: dict[str, Any] = {"seconds_per_step": seconds}
+        if tuned:
+            about["tuned"] = {
+                f"lr_for_{metric}" if i else "lr": {str(b): chosen[metric][b] for b in budgets}
+                for i, metric in enumerate(self._tuned_metrics)
+            }
+        return values, about
+
     def _runs_at_most(self, name: str, episodes: int, tuning_episodes: int) -> int:
         """How many runs a baseline needs if no two budgets choose the same learning rate."""
-        if name in FROZEN:
+        if name in self._direct:
             return episodes
         baseline = self._table[name]
         lengths = len(self.budgets) if baseline.scheduled else 1
@@ -184,9 +192,9 @@ class Comparison:
         """For each metric, the best learning rate at each budget."""
         grid = self._table[name].grid
         if not self._table[name].tuned:
-            return {metric: dict.fromkeys(budgets, grid[0]) for metric in METRICS}
+            return {metric: dict.fromkeys(budgets, grid[0]) for metric in self._tuned_metrics}
         scores = {
-            lr: _values(
+            lr: self._values(
                 [
                     self._baseline(name, lr, number, self.tuning, budgets)
                     for number in range(episodes)
@@ -195,17 +203,16 @@ class Comparison:
             )
             for lr in grid
         }
+
         # equal accuracies are common on few tasks: the lower loss decides
-        keys: dict[str, Callable[[float, int], tuple[float, ...]]] = {
-            "accuracy": lambda lr, b: (
-                -scores[lr]["accuracy"][b].mean(),
-                scores[lr]["loss"][b].mean(),
-            ),
-            "loss": lambda lr, b: (scores[lr]["loss"][b].mean(),),
-        }
+        def key(metric: str, lr: float, budget: int) -> tuple[float, float]:
+            sign = -1 if self.report.metrics[metric].higher_is_better else 1
+            mean, loss = (scores[lr][name][budget].mean() for name in (metric, "loss"))
+            return sign * mean, loss
+
         return {
-            metric: {b: min(grid, key=lambda lr: key(lr, b)) for b in budgets}
-            for metric, key in keys.items()
+            metric: {b: min(grid, key=lambda lr: key(metric, lr, b)) for b in budgets}
+            for metric in self._tuned_metrics
         }
 
     def _tuned_values(
@@ -223,29 +230,39 @@ class Comparison:
             ]
             for lr, budgets in wanted.items()
         }
-        at = {lr: _values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
+        at = {lr: self._values(runs[lr], sorted(budgets)) for lr, budgets in wanted.items()}
         values = {
-            name: {b: at[lr][name][b] for b, lr in chosen[metric].items()}
-            for name, metric in FIGURES.items()
+            name: {b: at[lr][name][b] for b, lr in chosen[metric.tuned_by or name].items()}
+            for name, metric in self.report.metrics.items()
             if all(name in found for found in at.values())
         }
         return values, _mean_seconds([run for column in runs.values() for run in column])
 
-    def _frozen_values(self, name: str, episodes: int) -> tuple[Values, dict[str, Any]]:
-        """Test figures of a classifier on frozen embeddings, and what a method's entry tells."""
+    def _direct_values(
+        self, name: str, episodes: int, tuning_episodes: int
+    ) -> tuple[Values, dict[str, Any]]:
+        """Test figures of a method that takes no steps, and what its entry tells."""
 
-        def fit(task: Task) -> Adaptation:
+        def solve(task: Task) -> Adaptation:
             started = time.perf_counter()
-            score = judge_frozen(name, self.classifier, task)
+            score = self._direct[name](self.learner, task)
             return Adaptation({0: score}, time.perf_counter() - started)
 
         runs = [
-            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, fit)
+            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, solve)
             for number in range(episodes)
         ]
-        found = _values(runs, _NO_STEPS)
+        found = self._values(runs, _NO_STEPS)
         values = {metric: dict.fromkeys(self.budgets, found[metric][0]) for metric in found}
         return values, {"frozen": True, "seconds": _mean_seconds(runs)}
+
+    def _values(self, runs: Sequence[Adaptation], budgets: Sequence[int]) -> Values:
+        return {
+            metric: {b: np.array([run.scores[b][metric] for run in runs]) for b in budgets}
+            for metric in self.report.metrics
+            # version 0.1 kept runs without F1
+            if all(metric in run.scores[b] for run in runs for b in budgets)
+        }
 
     def _learned(self, number: int) -> Adaptation:
         return self._adapt(
@@ -253,7 +270,7 @@ class Comparison:
             number,
             self.report,
             self.budgets,
-            lambda: self.start.optimizer(self.classifier, self.rule),
+            lambda: self.start.optimizer(self.learner, self.rule),
         )
 
     def _baseline(
@@ -269,9 +286,7 @@ class Comparison:
                 number,
                 source,
                 budgets,
-                lambda: baseline.build(
-                    self.classifier, self.start.params(self.classifier), lr, steps
-                ),
+                lambda: baseline.build(self.learner, self.start.params(self.learner), lr, steps),
             )
 
         if not baseline.scheduled:
@@ -294,7 +309,7 @@ class Comparison:
             number,
             source,
             budgets,
-            lambda task: adapt_and_judge(self.classifier, build(), task, budgets),
+            lambda task: adapt_and_judge(self.learner, build(), task, budgets),
         )
 
     def _run(
@@ -310,21 +325,12 @@ class Comparison:
         def begin() -> Adaptation:
             task = source.load(number)
             heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
-            self.start.begin(self.classifier, task.support, task.ways, heads + number)
+            self.start.begin(self.learner, task, heads + number)
             return method(task)
 
-        done = self.journal.run(run, budgets, begin)
+        done = begin() if self.journal is None else self.journal.run(run, budgets, begin)
         self.tick(run)
         return done
-
-
-def _values(runs: Sequence[Adaptation], budgets: Sequence[int]) -> Values:
-    return {
-        metric: {b: np.array([getattr(run.scores[b], metric) for run in runs]) for b in budgets}
-        for metric in FIGURES
-        # runs that an older version kept have no F1
-        if all(getattr(run.scores[b], metric) is not None for run in runs for b in budgets)
-    }
 
 
 def _difference(ours: Values, theirs: Values) -> Values:

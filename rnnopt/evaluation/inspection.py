@@ -18,9 +18,8 @@ from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.classical import Adam
 from rnnopt.rules.protocol import State, UpdateRule, advance, turn_of
-from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.encoder.kinds import KINDS, tensor_kinds
-from rnnopt.tasks.text.tasks import Task
+from rnnopt.tasks.kinds import KINDS, tensor_kinds
+from rnnopt.tasks.protocol import Learner, Task
 
 GRADIENTS = tuple(np.linspace(-3, 3, 25).round(2).tolist())  # in units of the tensor's RMS
 RATIOS = tuple(np.linspace(-1, 1, 21).round(2).tolist())  # middles of the bins
@@ -35,7 +34,7 @@ class Surface:
     its value, and all that the rule knows of the other coordinates.
 
     Attributes:
-        kind: of the tensors, see `rnnopt.tasks.text.encoder.kinds`.
+        kind: of the tensors, see `rnnopt.tasks.kinds`.
         step: of the adaptation, from 1.
         gradients: (G,), in units of the RMS of the tensor's gradient.
         ratios: (U,), m / sqrt(v) before the step, both debiased (Kingma & Ba 2015), beta 0.9 and
@@ -73,7 +72,7 @@ class Inspection:
 
 def inspect_rule(
     rule: UpdateRule,
-    classifier: Classifier,
+    learner: Learner,
     task: Task,
     steps: int,
     kind: str | None = None,
@@ -82,8 +81,8 @@ def inspect_rule(
     """Adapt to a task, full batch, and look at every update. The optimizer's guards are left out.
 
     Args:
-        rule: any rule; on the classifier's device.
-        classifier: at its starting values for this task; adapted when this returns.
+        rule: any rule; on the learner's device.
+        learner: at its starting values for this task; adapted when this returns.
         task: the task.
         steps: T.
         kind: of the tensors whose surface is drawn; None takes the one with most coordinates.
@@ -93,19 +92,18 @@ def inspect_rule(
         InputError: nothing of that kind trains, a step that isn't taken, or one at which no
             gradient reaches that kind.
     """
-    members = _members(classifier)
+    members = _members(learner)
     sizes = {one: sum(param.numel() for param in params) for one, params in members.items()}
     kind, at_step = _checked_place(sizes, steps, kind, at_step)
-    params: list[Tensor] = [param for _, param in classifier.trainable()]
+    params: list[Tensor] = [param for _, param in learner.trainable()]
     optimizer, shadow = LearnedOptimizer(params, rule), _Shadow(params)
-    loss_of = task.support_loss(classifier)
     found = Inspection(
         sizes, {one: [] for one in sizes}, {one: [] for one in sizes}, [],
         Surface(kind, at_step, GRADIENTS, RATIOS, []),
     )  # fmt: skip
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        loss = loss_of(classifier.model, step - 1)
+        loss = task.support_loss(learner.module, step - 1)
         torch.autograd.backward(loss)
         found.losses.append(float(loss.detach()))
         seen = _seen(optimizer, members[kind], shadow) if step == at_step else []
@@ -135,11 +133,11 @@ def _checked_place(
     return kind, at_step
 
 
-def _members(classifier: Classifier) -> dict[str, list[Tensor]]:
+def _members(learner: Learner) -> dict[str, list[Tensor]]:
     """What trains, by kind, in the order of `KINDS`."""
-    kinds = tensor_kinds(classifier)
+    kinds = tensor_kinds(learner)
     members: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for name, param in classifier.trainable():
+    for name, param in learner.trainable():
         members[kinds[name]].append(param)
     return {kind: params for kind, params in members.items() if params}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from rnnopt.errors import InputError
-from rnnopt.tasks.text.tasks import Adaptation, Score
+from rnnopt.tasks.adaptation import Adaptation
+from rnnopt.tasks.protocol import Scores
 
 
 class Journal:
@@ -57,14 +57,14 @@ class Journal:
             done = adapt()
             entry = {
                 "run": name,
-                "scores": {str(b): astuple(s) for b, s in done.scores.items()},
+                "scores": {str(b): scores for b, scores in done.scores.items()},
                 "seconds": done.seconds_per_step,
                 "undone": done.undone,
             }
             self._append(json.dumps(entry))
             self._runs[name] = entry
         entry = self._runs[name]
-        scores = {int(b): Score(*figures) for b, figures in entry["scores"].items()}
+        scores = {int(b): scores for b, scores in entry["scores"].items()}
         # older versions did not keep what was undone
         return Adaptation(scores, entry["seconds"], entry.get("undone", 0))
 
@@ -83,7 +83,15 @@ class Journal:
             entry = json.loads(line)
         except ValueError:  # cut off by a crash: its run is done again
             return
+        entry["scores"] = {b: _named(scores) for b, scores in entry["scores"].items()}
         self._runs[entry["run"]] = entry
+
+
+def _named(scores: Any) -> Scores:
+    """Figures by name; version 0.1 kept them in this order without names."""
+    if isinstance(scores, list):
+        scores = dict(zip(("loss", "accuracy", "f1", "calibrated"), scores))
+    return {name: value for name, value in dict(scores).items() if value is not None}
 
 
 def _difference(head: str, facts: Mapping[str, Any]) -> str:

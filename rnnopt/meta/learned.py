@@ -1,114 +1,32 @@
-"""What a run of meta-training learns: the inner rule, initial values, or both."""
+"""What a run of meta-training learns: the inner rule, initial values, or both.
+
+Initial values (MAML, its first-order kind, ANIL, Reptile) are those of all that trains but the
+output layer of a classifier: its rows are a task's classes, which differ in number and in order
+from task to task. Each task begins with an output layer of its own, see `Start`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.meta.initial import Init, InitialValues
-from rnnopt.meta.unroll import Unrolled, UnrollSettings
+from rnnopt.meta.settings import InnerRule, LearnedSettings
+from rnnopt.meta.unroll import Unrolled
 from rnnopt.rules.classical import SGD, Adam
-from rnnopt.rules.files import SavedRule, load_rule, shipped_rule
+from rnnopt.rules.files import SavedRule, load_rule
 from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
-from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.start import Adapted, Head, Start
-from rnnopt.tasks.text.tasks import Task
+from rnnopt.tasks.protocol import Learner, Task
 
-InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam"]
-Learn = Literal["all", "growth"]
-SHIPPED = "shipped"  # the word for the shipped rule of what trains, as the origin of a new one
 HIDDEN_SIZE = 8  # of a new LSTM
 INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
-
-
-@dataclass(frozen=True)
-class LearnedSettings:
-    """What is learned, and how tasks start.
-
-    Attributes:
-        inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights.
-        inner_lr: its step size, at first (of the LSTM its reach); None for `INNER_LR`.
-        learn: ``"growth"`` leaves directions and step sizes Adam's and learns the growth of tensors
-            alone, see `rnnopt.rules.lstm.CoordinateLSTM`.
-        origin: the LSTM that meta-training begins with, a rule file, a run's folder or `SHIPPED`;
-            None for a fresh one.
-        init: which initial values: pretrained ones, or such as are meta-learned, see
-            `rnnopt.meta.initial`; ``"maml"`` by their meta-gradient of either order, ``"reptile"`` by
-            Reptile's, which the meta-optimizer takes for one, as Nichol et al. 2018 propose.
-        init_lr: the meta-optimizer's learning rate on them.
-        init_penalty: see `rnnopt.meta.initial.InitialValues.add_penalty`.
-        head: how each task's output layer begins, see `rnnopt.tasks.text.start.Start`.
-        adapted: what the inner loop steps, see there.
-    """
-
-    inner: InnerRule = "lstm"
-    inner_lr: float | None = None
-    learn: Learn = "all"
-    origin: str | None = None
-    init: Init = "pretrained"
-    init_lr: float = 1e-4
-    init_penalty: float = 0.0
-    head: Head = "random"
-    adapted: Adapted = "all"
-
-    def __post_init__(self) -> None:
-        for name in ("inner_lr", "init_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}={value}: must be positive and finite")
-        if not 0 <= self.init_penalty < math.inf:
-            raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
-        if self.origin is not None and (self.inner != "lstm" or self.inner_lr is not None):
-            raise InputError(
-                f"--from {self.origin} with --inner or --inner-lr: a rule brings both; leave them "
-                "out, or --from"
-            )
-        if self.learn == "growth" and self.inner != "lstm":
-            raise InputError(f"--learn growth with --inner {self.inner}: of the LSTM only")
-        if self.init == "pretrained" and self.inner in ("sgd", "adam"):
-            raise InputError(
-                f"--inner {self.inner} with --init pretrained: neither has anything to learn; "
-                "use --inner lstm or meta-sgd, or --init maml or reptile"
-            )
-        if self.init == "pretrained" and self.adapted == "head":
-            raise InputError(
-                "--adapt-only head with --init pretrained: nothing but the head would ever "
-                "move; use --tune head, or --init maml"
-            )
-        if self.init == "reptile" and self.adapted == "head":
-            raise InputError(
-                "--init reptile with --adapt-only head: it moves initial values to where "
-                "adaptation ends, and those would stay where they are; use --init maml"
-            )
-
-    def unrolled(self, unroll: UnrollSettings) -> UnrollSettings:
-        """An unroll's settings with what the initial values need.
-
-        Raises:
-            InputError: an order or a truncation that they can't be learned with.
-        """
-        kinds: dict[str, Literal["gradient", "displacement"] | None] = {
-            "pretrained": None, "maml": "gradient", "reptile": "displacement",
-        }  # fmt: skip
-        return replace(unroll, initial=kinds[self.init])
-
-    @property
-    def start(self) -> Start:
-        """How tasks start, from the pretrained values."""
-        return Start(self.head, self.adapted)
-
-    def origin_path(self, classifier: Classifier) -> Path | None:
-        """The rule file that `origin` means where this classifier is adapted."""
-        if self.origin == SHIPPED:
-            return shipped_rule(self.start.params(classifier).values())
-        return None if self.origin is None else Path(self.origin)
 
 
 class Learned(nn.Module):
@@ -116,9 +34,10 @@ class Learned(nn.Module):
 
     Args:
         settings: see `LearnedSettings`.
-        classifier: what tasks adapt.
+        learner: what tasks adapt.
         hidden_size: of the LSTM; None: that of the rule that it begins with, else 8.
         seed: of its weights; the global random state is left alone.
+        rule: the inner rule itself, in place of the one that the settings name.
 
     Attributes:
         rule: the inner rule.
@@ -132,21 +51,28 @@ class Learned(nn.Module):
     def __init__(
         self,
         settings: LearnedSettings,
-        classifier: Classifier,
+        learner: Learner,
         hidden_size: int | None,
         seed: int,
+        rule: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.start = settings.start
-        self.rule = self._inner_rule(classifier, hidden_size, seed)
+        if rule is not None and settings.init == "pretrained" and not _free(rule):
+            raise InputError(
+                f"{type(rule).__name__} has no weights that take a gradient, and the initial "
+                "values stay as they are: there is nothing to learn; give a rule with weights, or "
+                'initial="maml" or "reptile"'
+            )
+        self.rule: Any = self._inner_rule(learner, hidden_size, seed) if rule is None else rule
         if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
             self.rule = self.rule.growth_alone()
-        self.init = None if settings.init == "pretrained" else InitialValues(classifier)
+        self.init = None if settings.init == "pretrained" else InitialValues(learner)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
 
-    def _inner_rule(self, classifier: Classifier, hidden_size: int | None, seed: int) -> SavedRule:
+    def _inner_rule(self, learner: Learner, hidden_size: int | None, seed: int) -> SavedRule:
         inner = self.settings.inner
         lr = INNER_LR[inner] if self.settings.inner_lr is None else self.settings.inner_lr
         if inner == "sgd":
@@ -154,8 +80,8 @@ class Learned(nn.Module):
         if inner == "adam":
             return Adam(lr)
         if inner == "meta-sgd":
-            return MetaSGD(list(self.start.params(classifier)), lr)
-        path = self.settings.origin_path(classifier)
+            return MetaSGD(list(self.start.params(learner)), lr)
+        path = self.settings.origin_path(learner)
         if path is not None:
             return self._original(path, hidden_size)
         with torch.random.fork_rng(devices=[]):
@@ -182,18 +108,18 @@ class Learned(nn.Module):
             groups.append({"params": list(self.init.parameters()), "peak": self.settings.init_lr})
         return groups
 
-    def accumulate(self, result: Unrolled, classifier: Classifier, task: Task) -> None:
+    def accumulate(self, result: Unrolled, learner: Learner, task: Task) -> None:
         """Add what an unroll says of the initial values to their meta-gradient.
 
         Args:
             result: of the unroll.
-            classifier: at the task's start.
+            learner: at the task's start.
             task: the task.
         """
         if self.init is not None:
             self.init.add(result.initial)
-            if self.settings.init == "maml" and self.settings.head == "prototype":
-                self.init.add_through_head(result.initial, classifier, task)
+            if self.settings.init == "maml":
+                self.init.add(self.start.gradient_through(learner, task, result.initial))
 
     def clip(self, bound: float) -> float:
         """Bound a task's meta-gradient of rule and values, each by itself.
@@ -218,6 +144,68 @@ class Learned(nn.Module):
     def report(self) -> dict[str, float]:
         """For the log: ``init_distance``, how far the values are from the pretrained ones."""
         return {} if self.init is None else {"init_distance": self.init.distance()}
+
+
+class InitialValues(nn.Module):
+    """A learner's initial values as parameters of the meta-optimizer.
+
+    Args:
+        learner: whose values they are at first.
+
+    Raises:
+        InputError: nothing trains but what belongs to each task.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self._pretrained = learner.initial_values
+        if not self._pretrained:
+            raise InputError(
+                "--init: of this classifier only the output layer trains, and every task has one "
+                "of its own: there are no initial values to learn; use --tune lora or full"
+            )
+        for name, value in self._pretrained.items():
+            self.register_parameter(_key(name), nn.Parameter(value.clone()))
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters by their names in the learner's module."""
+        return {name: self.get_parameter(_key(name)) for name in self._pretrained}
+
+    def add(self, gradient: Mapping[str, Tensor]) -> None:
+        """Add one task's meta-gradient, by name; see `UnrollSettings.initial`."""
+        for name, value in self.values().items():
+            if name in gradient:
+                _add(value, gradient[name])
+
+    @torch.no_grad()
+    def add_penalty(self, strength: float) -> None:
+        """Add the gradient of ``strength / 2 * |theta_0 - pretrained|^2``.
+
+        L2-SP (Li, Grandvalet & Davoine 2018, arXiv:1802.01483): what few classes teach the initial
+        values should not cost what pretraining did.
+        """
+        for name, value in self.values().items():
+            _add(value, strength * (value - self._pretrained[name]))
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """|theta_0 - pretrained|, the Euclidean norm over all values."""
+        return float(norm(value - self._pretrained[name] for name, value in self.values().items()))
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm over all elements."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _add(value: Tensor, gradient: Tensor) -> None:
+    value.grad = gradient.clone() if value.grad is None else value.grad + gradient
+
+
+def _key(name: str) -> str:
+    """A module's parameters may have no dots in their names."""
+    return name.replace(".", "/")
 
 
 def _free(module: nn.Module) -> list[nn.Parameter]:

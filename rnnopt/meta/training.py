@@ -13,147 +13,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.meta.learned import Learned, LearnedSettings
+from rnnopt.meta.learned import Learned
 from rnnopt.meta.processes import Team
-from rnnopt.meta.unroll import Unrolled, UnrollSettings, unroll
-from rnnopt.rules.files import RULE_FILE, SavedRule, save_rule
-from rnnopt.storage.run_folder import RunFolder
-from rnnopt.tasks.requirement import DIGITS, Requirement
-from rnnopt.tasks.text.classifier import Classifier, Tune
-from rnnopt.tasks.text.init_folder import INIT_FOLDER, save_init
-from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge
+from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.unroll import Unrolled, unroll
+from rnnopt.rules.files import RULE_FILE, can_be_saved, save_rule
+from rnnopt.storage.files import save_tensors
+from rnnopt.storage.run_folder import INIT_FOLDER, RunFolder
+from rnnopt.tasks.adaptation import adapt_and_judge
+from rnnopt.tasks.protocol import TaskSource
+from rnnopt.tasks.requirement import DIGITS
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
 _VALIDATION_HEADS = 1_000_000_000
-VALIDATED = ("accuracy", "loss")  # the metrics of a validation, after each step
-
-
-@dataclass(frozen=True)
-class MetaTrainSettings:
-    """What a run of meta-training does, apart from its data and its classifier.
-
-    Attributes:
-        meta_steps: steps of the meta-optimizer.
-        unroll: the inner loop and its meta-loss.
-        shortest: each task's number of steps is drawn from shortest .. unroll.steps; None for
-            always the latter. A rule that has seen one horizon only counts on it.
-        tasks_per_meta_step: tasks whose meta-gradients are averaged.
-        meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
-        clip: bound on the norm of each task's meta-gradient (per step): tasks that a
-            rule ruins have gradients a hundred times as large, and would drown all others.
-        judged: share of the steps whose query loss is taken, drawn for each task, weighted so that
-            the sum stays what it is on average; the last is always among them. 0.5 saves a third
-            of a first-order meta-step.
-        loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
-            1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
-        calibrated: share of `rnnopt.tasks.text.tasks.calibrated_loss` in the query loss that judges each step:
-            a rule can win plain cross-entropy by confidence, with a head that fits the support set
-            at once and leaves the encoder as it was; this it can win by telling classes apart only.
-        sure_from: the first step at which the rest of that share counts; before it the share is 1:
-            a rule is to tell classes apart at once and may be sure of them later, which lets a head
-            stay small while an encoder learns below it.
-        exact: kinds of training (see `rnnopt.tasks.text.classifier.Classifier.load`, tune) whose meta-gradient is of
-            second order whatever `unroll` says. Only that order sees what a step does to the
-            gradients of later ones, and where few coordinates train it costs little more.
-        hidden_size: of the rule, see `rnnopt.meta.learned.Learned`.
-        learned: the inner rule, the initial values, and how tasks start.
-        seed: of everything random.
-        validate_every: meta-steps between validations; one more at the end.
-        validation_tasks: tasks of one validation, always the same ones.
-        checkpoint_every: meta-steps between checkpoints.
-        until: the run ends at the first validation that meets this requirement, of accuracy and
-            loss after some step, see `rnnopt.tasks.requirement`; None: after all meta-steps.
-    """
-
-    meta_steps: int
-    unroll: UnrollSettings
-    shortest: int | None = None
-    tasks_per_meta_step: int = 1
-    meta_lr: float = 5e-3
-    clip: float = 1.0
-    judged: float = 1.0
-    loss_scale: float = 1.0
-    calibrated: float = 0.0
-    sure_from: int = 1
-    exact: tuple[str, ...] = ()
-    hidden_size: int | None = None
-    learned: LearnedSettings = field(default_factory=LearnedSettings)
-    seed: int = 0
-    validate_every: int = 50
-    validation_tasks: int = 8
-    checkpoint_every: int = 10
-    until: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "meta_steps",
-            "tasks_per_meta_step",
-            "validate_every",
-            "validation_tasks",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                option = " (--tasks)" if name == "tasks_per_meta_step" else ""
-                raise InputError(f"{name}={getattr(self, name)}{option}: must be at least 1")
-        if self.shortest is not None and not 1 <= self.shortest <= self.unroll.steps:
-            raise InputError(
-                f"shortest unroll of {self.shortest} steps: must lie between 1 and the longest, "
-                f"{self.unroll.steps}"
-            )
-        weights = self.unroll.step_weights
-        if weights is not None and not any(weights[: self.shortest]):
-            raise InputError(
-                f"step_weights {tuple(weights)} are all 0 within the shortest unroll of "
-                f"{self.shortest} steps: nothing to learn from"
-            )
-        for name in ("meta_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
-        if not 0 < self.judged <= 1:
-            raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
-        if not 1 <= self.loss_scale < math.inf:
-            raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
-        if not 0 <= self.calibrated <= 1:
-            raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
-        if not 1 <= self.sure_from <= self.unroll.steps:
-            raise InputError(
-                f"sure_from={self.sure_from}: must lie between 1 and the last step, "
-                f"{self.unroll.steps}"
-            )
-        for tune in self.exact:
-            if tune not in get_args(Tune):
-                raise InputError(f"exact={tune!r}: choose from {', '.join(get_args(Tune))}")
-        self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
-        if self.exact:
-            self.learned.unrolled(self._exactly())
-        _ = self.requirement  # raises where it can't be read
-
-    def unroll_of(self, classifier: Classifier) -> UnrollSettings:
-        """How the tasks of a kind of classifier are unrolled."""
-        if classifier.kind["tune"] not in self.exact:
-            return self.unroll
-        return self._exactly()
-
-    def share(self, step: int) -> float:
-        """The calibrated share of the query loss after step number `step` (from 0)."""
-        return self.calibrated if step + 1 >= self.sure_from else 1.0
-
-    def _exactly(self) -> UnrollSettings:
-        return replace(self.unroll, order=2, coordinates=None)
-
-    @property
-    def requirement(self) -> Requirement | None:
-        """`until`, read."""
-        if self.until is None:
-            return None
-        return Requirement.parse(self.until, VALIDATED, self.unroll.steps)
 
 
 @dataclass
@@ -189,6 +68,7 @@ class MetaTraining:
             processes began.
         team: the processes that share the tasks; task k of a meta-step belongs to rank
             k % team.size.
+        rule: the inner rule itself, in place of the one that the settings name.
 
     Raises:
         InputError: the folder holds a run and resume is False, or a run with other settings; fewer
@@ -205,13 +85,14 @@ class MetaTraining:
         training: dict[str, Any],
         resume: bool = False,
         team: Team = Team(),  # noqa: B008  # immutable
+        rule: nn.Module | None = None,
     ) -> None:
         self.train, self.validation = train, validation
-        self.device = train.classifier.device
+        self.device = train.learner.device
         self.settings, self.training, self.team = settings, training, team
         self.folder = RunFolder(folder)
         self.learned = Learned(
-            settings.learned, train.classifier, settings.hidden_size, settings.seed
+            settings.learned, train.learner, settings.hidden_size, settings.seed, rule
         ).to(self.device)
         self.rule, self.start = self.learned.rule, self.learned.start
         self.meta_optimizer = torch.optim.Adam(self.learned.groups(settings.meta_lr))
@@ -219,7 +100,7 @@ class MetaTraining:
         self.progress = _Progress()
         self._open(json.loads(json.dumps({**asdict(settings), **facts})), resume)
 
-    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> SavedRule:
+    def run(self, report: Callable[[dict[str, Any]], None] = lambda record: None) -> Any:
         """Meta-train to the end.
 
         Args:
@@ -284,16 +165,16 @@ class MetaTraining:
         """Unroll task `number`; what it adds to the sums of the meta-step.
 
         These are its clipped meta-gradient of all P weights, its meta-loss, the norm of its
-        meta-gradient before it was clipped, and 1: all per step and relative to log(ways), the
-        loss of a guess, so that long tasks and those of many classes count like others; or zeros
+        meta-gradient before it was clipped, and 1: all per step and relative to the loss
+        of a guess, so that long tasks and those of many classes count like others; or zeros
         where anything is not finite. (P + 3,), float64, so that their order, which the number of
         processes decides, is all but lost in rounding to float32.
         """
         self.meta_optimizer.zero_grad()
-        result, ways = self._unroll(number)
+        result, guess = self._unroll(number)
         # a task that doesn't depend on the rule leaves no gradient, which is one of zero
         weights = list(self.learned.parameters())
-        unit = len(result.query_losses) * math.log(ways)
+        unit = len(result.query_losses) * guess
         grads = [torch.zeros_like(w) if w.grad is None else w.grad.div_(unit) for w in weights]
         norm, meta_loss = self.learned.clip(self.settings.clip), result.meta_loss / unit
         gradient = torch.cat([grad.flatten().double() for grad in grads])
@@ -316,28 +197,27 @@ class MetaTraining:
         self.learned.add_penalty()
         return meta_loss / tasks, norm / tasks, round(finite)
 
-    def _unroll(self, number: int) -> tuple[Unrolled, int]:
-        """Unroll task `number`, adding to the meta-gradient of all that is learned; its ways."""
+    def _unroll(self, number: int) -> tuple[Unrolled, float]:
+        """Unroll task `number`, adding to the meta-gradient; also the loss of a guess at it."""
         settings = self.settings
-        task, classifier = self.train.load(number), self.train.classifier_of(number)
-        self.start.begin(classifier, task.support, task.ways, seed=settings.seed + number)
+        task, learner = self.train.load(number), self.train.learner_of(number)
+        self.start.begin(learner, task, seed=settings.seed + number)
         longest = settings.unroll.steps
         shortest = longest if settings.shortest is None else settings.shortest
         generator = np.random.default_rng([settings.seed, number])
         steps = int(generator.integers(shortest, longest + 1))
         scale = settings.loss_scale ** generator.uniform(-1, 1)
-        support = task.support_loss(classifier)
-        unrolled = settings.learned.unrolled(settings.unroll_of(classifier)).shortened(steps)
+        unrolled = settings.learned.unrolled(settings.unroll_of(learner)).shortened(steps)
         result = unroll(
-            classifier.model,
-            self.start.optimizer(classifier, self.rule),
-            lambda module, step: scale * support(module, step),
-            task.query_loss(classifier, settings.share),
+            learner.module,
+            self.start.optimizer(learner, self.rule),
+            lambda module, step: scale * task.support_loss(module, step),
+            lambda module, step: task.query_loss(module, step, settings.share(step)),
             _thinned(unrolled, settings.judged, generator),
             seed=number,
         )
-        self.learned.accumulate(result, classifier, task)
-        return result, task.ways
+        self.learned.accumulate(result, learner, task)
+        return result, task.loss_unit
 
     def _meta_lr(self, peak: float) -> float:
         """From the highest learning rate to a tenth of it along half a cosine."""
@@ -350,26 +230,25 @@ class MetaTraining:
         The score is the mean over all steps of the query loss with its calibrated share.
         """
         budgets = range(1, self.settings.unroll.steps + 1)
-        # (tasks, budgets, metrics): everyone fills rows of its own, the sum fills all
-        table = torch.zeros(self.settings.validation_tasks, len(budgets), 3, dtype=torch.float64)
+        metrics = self.validation.metrics
+        names = ["loss", *(n for n in metrics if n != "loss" and not metrics[n].tuned_by)]
+        # (tasks, budgets, figures): everyone fills rows of its own, the sum fills all
+        table = torch.zeros(
+            self.settings.validation_tasks, len(budgets), len(names) + 1, dtype=torch.float64
+        )
         for number in self.team.share(self.settings.validation_tasks):
-            task, classifier = self.validation.load(number), self.validation.classifier_of(number)
-            seed = _VALIDATION_HEADS + number
-            self.start.begin(classifier, task.support, task.ways, seed)
-            optimizer = self.start.optimizer(classifier, self.rule)
-            scores = adapt_and_judge(classifier, optimizer, task, budgets).scores
-            table[number] = torch.tensor(
-                [(scores[b].loss, scores[b].calibrated, scores[b].accuracy) for b in budgets],
-                dtype=table.dtype,
-            )
-        # (budgets,) each
-        loss, calibrated, accuracy = self.team.sum(table).mean(dim=0).unbind(dim=1)
+            task, learner = self.validation.load(number), self.validation.learner_of(number)
+            self.start.begin(learner, task, _VALIDATION_HEADS + number)
+            optimizer = self.start.optimizer(learner, self.rule)
+            scores = adapt_and_judge(learner, optimizer, task, budgets).scores
+            rows = [[scores[b][name] for name in names] for b in budgets]
+            tempered = [scores[b].get("calibrated", scores[b]["loss"]) for b in budgets]
+            table[number] = torch.tensor([[*r, c] for r, c in zip(rows, tempered)])
+        means = self.team.sum(table).mean(dim=0)  # (budgets, figures)
+        loss, calibrated = means[:, 0], means[:, -1]
         shares = loss.new_tensor([self.settings.share(b - 1) for b in budgets])
         score = float(torch.lerp(loss, calibrated, shares).mean())
-        figures = {
-            "loss": finite_or_none(loss.tolist()),
-            "accuracy": finite_or_none(accuracy.tolist()),
-        }
+        figures = {name: finite_or_none(means[:, i].tolist()) for i, name in enumerate(names)}
         self.progress.checked_step, self.progress.figures = self.progress.meta_step, figures
         if score < self.progress.best_score:
             self.progress.best_score = score
@@ -392,10 +271,14 @@ class MetaTraining:
     def _save_best(self) -> None:
         training = {**self.training, "meta_step": self.progress.best_step}
         if self.team.rank == 0:
-            save_rule(self.rule, self.folder.path / RULE_FILE, training)
+            file = self.folder.path / RULE_FILE
+            if can_be_saved(self.rule):
+                save_rule(self.rule, file, training)
+            else:  # a user's own kind, which only they can build again
+                save_tensors(file, self.rule.state_dict(), {"training": training})
             if self.learned.init is not None:
                 folder = self.folder.path / INIT_FOLDER
-                save_init(folder, self.train.classifier, self.start, training)
+                self.start.save(folder, self.train.learner, training)
 
     # -- the folder
 

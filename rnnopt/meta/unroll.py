@@ -9,10 +9,9 @@ respect to the initial parameters theta_0, as MAML does, and returned.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,110 +19,16 @@ from torch import Tensor, nn
 from rnnopt.errors import InputError
 from rnnopt.meta.memory import used_bytes, warn_if_too_large
 from rnnopt.meta.sampling import Sample, draw_samples
+from rnnopt.meta.settings import UnrollSettings
 from rnnopt.optim.optimizer import LearnedOptimizer, trainable
 from rnnopt.rules.protocol import UpdateRule
+from rnnopt.tasks.protocol import LossFunction
 
 # The rule's graph between two cuts, where the number of coordinates is not set: it holds every
 # coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
 GRAPH_BYTES = 72 * 2**20
 # Kept a coordinate and step beside the rule's memory: parameter, gradient, change and slope.
 _OTHER_BYTES = 16
-
-# (the module to run, the step's number from 0) -> mean loss in nats per example, 0-d
-LossFunction = Callable[[nn.Module, int], Tensor]
-
-
-@dataclass(frozen=True)
-class UnrollSettings:
-    """How an unroll is run and what its meta-loss weighs.
-
-    Attributes:
-        steps: T, steps of adaptation.
-        order: 1, everything fed to the rule is a constant; 2, exact, through `higher`.
-        truncation: steps after which the graph is cut (truncated backpropagation through time);
-            None cuts nowhere. Memory grows with the truncation, not with T.
-        coordinates: first order only: how many coordinates carry the meta-gradient, a random
-            sample stratified over tensors, while all are updated; the estimate is unbiased. None
-            takes all where the rule's graph stays within `GRAPH_BYTES`, and else as many as do.
-            What the rule turns as a whole (`rnnopt.rules.protocol.TurningRule`) is taken beside them.
-        query_weight: weight of the query loss, what adaptation is for.
-        support_weight: weight of the support loss.
-        step_weights: weight of each of the T steps; None weighs all by 1.
-        initial: what an unroll returns of theta_0, the values of all parameters of the model that
-            take a gradient, also of those that the optimizer leaves as they are (ANIL, Raghu et al.
-            2020). ``"gradient"``: the meta-gradient; with order 2 exact (MAML, Finn et al. 2017,
-            arXiv:1703.03400); with order 1 the sum over steps of the meta-loss's slope at theta_t,
-            d theta_t / d theta_0 being taken for the identity (first-order MAML, where the last
-            step alone has a weight). ``"displacement"``: theta_0 - theta_T (Reptile, Nichol et al.
-            2018, arXiv:1803.02999), 0 for what the optimizer leaves. None: nothing.
-    """
-
-    steps: int
-    order: int = 1
-    truncation: int | None = None
-    coordinates: int | None = None
-    query_weight: float = 1.0
-    support_weight: float = 0.0
-    step_weights: Sequence[float] | None = None
-    initial: Literal["gradient", "displacement"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps={self.steps}: at least 1")
-        if self.order not in (1, 2):
-            raise InputError(f"order={self.order}: 1 or 2")
-        for name in ("truncation", "coordinates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: at least 1, or None")
-        if self.initial not in (None, "gradient", "displacement"):
-            raise InputError(f"initial={self.initial!r}: 'gradient', 'displacement' or None")
-        if self.initial == "displacement" and self.order == 2:
-            raise InputError(
-                "initial='displacement' (Reptile) with order 2: it differentiates through nothing; "
-                "use order 1"
-            )
-        if self.coordinates is not None and self.order == 2:
-            raise InputError(
-                f"coordinates={self.coordinates} with order 2: second order needs all of them, "
-                "since the model connects them; leave coordinates out"
-            )
-        if self.initial == "gradient" and self.order == 2 and self.kept_steps < self.steps:
-            raise InputError(
-                f"truncation={self.truncation} of {self.steps} steps: with order 2 nothing from "
-                "beyond a cut would reach the initial values; leave truncation out, or use order 1"
-            )
-        if self.step_weights is not None and len(self.step_weights) != self.steps:
-            raise InputError(
-                f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
-            )
-        for name, weights in (
-            ("query_weight and support_weight", (self.query_weight, self.support_weight)),
-            ("step_weights", self.step_weights or (1.0,)),
-        ):
-            if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-                raise InputError(
-                    f"{name} {tuple(weights)}: must be finite, at least 0, and not all 0"
-                )
-
-    def shortened(self, steps: int) -> UnrollSettings:
-        """The same with the first `steps` steps only."""
-        weights = None if self.step_weights is None else self.step_weights[:steps]
-        return replace(self, steps=steps, step_weights=weights)
-
-    def weight(self, step: int) -> float:
-        """Weight of the losses after step number `step` (from 0)."""
-        return 1.0 if self.step_weights is None else self.step_weights[step]
-
-    @property
-    def kept_steps(self) -> int:
-        """The longest run of steps whose graph is held at once."""
-        return min(self.truncation or self.steps, self.steps)
-
-    def cut_after(self, step: int) -> bool:
-        """Whether the graph ends after step number `step` (from 0)."""
-        done = step + 1
-        return done == self.steps or (self.truncation is not None and done % self.truncation == 0)
 
 
 @dataclass(frozen=True)

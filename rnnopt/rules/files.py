@@ -61,6 +61,11 @@ def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = 
     save_tensors(path, rule.state_dict(), about)
 
 
+def can_be_saved(rule: object) -> bool:
+    """Whether `save_rule` takes a rule of this type."""
+    return type(rule) in _KINDS.values()
+
+
 def load_rule(path: str | os.PathLike[str]) -> SavedRule:
     """Read a rule. Nothing in the file is ever run.
 

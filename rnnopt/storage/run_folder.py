@@ -16,6 +16,7 @@ from rnnopt.storage.files import claim_folder, read_tensors, save_tensors, write
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
+INIT_FOLDER = "init"  # learned initial values, beside the rule
 
 # tensors, on CPU, and JSON-compatible facts, among them "meta_step"
 Checkpoint: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]

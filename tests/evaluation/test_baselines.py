@@ -9,10 +9,11 @@ import torch
 from rnnopt import InputError
 from rnnopt.data.files import read_corpus
 from rnnopt.evaluation.baselines import BASELINES, require_baseline
+from rnnopt.tasks.adaptation import adapt_and_judge
 from rnnopt.tasks.episodes import EpisodeSampler
+from rnnopt.tasks.kinds import KINDS, tensor_kinds
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.encoder.kinds import KINDS, tensor_kinds
-from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge, judge
+from rnnopt.tasks.text.tasks import TextTasks, judge
 
 
 def installed(name):
@@ -37,7 +38,7 @@ def classifier(encoder):
 @pytest.fixture(scope="module")
 def task(classifier, csv_file):
     sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=2, queries=2, seed=0)
-    return TaskSource(sampler, classifier).load(0)
+    return TextTasks(sampler, classifier).load(0)
 
 
 def values(classifier):
@@ -160,14 +161,14 @@ def test_schedule_free_is_judged_at_its_average_and_descends_from_the_other_poin
     optimizer = build(classifier, dict(classifier.trainable()), lr, 3)
     for _ in range(3):
         optimizer.zero_grad()
-        task.support_loss(classifier)(classifier.model, 0).backward()
+        task.support_loss(classifier.model, 0).backward()
         optimizer.step()
     for key, value in values(classifier).items():
         torch.testing.assert_close(value, here[key], rtol=0, atol=1e-4)
-    descending = judge(classifier, task.query).loss
+    descending = judge(classifier, task.query)["loss"]
     optimizer.eval()
-    averaged = judge(classifier, task.query).loss
-    assert done.scores[3].loss == pytest.approx(averaged, abs=1e-4)
+    averaged = judge(classifier, task.query)["loss"]
+    assert done.scores[3]["loss"] == pytest.approx(averaged, abs=1e-4)
     assert abs(descending - averaged) > 1e-2  # or this test could not tell the two
 
 

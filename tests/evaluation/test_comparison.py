@@ -15,9 +15,11 @@ from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.tables import comparison_table
 from rnnopt.evaluation.statistics import interval, student_quantile
+from rnnopt.tasks.adaptation import Adaptation
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import Adaptation, Score, TaskSource
+from rnnopt.tasks.text.frozen import DIRECT
+from rnnopt.tasks.text.tasks import TextTasks
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def sources(encoder, csv_file):
     splits = divide_classes(read_corpus(csv_file))
     classifier = Classifier.load(encoder, tune="head", ways=2, device=torch.device("cpu"))
     return classifier, *(
-        TaskSource(EpisodeSampler(corpus, ways=2, shots=2, queries=4, seed=0), classifier)
+        TextTasks(EpisodeSampler(corpus, ways=2, shots=2, queries=4, seed=0), classifier)
         for corpus in (splits.validation, splits.test)
     )
 
@@ -33,7 +35,16 @@ def sources(encoder, csv_file):
 def comparison(sources, journal, rule=None, baselines=("adamw", "sgd"), tick=lambda name: None):
     classifier, tuning, report = sources
     return Comparison(
-        classifier, rule or SGD(0.5), "rule", tuning, report, (1, 3), baselines, journal, tick
+        classifier,
+        rule or SGD(0.5),
+        "rule",
+        tuning,
+        report,
+        (1, 3),
+        baselines,
+        journal,
+        tick,
+        direct=DIRECT,
     )
 
 
@@ -60,7 +71,9 @@ def test_every_method_sees_the_same_tasks_from_the_same_weights(sources, tmp_pat
     for number in range(3):
         ours, theirs = run._learned(number), run._baseline("sgd", 0.1, number, report, (1, 3))
         for budget in (1, 3):
-            assert ours.scores[budget].loss == pytest.approx(theirs.scores[budget].loss, rel=1e-5)
+            assert ours.scores[budget]["loss"] == pytest.approx(
+                theirs.scores[budget]["loss"], rel=1e-5
+            )
 
 
 def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sources, tmp_path):
@@ -71,14 +84,22 @@ def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sourc
     for budget in ("1", "3"):
         mean = {
             lr: np.mean(
-                [r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {lr:g} tuning")]
+                [
+                    r["scores"][budget]["loss"]
+                    for r in runs
+                    if r["run"].startswith(f"sgd {lr:g} tuning")
+                ]
             )
             for lr in BASELINES["sgd"].grid
         }
         tuned = result["methods"]["sgd"]["tuned"]["lr_for_loss"][budget]
         assert tuned == min(mean, key=mean.get)
         reported = np.mean(
-            [r["scores"][budget][0] for r in runs if r["run"].startswith(f"sgd {tuned:g} report")]
+            [
+                r["scores"][budget]["loss"]
+                for r in runs
+                if r["run"].startswith(f"sgd {tuned:g} report")
+            ]
         )
         assert result["methods"]["sgd"]["loss"][budget]["mean"] == pytest.approx(reported)
 
@@ -116,13 +137,13 @@ def test_a_run_is_done_again_for_budgets_that_it_lacks(tmp_path):
 
     def adapt(budgets):
         calls.append(budgets)
-        return Adaptation({b: Score(1.0, 0.5) for b in budgets}, 0.1, undone=2)
+        return Adaptation({b: {"loss": 1.0, "accuracy": 0.5} for b in budgets}, 0.1, undone=2)
 
     for budgets in ([1], [1], [1, 3], [3]):
         journal.run("x", budgets, lambda budgets=budgets: adapt(budgets))
     assert calls == [[1], [1, 3]]
     kept = Journal(tmp_path / "j", {}).run("x", [3], lambda: pytest.fail("it is there"))
-    assert kept == Adaptation({b: Score(1.0, 0.5) for b in (1, 3)}, 0.1, undone=2)
+    assert kept == Adaptation({b: {"loss": 1.0, "accuracy": 0.5} for b in (1, 3)}, 0.1, undone=2)
 
 
 def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_kept(
@@ -132,12 +153,12 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
     runs = Journal(tmp_path / "j", {})._runs
     for budget, lr in result["methods"]["sgd"]["tuned"]["lr"].items():
         kept = [runs[f"sgd {lr:g} report {number}"]["scores"][budget] for number in range(2)]
-        assert result["values"]["sgd"]["f1"][budget] == [f1 for _, _, f1, _ in kept]
+        assert result["values"]["sgd"]["f1"][budget] == [row["f1"] for row in kept]
     # as version 0.1 kept its runs: loss and accuracy
     head, *lines = (tmp_path / "j").read_text().splitlines()
     old = [json.loads(line) for line in lines]
     for run in old:
-        run["scores"] = {b: row[:2] for b, row in run["scores"].items()}
+        run["scores"] = {b: [row["loss"], row["accuracy"]] for b, row in run["scores"].items()}
     (tmp_path / "old").write_text("\n".join([head, *map(json.dumps, old)]) + "\n")
     again = comparison(sources, Journal(tmp_path / "old", {})).run(2, 1)
     assert (tmp_path / "old").read_text().count("\n") == len(lines) + 1
@@ -184,7 +205,7 @@ def test_a_journal_of_other_facts_is_refused_and_kept(tmp_path):
 
 
 def test_a_line_cut_by_a_crash_costs_that_run_only(tmp_path):
-    one = Adaptation({1: Score(1.0, 0.5)}, 0.1)
+    one = Adaptation({1: {"loss": 1.0, "accuracy": 0.5}}, 0.1)
     Journal(tmp_path / "j", {}).run("a", [1], lambda: one)
     with (tmp_path / "j").open("a") as file:
         file.write('{"run": "cut off by a cra')

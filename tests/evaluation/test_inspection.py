@@ -11,9 +11,10 @@ from rnnopt import SGD, Adam, CoordinateLSTM, InputError, LearnedOptimizer, save
 from rnnopt.cli.main import main
 from rnnopt.data.files import read_corpus
 from rnnopt.evaluation.inspection import GRADIENTS, RATIOS, inspect_rule, inspection_text
+from rnnopt.tasks.adaptation import adapt_and_judge
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import TaskSource, adapt_and_judge
+from rnnopt.tasks.text.tasks import TextTasks
 
 STEPS = 4
 
@@ -33,7 +34,7 @@ def inspected(classifiers, csv_file):
     def run(rule, tune="full", **options):
         classifier = classifiers[tune]
         sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=2, queries=2, seed=0)
-        task = TaskSource(sampler, classifier).load(0)
+        task = TextTasks(sampler, classifier).load(0)
         classifier.reset(3, seed=0)
         return inspect_rule(rule, classifier, task, STEPS, **options), classifier, task
 

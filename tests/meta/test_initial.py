@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt import SGD, InputError, LearnedOptimizer, MetaSGD
-from rnnopt.meta.initial import InitialValues
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.learned import InitialValues
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import LabelledTexts, Task
+from rnnopt.tasks.text.start import TextStart
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 WEIGHTS = (1.0, 0.5, 2.0)
 RATE = 0.3
@@ -247,7 +248,7 @@ def classifier(tmp_path_factory):
 def task(classifier):
     parts = (TEXTS[:4], TEXTS[4:8])
     support, query = (LabelledTexts.read(classifier, part, [0, 1, 0, 1]) for part in parts)
-    return Task((support,), query, 2)
+    return TextTask(classifier, (support,), query, 2)
 
 
 def values_of(classifier):
@@ -260,8 +261,8 @@ def values_of(classifier):
 
 
 def meta_loss(classifier, task, start, settings):
-    start.begin(classifier, task.support, task.ways, seed=0)
-    losses = task.support_loss(classifier), task.query_loss(classifier)
+    start.begin(classifier, task, seed=0)
+    losses = task.support_loss, task.query_loss
     return unroll(classifier.model, start.optimizer(classifier, SGD(0.1)), *losses, settings)
 
 
@@ -272,7 +273,7 @@ def test_maml_of_a_classifier_equals_central_differences_whatever_the_head(
 ):
     """With a prototype head the initial values also act through the head."""
     values = values_of(classifier)
-    start = Start(head, adapted, values.values())
+    start = TextStart(head, adapted, values.values())
     result = meta_loss(classifier, task, start, replace(MAML, support_weight=0.0))
     values.add(result.initial)
     if head == "prototype":
@@ -293,7 +294,7 @@ def test_maml_of_a_classifier_equals_central_differences_whatever_the_head(
 
 def test_the_penalty_is_half_the_squared_distance_from_the_pretrained_values(classifier):
     values = values_of(classifier)
-    pretrained = classifier.start
+    pretrained = classifier.initial_values
     named = values.values()
     half = sum((named[key] - pretrained[key]).square().sum() for key in named) / 2
     expected = torch.autograd.grad(0.7 * half, list(named.values()))

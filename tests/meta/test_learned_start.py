@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 from rnnopt import SGD, Adam, CoordinateLSTM, InputError, MetaSGD, load_rule
 from rnnopt.data.files import read_corpus
 from rnnopt.data.splits import divide_classes
-from rnnopt.meta.learned import LearnedSettings
-from rnnopt.meta.training import MetaTraining, MetaTrainSettings
-from rnnopt.meta.unroll import UnrollSettings
+from rnnopt.meta.settings import LearnedSettings, MetaTrainSettings, UnrollSettings
+from rnnopt.meta.training import MetaTraining
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.start import TextStart
+from rnnopt.tasks.text.tasks import TextTasks
 
 CPU = torch.device("cpu")
 # Between them every inner rule, order, head, and way to learn initial values.
@@ -38,13 +37,15 @@ def sources(encoder, csv_file):
         encoder, tune="lora", lora_rank=2, pooling="mean", ways=2, double_backward=True, device=CPU
     )
     return [
-        TaskSource(EpisodeSampler(corpus, ways=2, shots=4, queries=4, seed=0), classifier)
+        TextTasks(EpisodeSampler(corpus, ways=2, shots=4, queries=4, seed=0), classifier)
         for corpus in (splits.train, splits.validation)
     ]
 
 
 def settings(meta_steps=4, order=1, **options):
     chosen = {"validate_every": 2, "validation_tasks": 2, "checkpoint_every": 2, **options}
+    start = TextStart(chosen.pop("adapted", "all"), head=chosen.pop("head", "random"))
+    chosen["start"] = start
     names = {field.name for field in fields(LearnedSettings)} & chosen.keys()
     learned = LearnedSettings(**{"init_lr": 1e-3, **{name: chosen.pop(name) for name in names}})
     unrolled = UnrollSettings(2, order=order)
@@ -103,7 +104,7 @@ def test_meta_learned_values_lower_the_validation_loss_and_the_best_are_kept(
     splits = divide_classes(read_corpus(csv_file))
     classifier = Classifier.load(encoder, tune="full", pooling="mean", ways=2, device=CPU)
     sources = [
-        TaskSource(EpisodeSampler(corpus, ways=2, shots=4, queries=4, seed=0), classifier)
+        TextTasks(EpisodeSampler(corpus, ways=2, shots=4, queries=4, seed=0), classifier)
         for corpus in (splits.train, splits.validation)
     ]
     chosen = settings(
@@ -200,12 +201,12 @@ def test_a_crash_between_the_old_init_and_the_new_one_is_mended(sources, tmp_pat
 
 def test_one_run_leaves_the_classifier_to_the_next(sources, tmp_path):
     """Its values are put in at the beginning of a task, not into the classifier's own."""
-    before = sources[0].classifier.start
+    before = sources[0].classifier.initial_values
     training(sources, tmp_path, settings(2, init="maml")).run()
-    after = sources[0].classifier.start
+    after = sources[0].classifier.initial_values
     assert all(torch.equal(before[key], after[key]) for key in before)
     task = sources[0].load(0)
-    Start().begin(sources[0].classifier, task.support, task.ways, seed=0)
+    TextStart().begin(sources[0].classifier, task.support, task.ways, seed=0)
     params = dict(sources[0].classifier.trainable())
     assert all(torch.equal(params[key], before[key]) for key in before)
 

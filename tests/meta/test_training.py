@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from rnnopt import InputError, load_rule
 from rnnopt.data.files import read_corpus
 from rnnopt.data.splits import divide_classes
-from rnnopt.meta.training import MetaTraining, MetaTrainSettings
-from rnnopt.meta.unroll import UnrollSettings
+from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.training import MetaTraining
 from rnnopt.rules.files import read_training
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import Task, TaskSource
+from rnnopt.tasks.text.tasks import TextTask, TextTasks
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def sources(encoder, csv_file):
     splits = divide_classes(read_corpus(csv_file))
     classifier = Classifier.load(encoder, tune="head", pooling="mean", ways=2, device=CPU)
     return classifier, *(
-        TaskSource(EpisodeSampler(corpus, ways=2, shots=12, queries=8, seed=0), classifier)
+        TextTasks(EpisodeSampler(corpus, ways=2, shots=12, queries=8, seed=0), classifier)
         for corpus in (splits.train, splits.validation)
     )
 
@@ -164,18 +164,21 @@ def test_a_requirement_is_met_by_a_fresh_validation_only(sources, tmp_path):
     assert records(tmp_path)[-1]["meta_step"] == 6
 
 
-class InfiniteTask(Task):
+class InfiniteTask(TextTask):
     """A task whose query loss is infinite."""
 
-    def query_loss(self, classifier, calibrated):
-        plain = super().query_loss(classifier, calibrated)
-        return lambda module, step: plain(module, step) * float("inf")
+    def query_loss(self, module, step, calibrated=0.0):
+        return super().query_loss(module, step, calibrated) * float("inf")
 
 
-class SecondIsInfinite(TaskSource):
+class SecondIsInfinite(TextTasks):
     def load(self, index):
         task = super().load(index)
-        return InfiniteTask(task.batches, task.query, task.ways) if index == 1 else task
+        return (
+            InfiniteTask(task.classifier, task.batches, task.query, task.ways)
+            if index == 1
+            else task
+        )
 
 
 def test_a_non_finite_meta_loss_skips_the_meta_step_and_is_counted(sources, tmp_path):
@@ -322,7 +325,6 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"loss_scale": 0.5}, "loss_scale=0.5: must be finite and at least 1"),
         ({"calibrated": 1.1}, "calibrated=1.1: a share, from 0 to 1"),
         ({"sure_from": 4}, "sure_from=4: must lie between 1 and the last step, 3"),
-        ({"exact": ("heads",)}, "exact='heads': choose from full, lora, head"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

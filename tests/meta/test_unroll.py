@@ -16,7 +16,8 @@ from rnnopt.meta import memory as memory_module
 from rnnopt.meta import unroll as unroll_module
 from rnnopt.meta.differentiable import higher
 from rnnopt.meta.sampling import fill
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.tasks import LabelledTexts
 

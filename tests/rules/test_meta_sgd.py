@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from rnnopt import InputError, LearnedOptimizer, MetaSGD
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 
 NAMES = ["weight", "bias"]
 

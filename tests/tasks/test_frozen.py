@@ -16,7 +16,7 @@ from rnnopt.tasks.text.frozen import (
     logistic,
     nearest_mean,
 )
-from rnnopt.tasks.text.tasks import Task, TaskSource
+from rnnopt.tasks.text.tasks import TextTask, TextTasks
 
 
 def drawn(seed, ways=3, shots=4, width=5):
@@ -58,16 +58,16 @@ def test_a_task_is_judged_by_its_embeddings_and_nothing_is_changed(name, tune, e
         encoder, tune=tune, ways=3, pooling="mean", device=torch.device("cpu")
     )
     sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=5, queries=5, seed=0)
-    task = TaskSource(sampler, classifier).load(0)
+    task = TextTasks(sampler, classifier).load(0)
     before = {key: value.clone() for key, value in classifier.model.state_dict().items()}
     score = judge_frozen(name, classifier, task)
     for key, value in classifier.model.state_dict().items():
         assert torch.equal(value, before[key])
-    assert 0 < score.loss < 2
-    assert score.accuracy * 15 == pytest.approx(round(score.accuracy * 15))
-    seen = judge_frozen(name, classifier, Task(task.batches, task.support, 3))
+    assert 0 < score["loss"] < 2
+    assert score["accuracy"] * 15 == pytest.approx(round(score["accuracy"] * 15))
+    seen = judge_frozen(name, classifier, TextTask(task.batches, task.support, 3))
     assert seen.accuracy > 0.6  # chance is 1 / 3
-    assert seen.loss < score.loss
+    assert seen.loss < score["loss"]
     assert all(param.grad is None for _, param in classifier.trainable())
 
 
@@ -75,7 +75,7 @@ def test_features_are_taken_from_the_mean_of_the_support_set_and_have_length_1(e
     """A [CLS] vector has a large part that all texts share."""
     classifier = Classifier.load(encoder, tune="head", ways=3, device=torch.device("cpu"))
     sampler = EpisodeSampler(read_corpus(csv_file), ways=3, shots=3, queries=3, seed=0)
-    task = TaskSource(sampler, classifier).load(0)
+    task = TextTasks(sampler, classifier).load(0)
     (features, labels), (query, truth) = (
         _features(classifier, texts.pieces) for texts in (task.support, task.query)
     )
@@ -83,7 +83,7 @@ def test_features_are_taken_from_the_mean_of_the_support_set_and_have_length_1(e
     features, query = (rows / rows.norm(dim=1, keepdim=True) for rows in centred)
     logits = nearest_mean(features, labels, query, 3)
     expected = torch.nn.functional.cross_entropy(logits, truth)
-    assert judge_frozen("nearest-mean", classifier, task).loss == pytest.approx(float(expected))
+    assert judge_frozen("nearest-mean", classifier, task)["loss"] == pytest.approx(float(expected))
 
 
 def test_features_are_what_the_output_layer_reads(encoder):

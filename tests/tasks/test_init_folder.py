@@ -11,10 +11,10 @@ from encoders import TEXTS, tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
 
 from rnnopt import InputError
-from rnnopt.meta.initial import InitialValues
+from rnnopt.meta.learned import InitialValues
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init, read_init_training, save_init
-from rnnopt.tasks.text.start import Start
+from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import LabelledTexts
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def theirs(model, folder, output):
 
 def test_a_full_init_is_a_text_classifier_of_transformers(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full")
-    start = Start(values=learned(classifier))
+    start = TextStart(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start, {"note": 1})
     assert not any("classifier" in key for key in load_file(tmp_path / "init/model.safetensors"))
     expected = begun(classifier, start)
@@ -73,7 +73,7 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
     """DistilBERT's head has a layer that trains beside the factors."""
     encoder = make(tmp_path / "encoder")
     classifier = load(encoder)
-    start = Start(values=learned(classifier))
+    start = TextStart(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start, {})
     config = json.loads((tmp_path / "init" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == (["pre_classifier"] if make is tiny_distilbert else None)
@@ -86,10 +86,12 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
 
 def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full", pooling="mean")
-    start = Start(values=learned(classifier))
+    start = TextStart(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start, {})
     again = load(tmp_path / "init", tune="head", pooling="mean")
-    torch.testing.assert_close(begun(again, Start("zero")), begun(classifier, Start("zero")))
+    torch.testing.assert_close(
+        begun(again, TextStart("zero")), begun(classifier, TextStart("zero"))
+    )
     body = dict(again.model.named_parameters())
     assert all(torch.equal(body[name], value) for name, value in start.values.items())
 
@@ -108,7 +110,7 @@ def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
 def test_values_head_and_what_is_adapted_come_back(tmp_path, options):
     encoder = tiny_bert(tmp_path / "bert")
     classifier = load(encoder, **options)
-    start = Start("prototype", "head", learned(classifier))
+    start = TextStart("prototype", "head", learned(classifier))
     run = tmp_path / "run"
     run.mkdir()
     save_init(run / "init", classifier, start, {"note": 1})
@@ -126,7 +128,7 @@ def test_a_later_init_takes_the_place_of_an_earlier_one(tmp_path):
     (tmp_path / ".init.new" / "left").write_text("by a crash")
     for seed in (0, 1):
         values = learned(classifier, seed)
-        save_init(tmp_path / "init", classifier, Start(values=values), {})
+        save_init(tmp_path / "init", classifier, TextStart(values=values), {})
     found = read_init(tmp_path, classifier).values
     assert all(torch.equal(found[name], value) for name, value in values.items())
     assert sorted(os.listdir(tmp_path)) == ["bert", "init"]
@@ -137,7 +139,7 @@ def saved(tmp_path_factory):
     """A LoRA init of rank 2 for a BERT."""
     folder = tmp_path_factory.mktemp("saved")
     classifier = load(tiny_bert(folder / "bert"))
-    save_init(folder / "init", classifier, Start(values=learned(classifier)), {})
+    save_init(folder / "init", classifier, TextStart(values=learned(classifier)), {})
     return folder
 
 
@@ -174,7 +176,7 @@ def test_no_init_and_a_damaged_one_are_refused(saved, tmp_path):
     (tmp_path / "init.json").write_text('{"format": "rnnopt.init.1", "adapted": "all"}')
     with pytest.raises(InputError, match=r"init\.json is damaged \(no head, values\)"):
         read_init(tmp_path, classifier)
-    start = Start(values=learned(classifier))
+    start = TextStart(values=learned(classifier))
     save_init(tmp_path / "init", classifier, start, {})
     facts = json.loads((tmp_path / "init" / "init.json").read_text())
     changed = json.dumps({**facts, "values": "0" * 12})

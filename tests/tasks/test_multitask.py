@@ -13,7 +13,7 @@ from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init
 from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
-from rnnopt.tasks.text.tasks import TaskSource
+from rnnopt.tasks.text.tasks import TextTasks
 
 DEVICE = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def training(encoder, splits, tmp_path):
     def make(folder="run", corpus=splits.train, tune="lora", **more):
         settings = {"lr": 3e-3, "steps": 30, "check_every": 10, "validation_tasks": 4, **more}
         sampler = EpisodeSampler(splits.validation, ways=2, shots=2, queries=5, seed=0)
-        validation = TaskSource(sampler, Classifier.load(encoder, tune=tune, ways=2, device=DEVICE))
+        validation = TextTasks(sampler, Classifier.load(encoder, tune=tune, ways=2, device=DEVICE))
         classifier = Classifier.load(encoder, tune=tune, ways=2, device=DEVICE)
         return MultitaskTraining(
             classifier, corpus, validation, MultitaskSettings(**settings),
@@ -46,7 +46,7 @@ def log_of(run):
 
 def test_the_loss_over_all_classes_falls_and_the_best_values_are_kept(training, splits):
     run = training(tune="full", steps=150, check_every=50, lr=3e-3)
-    pretrained = run.classifier.start
+    pretrained = run.classifier.initial_values
     folder = run.run()
     log = log_of(run)
     assert [record["meta_step"] for record in log] == [0, 50, 100, 150]

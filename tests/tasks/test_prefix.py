@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from rnnopt import SGD, LearnedOptimizer
 from rnnopt.errors import InputError
 from rnnopt.meta.differentiable import higher
-from rnnopt.meta.unroll import UnrollSettings, unroll
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
+from rnnopt.tasks.adaptation import adapt_and_judge
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.layers import layer_stack
 from rnnopt.tasks.text.encoder.prefix import Prefix
-from rnnopt.tasks.text.tasks import LabelledTexts, Task, adapt_and_judge
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 CPU = torch.device("cpu")
 LABELS = [i % 3 for i in range(len(TEXTS))]
@@ -125,9 +127,11 @@ def test_adaptation_is_the_same(
         classifier.reset(3, seed=1)
         optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], SGD(0.1))
         texts = read(classifier, cached)
-        done = adapt_and_judge(classifier, optimizer, Task((texts,), texts, 3), (4,))
+        done = adapt_and_judge(
+            classifier, optimizer, TextTask(classifier, (texts,), texts, 3), (4,)
+        )
         reached.append([p.detach().clone() for _, p in classifier.trainable()])
-        reached[-1].append(torch.tensor(done.scores[4].loss))
+        reached[-1].append(torch.tensor(done.scores[4]["loss"]))
     assert_same(*reached)
 
 
@@ -174,7 +178,7 @@ def test_what_is_kept_outlives_a_reset(folders: dict[str, Path]) -> None:
     classifier = load(folders["bert"], tune="lora", top_layers=1)
     texts = read(classifier)
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], SGD(1.0))
-    adapt_and_judge(classifier, optimizer, Task((texts,), texts, 3), (3,))
+    adapt_and_judge(classifier, optimizer, TextTask(classifier, (texts,), texts, 3), (3,))
     classifier.reset(5, seed=2)
     assert_same(gradients(classifier, texts), gradients(classifier, read(classifier, False)))
 
@@ -329,12 +333,12 @@ def test_meta_gradients_are_the_same(
     for cached in (True, False):
         rule = random_lstm()
         optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], rule, lr=0.1)
-        task = Task((read(classifier, cached),), read(classifier, cached), 3)
+        task = TextTask(classifier, (read(classifier, cached),), read(classifier, cached), 3)
         unroll(
             classifier.model,
             optimizer,
-            task.support_loss(classifier),
-            task.query_loss(classifier),
+            task.support_loss,
+            task.query_loss,
             UnrollSettings(steps=3, order=order),
         )
         found.append([weight.grad for weight in rule.parameters()])
@@ -416,9 +420,12 @@ def test_bfloat16_tracks_float32_and_leaves_parameters_alone(
         loss, *grads = gradients(classifier, texts)
         assert {tensor.dtype for tensor in (loss, *grads, *params)} == {torch.float32}
         done = adapt_and_judge(
-            classifier, LearnedOptimizer(params, SGD(0.3)), Task((texts,), texts, 3), (5,)
+            classifier,
+            LearnedOptimizer(params, SGD(0.3)),
+            TextTask(classifier, (texts,), texts, 3),
+            (5,),
         )
-        reached.append(torch.tensor([float(loss.detach()), done.scores[5].loss]))
+        reached.append(torch.tensor([float(loss.detach()), done.scores[5]["loss"]]))
     assert torch.allclose(*reached, atol=0.02)
     assert not torch.equal(*reached)
 
@@ -427,7 +434,7 @@ def test_bfloat16_works_at_second_order(folders: dict[str, Path]) -> None:
     classifier = load(folders["bert"], tune="head", precision="bf16", double_backward=True)
     rule = random_lstm()
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], rule, lr=0.1)
-    loss = Task((read(classifier),), read(classifier), 3).support_loss(classifier)
+    loss = TextTask(classifier, (read(classifier),), read(classifier), 3).support_loss
     unroll(classifier.model, optimizer, loss, loss, UnrollSettings(steps=2, order=2))
     assert all(weight.grad.isfinite().all() for weight in rule.parameters())
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rnnopt import SGD, InputError, MetaSGD
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.start import Start, prototype_head
+from rnnopt.tasks.text.start import TextStart, prototype_head
 from rnnopt.tasks.text.tasks import LabelledTexts
 
 CPU = torch.device("cpu")
@@ -34,14 +34,14 @@ def logits(classifier):
 
 
 def test_a_random_head_is_that_of_reset(classifier, support):
-    Start().begin(classifier, support, 3, seed=5)
+    TextStart().begin(classifier, support, 3, seed=5)
     ours = [param.detach().clone() for param in classifier.model.parameters()]
     classifier.reset(3, seed=5)
     assert all(map(torch.equal, ours, classifier.model.parameters()))
 
 
 def test_a_zero_head_says_nothing(classifier, support):
-    Start("zero").begin(classifier, support, 3, seed=5)
+    TextStart("zero").begin(classifier, support, 3, seed=5)
     assert not logits(classifier).any()
 
 
@@ -50,7 +50,7 @@ def test_a_prototype_head_is_minus_the_squared_distance_from_the_class_means(tmp
     """By softmax; and s is the mean squared distance of the class means from their mean."""
     loaded = Classifier.load(tiny_bert(tmp_path), tune="full", pooling=pooling, ways=3, device=CPU)
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
-    Start("prototype").begin(loaded, texts, 3, seed=0)
+    TextStart("prototype").begin(loaded, texts, 3, seed=0)
     with torch.no_grad():
         x = loaded.features(loaded.batch(TEXTS)).double()  # (B, H)
         means = torch.stack([x[torch.tensor(LABELS) == k].mean(dim=0) for k in range(3)])
@@ -85,7 +85,7 @@ def test_a_prototype_head_depends_on_no_scale_and_shift_of_the_features(scale, s
 
 def test_texts_that_are_all_alike_make_a_finite_head(classifier):
     alike = LabelledTexts.read(classifier, ["play a song"] * 4, [0, 1, 2, 0])
-    Start("prototype").begin(classifier, alike, 3, seed=0)
+    TextStart("prototype").begin(classifier, alike, 3, seed=0)
     assert torch.isfinite(logits(classifier)).all()
 
 
@@ -95,17 +95,17 @@ def test_an_output_layer_without_bias_takes_no_prototypes(tmp_path):
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
     assert loaded.features(loaded.batch(TEXTS)).shape == (len(TEXTS), 32)
     with pytest.raises(InputError, match=r"output layer has no bias.*use --head zero or random"):
-        Start("prototype").begin(loaded, texts, 3, seed=0)
+        TextStart("prototype").begin(loaded, texts, 3, seed=0)
 
 
 def test_learned_values_replace_the_pretrained_ones_at_every_beginning(tmp_path):
     """Also those of head layers that would be drawn for each task."""
     loaded = Classifier.load(tiny_distilbert(tmp_path), tune="lora", ways=3, device=CPU)
-    assert any("pre_classifier" in name for name in loaded.start)
-    values = {name: torch.randn_like(value) for name, value in loaded.start.items()}
+    assert any("pre_classifier" in name for name in loaded.initial_values)
+    values = {name: torch.randn_like(value) for name, value in loaded.initial_values.items()}
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
     for seed in (1, 2):
-        Start(values=values).begin(loaded, texts, 3, seed)
+        TextStart(values=values).begin(loaded, texts, 3, seed)
         params = dict(loaded.trainable())
         assert all(torch.equal(params[name], value) for name, value in values.items())
         with torch.no_grad():
@@ -113,11 +113,11 @@ def test_learned_values_replace_the_pretrained_ones_at_every_beginning(tmp_path)
     loaded.reset(3, seed=1)
     params = dict(loaded.trainable())
     drawn = {name for name in values if "pre_classifier" in name}
-    assert all(torch.equal(params[n], loaded.start[n]) for n in set(values) - drawn)
+    assert all(torch.equal(params[n], loaded.initial_values[n]) for n in set(values) - drawn)
 
 
 def test_adapting_the_head_only_leaves_the_encoder(classifier, support):
-    start = Start(adapted="head")
+    start = TextStart(adapted="head")
     start.begin(classifier, support, 3, seed=0)
     assert list(start.params(classifier)) == ["classifier.weight", "classifier.bias"]
     before = {name: param.detach().clone() for name, param in classifier.trainable()}
@@ -129,7 +129,7 @@ def test_adapting_the_head_only_leaves_the_encoder(classifier, support):
 
 
 def test_a_meta_sgd_is_told_the_names_and_the_multiplier(classifier, support):
-    start = Start(adapted="head")
+    start = TextStart(adapted="head")
     start.begin(classifier, support, 3, seed=0)
     rule = MetaSGD(["classifier.bias", "classifier.weight"])
     optimizer = start.optimizer(classifier, rule, lr=0.5)

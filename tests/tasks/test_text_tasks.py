@@ -11,18 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from rnnopt import Adam, LearnedOptimizer
 from rnnopt.data.files import read_corpus
+from rnnopt.tasks.adaptation import adapt_and_judge
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.metrics import classification_metrics, confusion_matrix
+from rnnopt.tasks.protocol import DIVERGED_LOSS
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import (
-    DIVERGED_LOSS,
-    LabelledTexts,
-    TaskSource,
-    adapt_and_judge,
-    calibrated_loss,
-    judge,
-    mixed_loss,
-)
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTasks, calibrated_loss, judge, mixed_loss
 
 CPU = torch.device("cpu")
 TEXTS = [("rain today", 0), ("my song", 1), ("a loan", 2), ("the soup", 3)]
@@ -36,7 +30,7 @@ def classifier(encoder):
 @pytest.fixture
 def task(classifier, csv_file):
     sampler = EpisodeSampler(read_corpus(csv_file), ways=4, shots=3, queries=5, seed=0)
-    return TaskSource(sampler, classifier).load(0)
+    return TextTasks(sampler, classifier).load(0)
 
 
 def test_a_task_holds_its_episode(task):
@@ -48,11 +42,11 @@ def test_each_task_draws_its_classifier_the_same_one_at_every_call(encoder, csv_
     full, head = (
         Classifier.load(encoder, tune=tune, ways=4, device=CPU) for tune in ("full", "head")
     )
-    source = TaskSource(sampler, [full, head, head])
-    drawn = [source.classifier_of(number) for number in range(300)]
+    source = TextTasks(sampler, [full, head, head])
+    drawn = [source.learner_of(number) for number in range(300)]
     assert 160 < drawn.count(head) < 240  # it stands there twice: 200 expected, 8 deviation
-    assert drawn == [source.classifier_of(number) for number in range(300)]
-    assert TaskSource(sampler, head).classifier_of(0) is head
+    assert drawn == [source.learner_of(number) for number in range(300)]
+    assert TextTasks(sampler, head).learner_of(0) is head
 
 
 def test_pieces_change_neither_loss_nor_score(classifier, texts):
@@ -64,12 +58,12 @@ def test_pieces_change_neither_loss_nor_score(classifier, texts):
     whole = cross_entropy(logits, torch.tensor(labels))
     torch.testing.assert_close(pieces.loss(classifier, classifier.model), whole)
     score = judge(classifier, pieces)
-    assert score.loss == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert score["loss"] == pytest.approx(float(whole.detach()), rel=1e-5)
     predicted = logits.argmax(1).numpy()
     metrics = classification_metrics(confusion_matrix(predicted, np.array(labels), 4))
-    assert (score.accuracy, score.f1) == (metrics.accuracy, metrics.f1)
+    assert (score["accuracy"], score["f1"]) == (metrics.accuracy, metrics.f1)
     # as many texts of every class
-    assert metrics.recall == pytest.approx(score.accuracy) and score.f1 != score.accuracy
+    assert metrics.recall == pytest.approx(score["accuracy"]) and score["f1"] != score["accuracy"]
 
 
 def test_adaptation_is_scored_at_each_budget_and_timed(classifier, task):
@@ -81,10 +75,10 @@ def test_adaptation_is_scored_at_each_budget_and_timed(classifier, task):
 
 
 def test_adaptation_lowers_the_support_loss(classifier, task):
-    before = judge(classifier, task.support).loss
+    before = judge(classifier, task.support)["loss"]
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], Adam(1e-3))
     adapt_and_judge(classifier, optimizer, task, (10,))
-    assert judge(classifier, task.support).loss < before
+    assert judge(classifier, task.support)["loss"] < before
 
 
 def test_dropout_makes_steps_noisy_and_no_judgement(encoder, classifier):
@@ -99,7 +93,7 @@ def test_dropout_makes_steps_noisy_and_no_judgement(encoder, classifier):
 def test_a_diverged_model_has_a_finite_score(classifier, task):
     with torch.no_grad():
         classifier.trainable()[-1][1].fill_(math.nan)
-    assert judge(classifier, task.query).loss == DIVERGED_LOSS
+    assert judge(classifier, task.query)["loss"] == DIVERGED_LOSS
 
 
 def some_logits(seed, texts=40, ways=5, known=1.0):
@@ -145,13 +139,10 @@ def test_the_query_loss_mixes_both(classifier, task):
     (logits, labels), share = some_logits(0), 0.3
     mixed = 0.7 * cross_entropy(logits, labels) + 0.3 * calibrated_loss(logits, labels)
     torch.testing.assert_close(mixed_loss(logits, labels, share), mixed)
-    losses = [
-        task.query_loss(classifier, lambda step, x=x: x)(classifier.model, 0).item()
-        for x in (0, share, 1)
-    ]
+    losses = [task.query_loss(classifier.model, 0, x).item() for x in (0, share, 1)]
     assert losses[1] == pytest.approx(0.7 * losses[0] + 0.3 * losses[2], rel=1e-5)
     score = judge(classifier, task.query)
-    assert (score.loss, score.calibrated) == pytest.approx((losses[0], losses[2]), rel=1e-5)
+    assert (score["loss"], score["calibrated"]) == pytest.approx((losses[0], losses[2]), rel=1e-5)
 
 
 def test_adaptation_tells_how_many_steps_were_undone(classifier, task):

@@ -53,7 +53,8 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         result: what `rnnopt.evaluation.comparison.Comparison.run` returned.
     """
     lines = []
-    for metric in ("accuracy", "loss"):
+    first = next(iter(result["methods"].values()))
+    for metric in [name for name in first if name in ("accuracy", "loss")]:
         rows = {name: method[metric] for name, method in result["methods"].items()}
         for name, difference in result["paired"].items():
             rows[f"*learned - {name}, paired*"] = difference[metric]

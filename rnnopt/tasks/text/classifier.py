@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.storage.files import claim_folder
+from rnnopt.tasks.protocol import Learner
 from rnnopt.tasks.text.encoder.layers import freeze_below, top_and_lower
 from rnnopt.tasks.text.encoder.loading import (
     MeanPooled,
@@ -43,7 +44,7 @@ Tune = Literal["full", "lora", "head"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-class Classifier:
+class Classifier(Learner):
     """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
 
     What doesn't train must keep its values: its work on a text is done once.
@@ -54,9 +55,9 @@ class Classifier:
             number of ways changes.
         tokens: the `TokenCache` of its tokenizer.
         ways: C, the classes of the current head.
-        device: where the model is.
         precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
-        kind: JSON-compatible facts that two classifiers with the same trainable parameters share.
+        family: what trains, the argument `tune` of `load`.
+        facts: JSON-compatible facts that two classifiers with the same trainable parameters share.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Classifier:
         top_layers: int | None, ways: int, max_length: int, device: torch.device, seed: int,
         dropout: bool, precision: Precision,
     ) -> None:  # fmt: skip
-        self.model, self.ways, self.device = model.eval(), ways, device
+        self.model, self.ways, self._device = model.eval(), ways, device
         self.precision = choose_precision(precision, device)
         names = inspect.signature(model.base_model.forward).parameters
         limit = min(max_length, position_limit(model))
@@ -81,7 +82,8 @@ class Classifier:
             or all(f"{name}.{key}" in absent for key, _ in layer.named_parameters(recurse=False))
         ]
         self.fingerprint = encoder_fingerprint(model.base_model, tokenizer)
-        self.kind = {
+        self.family = tune
+        self.facts = {
             "encoder_weights": self.fingerprint,
             "pooling": "mean" if isinstance(model, MeanPooled) else "model",
             "tune": tune,
@@ -212,7 +214,17 @@ class Classifier:
         return self._output
 
     @property
-    def start(self) -> dict[str, Tensor]:
+    def module(self) -> nn.Module:
+        """The model."""
+        return cast(nn.Module, self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    @property
+    def initial_values(self) -> dict[str, Tensor]:
         """The values that `reset` restores, by name: of all that trains but the output layer."""
         return dict(self._start)
 
@@ -224,6 +236,10 @@ class Classifier:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that train, in the model's order."""
         return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
+
+    def begin(self, task: Any, seed: int) -> None:
+        """See `reset`, with the ways of a `rnnopt.tasks.text.tasks.TextTask`."""
+        self.reset(task.ways, seed)
 
     def reset(self, ways: int, seed: int) -> None:
         """Start an episode: starting values for all that trains, and a fresh head.

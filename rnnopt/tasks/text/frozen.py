@@ -8,15 +8,18 @@ task hasn't). Shapes: B texts, D features, C ways.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from rnnopt.tasks.metrics import classification_metrics, confusion_matrix
+from rnnopt.tasks.protocol import Scores, bounded_loss
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.tokens import Batch
-from rnnopt.tasks.text.tasks import Score, Task, bounded_loss
+from rnnopt.tasks.text.tasks import TextTask
 
 ITERATIONS = 200  # of L-BFGS; the loss is convex and a task small, so it ends long before
 PENALTY = 1.0  # of the squared weights against the *sum* of the losses: scikit-learn's C = 1
@@ -68,7 +71,7 @@ FROZEN: Mapping[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 }
 
 
-def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
+def judge_frozen(name: str, classifier: Classifier, task: TextTask) -> Scores:
     """Fit one of `FROZEN` on a task's support texts and judge it on its query texts.
 
     Args:
@@ -85,7 +88,13 @@ def judge_frozen(name: str, classifier: Classifier, task: Task) -> Score:
     predicted = logits.argmax(dim=1).cpu().numpy()
     metrics = classification_metrics(confusion_matrix(predicted, truth.cpu().numpy(), task.ways))
     loss = bounded_loss(float(cross_entropy(logits, truth)))
-    return Score(loss, metrics.accuracy, metrics.f1)
+    return {"loss": loss, "accuracy": metrics.accuracy, "f1": metrics.f1}
+
+
+# As a comparison takes them, see `rnnopt.evaluation.comparison.Comparison`.
+DIRECT: Mapping[str, Callable[[Any, Any], Scores]] = {
+    name: partial(judge_frozen, name) for name in FROZEN
+}
 
 
 @torch.no_grad()

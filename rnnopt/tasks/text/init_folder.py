@@ -15,18 +15,18 @@ from torch import Tensor
 
 from rnnopt.errors import InputError
 from rnnopt.storage.files import read_tensors, write_atomically
+from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import Pooling, read_encoder
 from rnnopt.tasks.text.encoder.lora import ADAPTER_FILE, adapter_key
-from rnnopt.tasks.text.start import Start
+from rnnopt.tasks.text.start import TextStart
 
-INIT_FOLDER = "init"
 INIT_FILE = "init.json"
 _FORMAT = "rnnopt.init.1"
 
 
 def save_init(
-    folder: Path, classifier: Classifier, start: Start, training: Mapping[str, Any]
+    folder: Path, classifier: Classifier, start: TextStart, training: Mapping[str, Any]
 ) -> None:
     """Write initial values as a folder that `transformers` or `peft` loads, and ``init.json``.
 
@@ -49,7 +49,7 @@ def save_init(
     classifier.save_start(partial, values)
     facts = {
         "format": _FORMAT,
-        **classifier.kind,
+        **classifier.facts,
         "head": start.head,
         "adapted": start.adapted,
         "values": fingerprint(values),
@@ -67,7 +67,7 @@ def save_init(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_init(path: str | os.PathLike[str], classifier: Classifier) -> Start:
+def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart:
     """How tasks start from the values in a folder.
 
     Args:
@@ -84,7 +84,7 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> Start:
     folder, facts = _facts(path)
     other = [
         f"{name}: {facts.get(name)!r} there, {value!r} here"
-        for name, value in classifier.kind.items()
+        for name, value in classifier.facts.items()
         if facts.get(name) != value
     ]
     if other:
@@ -100,7 +100,7 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> Start:
             "altered: meta-train again"
         )
     on_device = {name: value.to(classifier.device) for name, value in values.items()}
-    return Start(facts["head"], facts["adapted"], on_device)
+    return TextStart(facts["adapted"], on_device, facts["head"])
 
 
 def read_init_training(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -145,12 +145,12 @@ def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 def _values(folder: Path, classifier: Classifier) -> dict[str, Tensor]:
     """The values by name, on the CPU."""
-    names = {name: name for name in classifier.start}
-    if classifier.kind["tune"] == "lora":
+    names = {name: name for name in classifier.initial_values}
+    if classifier.facts["tune"] == "lora":
         found = read_tensors(folder / ADAPTER_FILE)[0]
         names = {name: adapter_key(name) for name in names}
     else:
-        pooling: Pooling = "mean" if classifier.kind["pooling"] == "mean" else "model"
+        pooling: Pooling = "mean" if classifier.facts["pooling"] == "mean" else "model"
         model, _, absent = read_encoder(folder, pooling, classifier.ways, None)
         found = {name: leaf for name, leaf in model.named_parameters() if name not in absent}
     lost = [key for key in names.values() if key not in found]

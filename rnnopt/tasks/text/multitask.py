@@ -18,12 +18,12 @@ from torch import Tensor
 
 from rnnopt.data.corpus import Corpus
 from rnnopt.errors import InputError
-from rnnopt.storage.run_folder import RunFolder
+from rnnopt.storage.run_folder import INIT_FOLDER, RunFolder
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.frozen import judge_frozen
-from rnnopt.tasks.text.init_folder import INIT_FOLDER, save_init
-from rnnopt.tasks.text.start import Start
-from rnnopt.tasks.text.tasks import LabelledTexts, TaskSource
+from rnnopt.tasks.text.init_folder import save_init
+from rnnopt.tasks.text.start import TextStart
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTasks
 
 JUDGED_BY = (
     "nearest-mean"  # in `rnnopt.tasks.text.frozen.FROZEN`: it has no rate or steps to be chosen
@@ -88,21 +88,21 @@ class MultitaskTraining:
         self,
         classifier: Classifier,
         corpus: Corpus,
-        validation: TaskSource,
+        validation: TextTasks,
         settings: MultitaskSettings,
         folder: Path,
         facts: dict[str, Any],
         training: dict[str, Any],
     ) -> None:
-        if not classifier.start:
+        if not classifier.initial_values:
             raise InputError(
                 "multi-task pre-training: of this classifier only the output layer trains, and "
                 "every task has one of its own; use tune 'lora' or 'full'"
             )
-        if classifier is validation.classifier or classifier.kind != validation.classifier.kind:
+        if classifier is validation.classifier or classifier.facts != validation.classifier.facts:
             raise InputError(
-                f"multi-task pre-training: tasks of {validation.classifier.kind} can't judge "
-                f"{classifier.kind} in training; load the same kind of classifier twice"
+                f"multi-task pre-training: tasks of {validation.classifier.facts} can't judge "
+                f"{classifier.facts} in training; load the same kind of classifier twice"
             )
         self.classifier, self.corpus, self.validation = classifier, corpus, validation
         self.settings, self.training = settings, training
@@ -154,14 +154,14 @@ class MultitaskTraining:
 
     def _check(self, loss: float | None, report: Callable[[dict[str, Any]], None]) -> None:
         """Validate, keep the values if they are the best, make a checkpoint."""
-        names = self.classifier.start
+        names = self.classifier.initial_values
         values = {name: p.detach() for name, p in self._params.items() if name in names}
-        start, judged = Start(values=values), self.validation.classifier
+        start, judged = TextStart(values=values), self.validation.classifier
         scores = []
         for number in range(self.settings.validation_tasks):
             task = self.validation.load(number)
-            start.begin(judged, task.support, task.ways, number)
-            scores.append(judge_frozen(JUDGED_BY, judged, task).accuracy)
+            start.begin(judged, task, number)
+            scores.append(judge_frozen(JUDGED_BY, judged, task)["accuracy"])
         score = float(np.mean(scores))
         if score > self.best_score:
             self.best_score = score

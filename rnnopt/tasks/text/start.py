@@ -1,4 +1,4 @@
-"""Where adaptation to a task starts: initial values, the task's own head, and what is stepped.
+"""Where adaptation of a classifier starts: initial values, and the task's own head.
 
 Shapes: B texts, C ways (classes), H the output layer's input.
 """
@@ -7,91 +7,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from rnnopt.errors import InputError
-from rnnopt.optim.optimizer import LearnedOptimizer
-from rnnopt.rules.meta_sgd import MetaSGD
-from rnnopt.rules.protocol import UpdateRule
+from rnnopt.tasks.protocol import Learner, Task
+from rnnopt.tasks.start import Start
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.tasks import LabelledTexts
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 Head = Literal["random", "zero", "prototype"]
-Adapted = Literal["all", "head"]
 
 
 @dataclass(frozen=True)
-class Start:
-    """How every task of a run starts.
+class TextStart(Start):
+    """How every task of a run starts: initial values, and the task's own head.
 
     Attributes:
         head: the output layer: drawn (``"random"``), zeros, or made of the support set's class
             means (``"prototype"``, see `prototype_head`).
-        adapted: what is stepped: all that trains, or of it only what is outside the encoder (ANIL,
-            Raghu et al. 2020, arXiv:1909.09157).
-        values: initial values, by name, in place of the pretrained ones; None leaves those.
     """
 
     head: Head = "random"
-    adapted: Adapted = "all"
-    values: Mapping[str, Tensor] | None = None
 
-    def begin(self, classifier: Classifier, support: LabelledTexts, ways: int, seed: int) -> None:
-        """Put the classifier where this task starts; build the optimizer afterwards.
-
-        Args:
-            classifier: see `Classifier.reset`.
-            support: the task's texts to adapt on.
-            ways: C.
-            seed: decides what is drawn.
+    def begin(self, learner: Learner, task: Task, seed: int) -> None:
+        """As `Start.begin`.
 
         Raises:
             InputError: fewer than 2 ways; a prototype head for an output layer without bias.
         """
-        classifier.reset(ways, seed)
+        super().begin(learner, task, seed)
+        classifier, task = cast(Classifier, learner), cast(TextTask, task)
         output = classifier.output
         with torch.no_grad():
-            if self.values is not None:
-                for name, param in classifier.trainable():
-                    if name in self.values:
-                        param.copy_(self.values[name])
             if self.head == "zero":
                 for param in output.parameters():
                     param.zero_()
             elif self.head == "prototype":
-                made = prototype_head(classifier, support)
+                made = prototype_head(classifier, task.support)
                 for tensor, value in zip(_with_bias(output), made):
                     tensor.copy_(value)
 
-    def optimizer(
-        self, classifier: Classifier, rule: UpdateRule, lr: float = 1.0
-    ) -> LearnedOptimizer:
-        """The optimizer of this task.
+    def gradient_through(
+        self, learner: Learner, task: Task, gradient: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What reaches the initial values through a task's prototype head.
 
-        Args:
-            classifier: after `begin`.
-            rule: the inner rule.
-            lr: multiplies its steps.
-
-        Raises:
-            InputError: a `MetaSGD` that doesn't know the classifier's parameters.
+        The head is a function of them, so their meta-gradient has a second part, the head's own
+        pulled back through `prototype_head`: exactly, whatever the order.
         """
-        params = self.params(classifier)
-        optimizer = LearnedOptimizer(list(params.values()), rule, lr=lr)
-        if isinstance(rule, MetaSGD):
-            rule.assign(optimizer, params)
-        return optimizer
+        if self.head != "prototype":
+            return {}
+        classifier, task = cast(Classifier, learner), cast(TextTask, task)
+        names = [f"{classifier.output_name}.{part}" for part in ("weight", "bias")]
+        made = prototype_head(classifier, task.support)
+        initial = classifier.initial_values
+        params = [(name, p) for name, p in classifier.trainable() if name in initial]
+        slopes = torch.autograd.grad(
+            made, [param for _, param in params], [gradient[name] for name in names],
+            allow_unused=True,
+        )  # fmt: skip
+        return {name: slope for (name, _), slope in zip(params, slopes) if slope is not None}
 
-    def params(self, classifier: Classifier) -> dict[str, nn.Parameter]:
-        """What is stepped, by name."""
-        params = dict(classifier.trainable())
-        if self.adapted == "head":
-            return {name: params[name] for name in classifier.head_names()}
-        return params
+    def save(self, folder: Path, learner: Learner, training: Mapping[str, Any]) -> None:
+        """Write them as a folder that `transformers` or `peft` loads; see `save_init`."""
+        from rnnopt.tasks.text.init_folder import save_init  # which reads starts, too
+
+        save_init(folder, cast(Classifier, learner), self, training)
 
 
 def prototype_head(classifier: Classifier, support: LabelledTexts) -> tuple[Tensor, Tensor]:

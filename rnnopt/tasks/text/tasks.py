@@ -1,4 +1,4 @@
-"""An episode made ready for a classifier, and a run of adaptation on it.
+"""Text classification as tasks: an episode made ready for a classifier.
 
 Shapes: B texts, S tokens, C ways.
 """
@@ -6,9 +6,7 @@ Shapes: B texts, S tokens, C ways.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnopt.errors import InputError
-from rnnopt.meta.unroll import LossFunction
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.metrics import classification_metrics, confusion_matrix
+from rnnopt.tasks.protocol import Metric, Scores, Task, TaskSource, bounded_loss
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.tokens import Batch
 
-# A run that ended in NaN or beyond counts as this much; JSON has no infinity, means need one.
-DIVERGED_LOSS = 1e3
 # Tells the draw of a task's classifier from that of its episode.
 _CLASSIFIER_STREAM = 1
 # Tells the draw of its batch size from both.
@@ -34,6 +30,11 @@ _BATCH_STREAM = 2
 _TEMPERATURES = tuple(0.02 * 10 ** (step / 12) for step in range(61))
 # Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
 PIECE = 16
+TEXT_METRICS = {
+    "accuracy": Metric(higher_is_better=True),
+    "loss": Metric(),
+    "f1": Metric(higher_is_better=True, tuned_by="accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -127,19 +128,25 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits / best, labels)
 
 
-@dataclass(frozen=True)
-class Task:
+class TextTask(Task):
     """One episode, ready for a classifier.
 
-    Attributes:
+    Args:
+        classifier: what adapts.
         batches: the support set in minibatches, which the steps of adaptation take in turn.
         query: the query set.
-        ways: classes.
+        ways: C, the number of classes.
     """
 
-    batches: tuple[LabelledTexts, ...]
-    query: LabelledTexts
-    ways: int
+    def __init__(
+        self,
+        classifier: Classifier,
+        batches: tuple[LabelledTexts, ...],
+        query: LabelledTexts,
+        ways: int,
+    ) -> None:
+        self.classifier, self.batches, self.query, self.ways = classifier, batches, query, ways
+        self.loss_unit = math.log(ways)  # the loss of a guess
 
     @property
     def support(self) -> LabelledTexts:
@@ -147,18 +154,20 @@ class Task:
         pieces = tuple(piece for batch in self.batches for piece in batch.pieces)
         return LabelledTexts(pieces, sum(batch.count for batch in self.batches))
 
-    def support_loss(self, classifier: Classifier) -> LossFunction:
-        """The loss that adaptation descends."""
-        return lambda module, step: self.batches[step % len(self.batches)].loss(classifier, module)
+    def support_loss(self, module: nn.Module, step: int) -> Tensor:
+        """Cross-entropy of the minibatch that is due, mean nats per text; 0-d."""
+        return self.batches[step % len(self.batches)].loss(self.classifier, module)
 
-    def query_loss(
-        self, classifier: Classifier, calibrated: Callable[[int], float] = lambda step: 0.0
-    ) -> LossFunction:
-        """The loss that judges it, see `LabelledTexts.loss`; its share after a step, from 0."""
-        return lambda module, step: self.query.loss(classifier, module, calibrated(step))
+    def query_loss(self, module: nn.Module, step: int, calibrated: float = 0.0) -> Tensor:
+        """Cross-entropy of the query set, mean nats per text; 0-d; see `mixed_loss`."""
+        return self.query.loss(self.classifier, module, calibrated)
+
+    def scores(self, module: nn.Module) -> Scores:
+        """See `judge`."""
+        return judge(self.classifier, self.query, module)
 
 
-class TaskSource:
+class TextTasks(TaskSource):
     """Tasks by number: the same sampler, classifiers and number is always the same task.
 
     Args:
@@ -171,6 +180,8 @@ class TaskSource:
     Attributes:
         classifier: the first of them.
     """
+
+    metrics = TEXT_METRICS
 
     def __init__(
         self,
@@ -188,135 +199,77 @@ class TaskSource:
         )
         self.classifier = self._classifiers[0]
 
-    def classifier_of(self, index: int) -> Classifier:
-        """What task number `index` adapts."""
-        generator = np.random.default_rng([self.sampler.seed, index, _CLASSIFIER_STREAM])
+    @property
+    def learner(self) -> Classifier:
+        """The first classifier."""
+        return self.classifier
+
+    def learner_of(self, number: int) -> Classifier:
+        """What task `number` adapts."""
+        generator = np.random.default_rng([self.sampler.seed, number, _CLASSIFIER_STREAM])
         return self._classifiers[generator.integers(len(self._classifiers))]
 
-    def load(self, index: int) -> Task:
-        """Task number `index`."""
-        episode = self.sampler.sample(index)
-        classifier = self.classifier_of(index)
+    def load(self, number: int) -> TextTask:
+        """Task `number`."""
+        episode = self.sampler.sample(number)
+        classifier = self.learner_of(number)
         texts = self.sampler.corpus.texts
 
         def read(rows: np.ndarray, labels: np.ndarray) -> LabelledTexts:
             return LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
 
-        pieces = self._pieces(index, len(episode.support))
+        pieces = self._pieces(number, len(episode.support))
         batches = zip(  # shuffled already, so that any division is random
             np.array_split(episode.support, pieces), np.array_split(episode.support_labels, pieces)
         )
-        return Task(
+        return TextTask(
+            classifier,
             tuple(read(*batch) for batch in batches),
             read(episode.query, episode.query_labels),
             len(episode.classes),
         )
 
-    def _pieces(self, index: int, texts: int) -> int:
-        """How many minibatches the support set of task number `index` is divided into."""
+    def _pieces(self, number: int, texts: int) -> int:
+        """How many minibatches the support set of task `number` is divided into."""
         if self._batch_sizes is None:
             return 1
-        generator = np.random.default_rng([self.sampler.seed, index, _BATCH_STREAM])
+        generator = np.random.default_rng([self.sampler.seed, number, _BATCH_STREAM])
         size = self._batch_sizes[generator.integers(len(self._batch_sizes))]
         return math.ceil(texts / size)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Query loss (mean nats per text, at most `DIVERGED_LOSS`), accuracy, macro F1, and
-    `calibrated_loss`.
-
-    Macro recall is the accuracy, since an episode has as many query texts of every class. F1 and
-    the calibrated loss are None where they were not taken.
-    """
-
-    loss: float
-    accuracy: float
-    f1: float | None = None
-    calibrated: float | None = None
-
-
 @torch.no_grad()
-def judge(classifier: Classifier, texts: LabelledTexts) -> Score:
-    """The classifier as it stands, without dropout, on these texts."""
-    training = classifier.model.training
-    classifier.model.eval()
-    logits = torch.cat([classifier.logits(batch).float() for batch, _ in texts.pieces])  # (B, C)
-    classifier.model.train(training)
+def judge(classifier: Classifier, texts: LabelledTexts, module: nn.Module | None = None) -> Scores:
+    """Figures of a classifier on texts, without dropout.
+
+    Args:
+        classifier: whose texts these are.
+        texts: with the classes of its head.
+        module: the module to run; None means the classifier's own.
+
+    Returns:
+        ``loss``, mean nats per text, at most `DIVERGED_LOSS`; ``accuracy``; ``f1``, macro F1;
+        ``calibrated``, see `calibrated_loss`. Macro recall is the accuracy, since an episode has
+        as many query texts of every class.
+    """
+    model = classifier.model if module is None else module
+    training = model.training
+    model.eval()
+    logits = torch.cat(
+        [classifier.forward(model, batch).float() for batch, _ in texts.pieces]
+    )  # (B, C)
+    model.train(training)
     labels = torch.cat([labels for _, labels in texts.pieces])
     predicted = logits.argmax(dim=1).cpu().numpy()
     metrics = classification_metrics(
         confusion_matrix(predicted, labels.cpu().numpy(), classifier.ways)
     )
-    losses = [float(loss(logits, labels)) for loss in (cross_entropy, calibrated_loss)]
-    plain, calibrated = (bounded_loss(loss) for loss in losses)
-    return Score(plain, metrics.accuracy, metrics.f1, calibrated)
-
-
-def bounded_loss(loss: float) -> float:
-    """At most `DIVERGED_LOSS`, which stands for NaN too."""
-    return min(loss, DIVERGED_LOSS) if loss == loss else DIVERGED_LOSS
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What a run of adaptation reached.
-
-    Attributes:
-        scores: the score at each budget of steps.
-        seconds_per_step: forward, backward and step, without judging.
-        undone: steps that the optimizer took back, see `LearnedOptimizer.undone`.
-    """
-
-    scores: dict[int, Score]
-    seconds_per_step: float
-    undone: int = 0
-
-
-def adapt_and_judge(
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer,
-    task: Task,
-    budgets: Collection[int],
-) -> Adaptation:
-    """Steps on the support set's batches in turn, judged on the query set at each budget of steps.
-
-    Args:
-        classifier: at its starting values for this task; adapted when this returns.
-        optimizer: over the classifier's trainable parameters; one with `eval` and `train` is judged
-            in the state of `eval`.
-        task: the task.
-        budgets: numbers of steps, 1 or more.
-
-    Returns:
-        The scores and the time.
-    """
-    loss_of = task.support_loss(classifier)
-    scores, seconds = {}, 0.0
-    for step in range(1, max(budgets) + 1):
-        started = time.perf_counter()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss_of(classifier.model, step - 1))
-        optimizer.step()
-        if classifier.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        if step in budgets:
-            with _judged_point(optimizer):
-                scores[step] = judge(classifier, task.query)
-    return Adaptation(scores, seconds / max(budgets), getattr(optimizer, "undone", 0))
-
-
-@contextmanager
-def _judged_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let an optimizer show the parameters that it answers for, if they aren't those it steps from.
-
-    Schedule-Free optimizers (Defazio et al. 2024, arXiv:2405.15682) take gradients at one point and
-    judge another, an average; they switch by `eval` and `train`.
-    """
-    switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
-    if switches:
-        optimizer.eval()  # type: ignore[attr-defined]
-    yield
-    if switches:
-        optimizer.train()  # type: ignore[attr-defined]
+    plain, calibrated = (
+        bounded_loss(float(loss(logits, labels))) for loss in (cross_entropy, calibrated_loss)
+    )
+    return {
+        "loss": plain,
+        "accuracy": metrics.accuracy,
+        "f1": metrics.f1,
+        "calibrated": calibrated,
+    }

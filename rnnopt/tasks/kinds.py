@@ -1,10 +1,10 @@
-"""What part of a classifier a parameter is."""
+"""What part of a model a parameter is."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.protocol import Learner
 
 KINDS = (
     "embedding",
@@ -18,17 +18,16 @@ KINDS = (
 )
 
 
-def tensor_kinds(classifier: Classifier) -> dict[str, str]:
-    """Name of each tensor that trains -> one of `KINDS`, in the model's order.
+def tensor_kinds(learner: Learner) -> dict[str, str]:
+    """Name of each tensor that trains -> one of `KINDS`, in the module's order.
 
-    ``head`` is all that is outside the encoder, ``layer norm`` scale and shift of any
-    normalisation, ``other matrix`` the feed-forward layers and the pooler.
+    ``head`` is what belongs to the task, see `Learner.head_names`; ``layer norm`` is scale and
+    shift of any normalisation; ``other matrix`` is the feed-forward layers and the pooler.
     """
-    model = classifier.model
-    body = {id(param) for param in model.base_model.parameters()}
+    head = set(learner.head_names())
     return {
-        name: _kind(name, param, model) if id(param) in body else "head"
-        for name, param in classifier.trainable()
+        name: "head" if name in head else _kind(name, param, learner.module)
+        for name, param in learner.trainable()
     }
 
 
