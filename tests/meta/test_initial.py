@@ -273,7 +273,7 @@ def test_maml_of_a_classifier_equals_central_differences_whatever_the_head(
 ):
     """With a prototype head the initial values also act through the head."""
     values = values_of(classifier)
-    start = TextStart(head, adapted, values.values())
+    start = TextStart(adapted, values.values(), head)
     result = meta_loss(classifier, task, start, replace(MAML, support_weight=0.0))
     values.add(result.initial)
     if head == "prototype":

@@ -206,7 +206,7 @@ def test_one_run_leaves_the_classifier_to_the_next(sources, tmp_path):
     after = sources[0].classifier.initial_values
     assert all(torch.equal(before[key], after[key]) for key in before)
     task = sources[0].load(0)
-    TextStart().begin(sources[0].classifier, task.support, task.ways, seed=0)
+    TextStart().begin(sources[0].classifier, task, seed=0)
     params = dict(sources[0].classifier.trainable())
     assert all(torch.equal(params[key], before[key]) for key in before)
 
