@@ -15,7 +15,7 @@ from rnnopt.meta.learned import InitialValues
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init, read_init_training, save_init
 from rnnopt.tasks.text.start import TextStart
-from rnnopt.tasks.text.tasks import LabelledTexts
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 CPU = torch.device("cpu")
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2, 1]
@@ -38,7 +38,7 @@ def learned(classifier, seed=0):
 
 def begun(classifier, start):
     texts = LabelledTexts.read(classifier, TEXTS, LABELS)
-    start.begin(classifier, texts, 3, seed=0)
+    start.begin(classifier, TextTask(classifier, (texts,), texts, 3), seed=0)
     with torch.no_grad():
         return classifier.logits(classifier.batch(TEXTS))
 
