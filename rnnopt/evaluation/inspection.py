@@ -17,7 +17,7 @@ from torch import Tensor
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.classical import Adam
-from rnnopt.rules.protocol import State, UpdateRule, advance, turn_of
+from rnnopt.rules.protocol import State, UpdateRule, advance, matrix_transform
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.kinds import KINDS, tensor_kinds
 from rnnopt.tasks.text.tasks import Task
@@ -227,7 +227,9 @@ class _Seen:
     def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
         """The update of each coordinate for each of `GRADIENTS`, (G, n), before it is turned."""
         grads = [torch.ones_like(self.param) * value * self.scale for value in GRADIENTS]
-        as_it_is = None if turn_of(rule, self.owner) is None else lambda direction: direction
+        as_it_is = (
+            None if matrix_transform(rule, self.owner) is None else lambda direction: direction
+        )
         told = 1.0, 0.0, known, as_it_is
         steps = [advance(rule, self.param, g, self.state, *told)[0] for g in grads]
         return torch.stack(steps)

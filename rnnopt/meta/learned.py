@@ -34,7 +34,7 @@ class LearnedSettings:
 
     Attributes:
         inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights.
-        inner_lr: its step size, at first (of the LSTM its reach); None for `INNER_LR`.
+        inner_lr: its step size, at first (of the LSTM its initial_decrease); None for `INNER_LR`.
         learn: ``"growth"`` leaves directions and step sizes Adam's and learns the growth of tensors
             alone, see `rnnopt.rules.lstm.CoordinateLSTM`.
         origin: the LSTM that meta-training begins with, a rule file, a run's folder or `SHIPPED`;
@@ -141,7 +141,7 @@ class Learned(nn.Module):
         self.start = settings.start
         self.rule = self._inner_rule(classifier, hidden_size, seed)
         if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
-            self.rule = self.rule.growth_alone()
+            self.rule = self.rule.growth_only()
         self.init = None if settings.init == "pretrained" else InitialValues(classifier)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
@@ -161,7 +161,7 @@ class Learned(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             units = HIDDEN_SIZE if hidden_size is None else hidden_size
-            return CoordinateLSTM(hidden_size=units, reach=lr)
+            return CoordinateLSTM(hidden_size=units, initial_decrease=lr)
 
     def _original(self, path: Path, hidden_size: int | None) -> SavedRule:
         """The rule to begin with, ready to be trained."""
