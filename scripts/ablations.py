@@ -81,10 +81,10 @@ def variants(tune: str) -> dict[str, CoordinateLSTM]:
         )
     else:
         found["growth at one speed"] = without(own)
-        found["growth at one speed"].growth_unit = None
+        found["growth at one speed"].growth_threshold = None
         found["growth for 8 steps"] = without(own)
         found["growth for 8 steps"].growth_steps = GROWTH_STEPS
-        found["growth as learned on heads"] = without(other).growth_alone(orthogonalize=True)
+        found["growth as learned on heads"] = without(other).growth_only(orthogonalize=True)
         found["not orthogonalized"] = without(own)
         found["not orthogonalized"].orthogonalize = False
         found["lent: steered as a head is"] = without(other)

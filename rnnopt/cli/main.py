@@ -395,7 +395,7 @@ def _add_initial_values(parser: argparse.ArgumentParser) -> None:
         "--inner-lr",
         type=float,
         metavar="LR",
-        help="its step size, of the LSTM its reach [lstm 0.75, adam 1e-3, others 0.1]",
+        help="its step size, of the LSTM its initial_decrease [lstm 0.75, adam 1e-3, others 0.1]",
     )
     parser.add_argument(
         "--init",

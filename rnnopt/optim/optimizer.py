@@ -27,9 +27,17 @@ from rnnopt.optim.safeguard import (
     rise,
     undo,
 )
-from rnnopt.optim.sharding import add_up, is_sharded, local, local_gradient, of_whole
+from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, load_rule, shipped_rule
-from rnnopt.rules.protocol import State, TurningRule, UpdateRule, advance, related, sums_of, turn_of
+from rnnopt.rules.protocol import (
+    MatrixRule,
+    State,
+    UpdateRule,
+    advance,
+    cross_tensor_context,
+    matrix_transform,
+    statistics_of,
+)
 
 # What the guard keeps in each group.
 _GUARD = {"undone": 0, "climbed": 0.0, "lost": False}
@@ -83,7 +91,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     fused: bool | None = None
     guard: bool | None = None
-    _careful: UpdateRule | None = None
+    _fallback: UpdateRule | None = None
     _for_a_head = False  # the rule, chosen here for a head alone
 
     def __init__(
@@ -244,7 +252,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             work: (param group, parameter, its gradient).
 
         Returns:
-            What the rule knew of each tensor as a whole, see `rnnopt.rules.protocol.related`.
+            What the rule knew of each tensor as a whole, see `rnnopt.rules.protocol.cross_tensor_context`.
 
         Raises:
             TypeError: a gradient is sparse; no parameter has been changed then.
@@ -266,11 +274,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         }
         plain = [i for i in range(len(work)) if i not in sums]
         for i in plain:
-            sums[i] = sums_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
+            sums[i] = statistics_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
         # by whichever way each is stepped here: other processes may choose otherwise
-        known = related(
+        known = cross_tensor_context(
             rule,
-            add_up([sums[i] for i in range(len(work))], [param for _, param, _ in work]),
+            sum_over_shards([sums[i] for i in range(len(work))], [param for _, param, _ in work]),
         )
         for batch, found in measured:
             rows = torch.stack([cast(Tensor, known[i]) for i in batch])
@@ -283,9 +291,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The rule that steps now, and what it is trusted with."""
         if not self.undone or not isinstance(self.rule, GuardedRule):
             return self.rule, 1.0
-        if self._careful is None:
-            self._careful = self.rule.careful()
-        return self._careful, 0.5 ** (self.undone - 1)
+        if self._fallback is None:
+            self._fallback = self.rule.fallback()
+        return self._fallback, 0.5 ** (self.undone - 1)
 
     def _memory(self, param: Tensor) -> State:
         """A parameter's memory, made if there is none."""
@@ -303,7 +311,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         known = {name: leaf for name, leaf in memory.items() if name not in (LAST, SLOPE)}
         return Piece(
             local(param), local_gradient(grad, param), known, trust * group["lr"],
-            group["weight_decay"], of_whole(turn_of(rule, param), param), not is_sharded(param),
+            group["weight_decay"], on_shards(matrix_transform(rule, param), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
@@ -324,8 +332,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The rule's memory for a parameter, or for this process's shard of it."""
         known: dict[str, Any] = {}
         if self.state_dtype is not None:
-            known["memory_dtype"] = self.state_dtype
-        if is_sharded(param) and isinstance(self.rule, TurningRule):
+            known["state_dtype"] = self.state_dtype
+        if is_sharded(param) and isinstance(self.rule, MatrixRule):
             known["shape"] = param.shape
         return self.rule.init_state(local(param), **known)
 
@@ -357,7 +365,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
-        kept = ("rule", "state_dtype", "fused", "guard", "_careful", "_for_a_head")
+        kept = ("rule", "state_dtype", "fused", "guard", "_fallback", "_for_a_head")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
@@ -414,10 +422,10 @@ def _checked_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> torch.d
         return None
     if not dtype.is_floating_point:
         raise TypeError(f"state_dtype={dtype}: a floating-point dtype, such as torch.bfloat16")
-    if "memory_dtype" not in inspect.signature(rule.init_state).parameters:
+    if "state_dtype" not in inspect.signature(rule.init_state).parameters:
         raise TypeError(
             f"state_dtype={dtype}, but {type(rule).__name__} keeps its memory in one precision "
-            "only (its init_state takes no memory_dtype); leave state_dtype out"
+            "only (its init_state takes no state_dtype); leave state_dtype out"
         )
     return dtype
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from rnnopt.optim.sharding import add_up, local, local_gradient
+from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
 from rnnopt.rules.protocol import State, UpdateRule
 
 # Nats that the loss may rise above its lowest. Where a rule works it rises by less than half of
@@ -32,7 +32,7 @@ Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]
 class GuardedRule(UpdateRule, Protocol):
     """A rule that knows a careful one to hand over to."""
 
-    def careful(self) -> UpdateRule:
+    def fallback(self) -> UpdateRule:
         """A rule with the same memory whose steps are bounded, such as Adam's."""
         ...
 
@@ -61,7 +61,7 @@ def rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
     params = [param for _, param, _ in work]
     ends = [_slope(grad, state[LAST]) for grad, state in items]
     rows = [((state[SLOPE] + end) / 2).float().reshape(1) for (_, state), end in zip(items, ends)]
-    (change,) = _total(add_up(rows, params))
+    (change,) = _total(sum_over_shards(rows, params))
     if math.isfinite(change):  # one coordinate that is not would have made the total so
         return change, True
     rows = []
@@ -69,7 +69,7 @@ def rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
         end = _slope(grad, state[LAST], masked=True)
         counts = state[LAST].count_nonzero(), torch.isfinite(grad).count_nonzero()
         rows.append(torch.stack([x.float() for x in ((state[SLOPE] + end) / 2, *counts)]))
-    change, moved, finite_left = _total(add_up(rows, params))
+    change, moved, finite_left = _total(sum_over_shards(rows, params))
     return math.inf if moved and not finite_left else change, False
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rnnopt.rules.protocol import Turn
+from rnnopt.rules.protocol import MatrixTransform
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -38,7 +38,7 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     return local(grad)
 
 
-def of_whole(turn: Turn | None, param: Tensor) -> Turn | None:
+def on_shards(turn: MatrixTransform | None, param: Tensor) -> MatrixTransform | None:
     """Let a function of a whole tensor's flat direction work on that of this process's shard.
 
     Every process that holds shards has to call it for the same parameters in the same order.
@@ -69,7 +69,7 @@ def of_whole(turn: Turn | None, param: Tensor) -> Turn | None:
     return turn_shard
 
 
-def add_up(sums: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+def sum_over_shards(sums: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
     """Sums over this process's shards -> sums over the whole tensors.
 
     Every process that holds shards has to call this with the same parameters in the same order: it

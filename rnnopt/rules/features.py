@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 COORDINATE_FEATURES = 5
-SUMS = 9
-_PULL, _MATRIX = 7, 8  # which of them, see `tensor_sums`
-# Of what `model_sums` puts after those.
-_LARGEST, _DECREASE, _MODEL_SIZE = SUMS, SUMS + 1, SUMS + 2
-_HEAVIEST, _LEARNED, _WIDE = SUMS + 6, SUMS + 7, SUMS + 8
+STATISTICS = 9
+_PULL, _MATRIX = 7, 8  # which of them, see `tensor_statistics`
+# Of what `model_statistics` puts after those.
+_LARGEST, _DECREASE, _MODEL_SIZE = STATISTICS, STATISTICS + 1, STATISTICS + 2
+_HEAVIEST, _LEARNED, _WIDE = STATISTICS + 6, STATISTICS + 7, STATISTICS + 8
 CONTEXT_FEATURES = 14
 
 # Floors: below these a value carries no information at float32 or at the scale of real models.
@@ -30,10 +30,10 @@ _RATIO_BOUND = 5.0  # on the logarithm of a gradient's size against its peak
 _SHARE_BOUND = 8.0  # on the logarithm of a tensor's gradient against the model's largest
 # How far a tensor's share of the step follows its gradient's RMS: 0 would move every tensor by as
 # much, as Adam does, 1 in proportion to its gradient, as SGD does.
-BALANCE = 0.25
+SHARE_EXPONENT = 0.25
 # How far all steps follow the model's largest gradient as it falls: 1 would be plain gradient
 # descent, 0 keeps a step's promise however little of the loss is left.
-REST = 0.5
+ANNEALING_EXPONENT = 0.5
 # Of the largest gradients so far, from one step to the next, once the first steps are over: until
 # then gradients may begin anywhere, those of a body below a head of zeros at nothing.
 _MOST_GROWTH = 4.0
@@ -59,9 +59,9 @@ _STRETCH = 2.0
 _DIRECTION_FLOOR = 1e-12
 
 _LEAST_WEIGHT = 1e-30  # of the heaviest matrix, where there is none
-_REQUEST = 0.15  # for growth, at which half of it is granted, see `growth_request`
-_MOST_HASTE = 5.0  # see `haste`
-_PULL_BOUND = 100.0  # on the nats that growth promises, see `tensor_context`
+_REQUEST = 0.15  # for growth, at which half of it is granted, see `radial_gate`
+_MOST_HASTE = 5.0  # see `growth_multiplier`
+_PULL_BOUND = 100.0  # on the nats that growth promises, see `context_features`
 _PULL_UNIT = 0.125  # nats: about what the margin of a fresh head is after its first step
 
 # Typical value and spread of each context feature on Hugging Face encoders, for inputs near
@@ -74,24 +74,24 @@ _CONTEXT_SHIFT = (-3.0, -7.0, 0.0, 0.0, 9.0, 0.0, 2.0, -2.0, 0.0, 0.0, 12.0, 3.0
 _CONTEXT_SCALE = (2.0, 3.0, 1.0, 1.0, 3.0, 1.0, 1.5, 2.0, 1.0, 1.0, 4.0, 2.0, 1.5, 0.5)
 
 
-class Peaks(NamedTuple):
+class RunningMaxima(NamedTuple):
     """The largest values of earlier steps, (...) each, one for each tensor; 0 at the first.
 
     Attributes:
-        tensor_peak: of the RMS of the tensor's gradient.
-        model_peak: of the largest RMS of a tensor's gradient in the model.
-        decrease_peak: of the promised decrease, see `model_sums`.
-        request_peak: of `growth_request`.
-        learned_peak: of the evidence that the model has learned, see `model_sums`.
+        grad_rms_max: of the RMS of the tensor's gradient.
+        model_grad_rms_max: of the largest RMS of a tensor's gradient in the model.
+        decrease_max: of the promised decrease, see `model_statistics`.
+        radial_gate_max: of `radial_gate`.
+        evidence_max: of the evidence that the model has learned, see `model_statistics`.
     """
 
-    tensor_peak: Tensor
-    model_peak: Tensor
-    decrease_peak: Tensor
-    request_peak: Tensor
-    learned_peak: Tensor
+    grad_rms_max: Tensor
+    model_grad_rms_max: Tensor
+    decrease_max: Tensor
+    radial_gate_max: Tensor
+    evidence_max: Tensor
 
-    def after(self, sums: Tensor, step: Tensor) -> Peaks:
+    def after(self, sums: Tensor, step: Tensor) -> RunningMaxima:
         """Those after a step.
 
         From `_SETTLED_STEP` on those of gradients grow to at most `_MOST_GROWTH` times what they
@@ -101,23 +101,23 @@ class Peaks(NamedTuple):
         what an encoder has to learn. To a head alone it is: what was too long once is so again.
 
         Args:
-            sums: what `model_sums` returned, (..., 18).
+            sums: what `model_statistics` returned, (..., 18).
             step: (...), 1 at the first step.
         """
         rms, _ = root_mean_squares(sums)
         settled = step >= _SETTLED_STEP
-        learned = torch.maximum(self.learned_peak, sums[..., _LEARNED])
+        learned = torch.maximum(self.evidence_max, sums[..., _LEARNED])
         keep = _UNLEARNED + (1 - _UNLEARNED) * learned
-        return Peaks(
-            _grown(keep * self.tensor_peak, rms, settled),
-            _grown(keep * self.model_peak, sums[..., _LARGEST], settled),
-            _grown(keep * self.decrease_peak, sums[..., _DECREASE], settled),
-            torch.maximum(self.request_peak, growth_request(sums)),
+        return RunningMaxima(
+            _grown(keep * self.grad_rms_max, rms, settled),
+            _grown(keep * self.model_grad_rms_max, sums[..., _LARGEST], settled),
+            _grown(keep * self.decrease_max, sums[..., _DECREASE], settled),
+            torch.maximum(self.radial_gate_max, radial_gate(sums)),
             learned,
         )
 
 
-def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
+def tensor_statistics(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> Tensor:
     """All that a rule has to know of a tensor as a whole, as sums over its coordinates.
 
     Sums, so that the pieces of a tensor that is sharded over processes, or the blocks of one that
@@ -149,18 +149,18 @@ def tensor_sums(grad: Tensor, memory: Tensor, param: Tensor, matrix: Tensor) -> 
     )
 
 
-def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
+def model_statistics(sums: Tensor, fading: bool = False) -> Tensor:
     """Tell each tensor what those that are stepped together amount to.
 
     Args:
-        sums: what `tensor_sums` returned for each of P tensors, (P, 9).
-        fading: whether `Peaks` are to fade before anything is learned.
+        sums: what `tensor_statistics` returned for each of P tensors, (P, 9).
+        fading: whether `RunningMaxima` are to fade before anything is learned.
 
     Returns:
         (P, 18): beside the nine of the tensor, the same in every row: the largest RMS of a
         tensor's gradient; the decrease of the loss, to first order and in nats, that a step of
-        (RMS(g) / largest RMS)^BALANCE along each tensor's sign(g) promises; over all coordinates
-        N, sum of g^2, of m^2, of m g; the largest weight, see `growth_request`; how far the
+        (RMS(g) / largest RMS)^SHARE_EXPONENT along each tensor's sign(g) promises; over all coordinates
+        N, sum of g^2, of m^2, of m g; the largest weight, see `radial_gate`; how far the
         gradients tell that classes are told apart, from 0 to 1, or 1 where nothing fades: a tensor
         asks for growth, or would bring `_PULL_UNIT` nats by it, as a head does that is right in
         part and too long; and the coordinates of wide matrices that have a gradient, but for those
@@ -168,7 +168,7 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     """
     rms, _ = root_mean_squares(sums)
     largest = rms.amax()
-    decrease = ((rms / largest) ** BALANCE * sums[:, 6]).sum()
+    decrease = ((rms / largest) ** SHARE_EXPONENT * sums[:, 6]).sum()
     size, _, grad_square, _, memory_square, product, *_ = sums.sum(dim=0).unbind()
     heaviest = _weights(sums).amax().clamp(min=_LEAST_WEIGHT)
     learned = _learned(sums, heaviest) if fading else torch.ones_like(largest)
@@ -180,32 +180,34 @@ def model_sums(sums: Tensor, fading: bool = False) -> Tensor:
     return torch.cat([sums, shared.expand(len(sums), -1)], dim=1)
 
 
-def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False) -> Tensor:
+def step_scale(
+    sums: Tensor, peaks: RunningMaxima, after: RunningMaxima, going_on: bool = False
+) -> Tensor:
     """How far a coordinate of each tensor moves for each nat that the first step is to bring.
 
     A model whose gradient is large in many coordinates promises a nat at a small step, a head
     alone at a large one. The largest gradients so far are the measure, so that a model that has
     been fitted, whose gradients vanish, comes to rest::
 
-        scale = (RMS(g) / largest so far)^BALANCE * (largest RMS now / largest so far)^REST
+        scale = (RMS(g) / largest so far)^SHARE_EXPONENT * (largest RMS now / largest so far)^ANNEALING_EXPONENT
             * (1 - request * max(0, cos(m, g)))^2
             / (floor + max(largest decrease so far, N / 45000, 2.29 W^(1/3)))
 
-    with N the model's coordinates and W those of its wide matrices, see `model_sums`: however
+    with N the model's coordinates and W those of its wide matrices, see `model_statistics`: however
     little each of them promises, all together bend what a whole encoder computes, and below a head
     that is still random a long step goes too far. The rate of Adam falls with an encoder's width as
     its inverse (Yang et al. 2022, arXiv:2203.03466), which would be W^(1/2), and N is far from it
     in small ones: there 1/3 serves best. The request is the largest before this step, see
-    `growth_request`. What has asked for nothing but growth points the right way: a head, at the
+    `radial_gate`. What has asked for nothing but growth points the right way: a head, at the
     means of its classes. From then on it grows, and steps by what is new in its gradient: much in
     minibatches, little in full batches, where all that would follow is to bend towards the few
     texts that are hardest to fit.
 
     Args:
-        sums: what `model_sums` returned, (..., 18).
+        sums: what `model_statistics` returned, (..., 18).
         peaks: before this step.
-        after: those after it, see `Peaks.after`.
-        going_on: REST counts as far only as the tensor has asked for growth, now or before. As soon
+        after: those after it, see `RunningMaxima.after`.
+        going_on: ANNEALING_EXPONENT counts as far only as the tensor has asked for growth, now or before. As soon
             as a head is sure all gradients are small, and the encoder below it, which has more to
             learn, would stay where it is. Adam's direction shrinks with them, which is rest enough.
 
@@ -215,19 +217,26 @@ def step_scale(sums: Tensor, peaks: Peaks, after: Peaks, going_on: bool = False)
     rms, _ = root_mean_squares(sums)
     size, _, grad_square, _, memory_square, product, *_ = sums.unbind(-1)
     agreement = _cosine(size, grad_square, memory_square, product).clamp(min=0)
-    new = (1 - peaks.request_peak * agreement) ** 2
+    new = (1 - peaks.radial_gate_max * agreement) ** 2
     least = torch.maximum(
         sums[..., _MODEL_SIZE] / _COORDINATES_A_NAT,
         _NATS_A_CUBE_ROOT * sums[..., _WIDE].detach() ** (1 / 3),  # a count, and often 0
     )
-    promised = torch.maximum(after.decrease_peak, least)
+    promised = torch.maximum(after.decrease_max, least)
     # an outlier's is beyond its peak
-    share, rest = ((size / after.model_peak).clamp(max=1) for size in (rms, sums[..., _LARGEST]))
-    asked = after.request_peak if going_on else 1.0
-    return new * share**BALANCE * rest ** (REST * asked) / (_DECREASE_FLOOR + promised)
+    share, rest = (
+        (size / after.model_grad_rms_max).clamp(max=1) for size in (rms, sums[..., _LARGEST])
+    )
+    asked = after.radial_gate_max if going_on else 1.0
+    return (
+        new
+        * share**SHARE_EXPONENT
+        * rest ** (ANNEALING_EXPONENT * asked)
+        / (_DECREASE_FLOOR + promised)
+    )
 
 
-def growth_request(sums: Tensor) -> Tensor:
+def radial_gate(sums: Tensor) -> Tensor:
     """How far a tensor's gradient asks for nothing but that the tensor grows, from 0 to 1; (...).
 
     ``x^2 / (x^2 + 0.15^2)`` of ``x = max(0, -cos(p, g)) * weight / largest weight``, where a
@@ -238,20 +247,20 @@ def growth_request(sums: Tensor) -> Tensor:
     to their own size, and the others weigh less than the head.
 
     Args:
-        sums: what `model_sums` returned, (..., 18).
+        sums: what `model_statistics` returned, (..., 18).
     """
     return _request(sums, sums[..., _HEAVIEST])
 
 
-def haste(sums: Tensor, unit: float) -> Tensor:
+def growth_multiplier(sums: Tensor, unit: float) -> Tensor:
     """How many times as fast a tensor is to grow, from 1 to `_MOST_HASTE`; (...).
 
-    Its pull, see `tensor_context`, by a unit: a head that tells many classes apart has far to grow
+    Its pull, see `context_features`, by a unit: a head that tells many classes apart has far to grow
     before it is sure of any, whatever the encoder below it has learned; where there are few, growth
     seldom promises much.
 
     Args:
-        sums: what `model_sums` returned, (..., 18).
+        sums: what `model_statistics` returned, (..., 18).
         unit: in nats.
     """
     return (-sums[..., _PULL] / unit).clamp(1, _MOST_HASTE)
@@ -284,17 +293,17 @@ def orthogonalized(direction: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def stretch(request_peak: Tensor, step: Tensor) -> Tensor:
+def matrix_gain(radial_gate_max: Tensor, step: Tensor) -> Tensor:
     """How much longer a direction is once it is orthogonalized, from 1 to `_STRETCH`; (...).
 
     Along singular directions alike, LoRA factors bear longer steps. A head that points where it
     should, and asks for growth, does not; nor does one at the first step, before that is known.
 
     Args:
-        request_peak: see `Peaks`, after this step; (...).
+        radial_gate_max: see `RunningMaxima`, after this step; (...).
         step: (...), 1 at the first step.
     """
-    return torch.where(step > 1, _STRETCH - (_STRETCH - 1) * request_peak, 1)
+    return torch.where(step > 1, _STRETCH - (_STRETCH - 1) * radial_gate_max, 1)
 
 
 def root_mean_squares(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,7 +344,7 @@ def coordinate_features(
     )
 
 
-def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
+def context_features(sums: Tensor, peaks: RunningMaxima, step: Tensor) -> Tensor:
     """What the rule knows of a tensor as a whole, and of its model.
 
     The RMS of the parameter tells a fresh head or a zero LoRA factor from a pretrained matrix; the
@@ -347,7 +356,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     nothing but growth.
 
     Args:
-        sums: what `model_sums` returned, (..., 18); the leading dimensions, if any, are tensors.
+        sums: what `model_statistics` returned, (..., 18); the leading dimensions, if any, are tensors.
         peaks: before this step.
         step: (...), 1 at the first step.
 
@@ -355,7 +364,7 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
         (..., C), standardised.
     """
     size, param_square, grad_square, _, memory_square, product, _, pull, _ = sums[
-        ..., :SUMS
+        ..., :STATISTICS
     ].unbind(-1)
     largest, decrease, model_size, *model = sums[..., _LARGEST:_HEAVIEST].unbind(-1)
     grad_rms, _ = root_mean_squares(sums)
@@ -364,13 +373,13 @@ def tensor_context(sums: Tensor, peaks: Peaks, step: Tensor) -> Tensor:
     raw = (
         torch.log(param_square / size + _CONTEXT_PARAM_FLOOR**2) / 2,
         torch.log(grad_rms),
-        _log_ratio(grad_rms, peaks.tensor_peak),
+        _log_ratio(grad_rms, peaks.grad_rms_max),
         _cosine(size, grad_square, memory_square, product),
         torch.log(size),
         1 / step,
         torch.log(step),
         share.clamp(min=-_SHARE_BOUND),
-        _log_ratio(decrease, peaks.decrease_peak),
+        _log_ratio(decrease, peaks.decrease_max),
         _cosine(model_size, *model),
         torch.log(model_size),
         torch.log(_DECREASE_FLOOR + decrease),
@@ -395,13 +404,13 @@ def _request(sums: Tensor, heaviest: Tensor) -> Tensor:
 
 
 def _weights(sums: Tensor) -> Tensor:
-    """Of a matrix RMS of the gradient times its norm, (...), see `growth_request`."""
+    """Of a matrix RMS of the gradient times its norm, (...), see `radial_gate`."""
     rms, _ = root_mean_squares(sums)
     return rms * rms * torch.sqrt(sums[..., 3].clamp(min=1)) * _matrix(sums).clamp(max=1)
 
 
 def _matrix(sums: Tensor) -> Tensor:
-    """See `tensor_sums`, (...)."""
+    """See `tensor_statistics`, (...)."""
     return sums[..., _MATRIX] / sums[..., 0].clamp(min=1)
 
 

@@ -20,19 +20,19 @@ from rnnopt.rules.classical import debias, init_moments, next_moments
 from rnnopt.rules.features import (
     CONTEXT_FEATURES,
     COORDINATE_FEATURES,
-    Peaks,
+    RunningMaxima,
+    context_features,
     coordinate_features,
-    growth_request,
-    haste,
-    model_sums,
+    growth_multiplier,
+    matrix_gain,
+    model_statistics,
     orthogonalized,
+    radial_gate,
     root_mean_squares,
     step_scale,
-    stretch,
-    tensor_context,
-    tensor_sums,
+    tensor_statistics,
 )
-from rnnopt.rules.protocol import State, Turn
+from rnnopt.rules.protocol import MatrixTransform, State
 
 # The learned factor on the step size stays within exp(-4) .. exp(4), about 1/55 .. 55.
 LOG_FACTOR_BOUND = 4.0
@@ -50,10 +50,10 @@ GROWTH_STEPS = 8
 # Rows or columns of a matrix that `orthogonalize` takes: LoRA factors and heads of up to so many
 # classes, where it costs next to nothing; in an encoder's own it would cost as much as a gradient.
 NARROW = 64
-MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
+MAX_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
-def before_turning(outputs: Tensor, step: Tensor) -> Tensor:
+def matrix_output_shifts(outputs: Tensor, step: Tensor) -> Tensor:
     """The shifts of s, k and a for a tensor whose direction is turned as a whole.
 
     At the first step Adam's direction is no more than the gradient's sign, and what a coordinate's
@@ -78,11 +78,11 @@ class CoordinateLSTM(nn.Module):
     arXiv:1606.04474, for the coordinate-wise LSTM; Kingma & Ba 2015 for m and v)::
 
         update = (exp(w) - 1) * p
-            - reach * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
+            - initial_decrease * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
 
     where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
     w in that layer alone; s and w are bounded smoothly by `LOG_FACTOR_BOUND` and
-    `LOG_GROWTH_BOUND`, w is weighed by `rnnopt.rules.features.growth_request` and 0 beyond
+    `LOG_GROWTH_BOUND`, w is weighed by `rnnopt.rules.features.radial_gate` and 0 beyond
     `growth_steps`, and scale is the tensor's, see
     `rnnopt.rules.features.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
     with steps that suit each. It can go Adam's way (k = a = 0), that of gradient descent (k = -1,
@@ -95,8 +95,8 @@ class CoordinateLSTM(nn.Module):
     encoder learns, and then grow in the direction that it has, which hardly changes a prediction.
 
     With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
-    reach * scale, but where `orthogonalize` turns its direction, see `before_turning`, and goes up
-    to twice as far, see `rnnopt.rules.features.stretch`. A coordinate that never had a gradient keeps a
+    initial_decrease * scale, but where `orthogonalize` turns its direction, see `matrix_output_shifts`, and goes up
+    to twice as far, see `rnnopt.rules.features.matrix_gain`. A coordinate that never had a gradient keeps a
     zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
@@ -105,20 +105,20 @@ class CoordinateLSTM(nn.Module):
         hidden_size: H; state per coordinate is 2 H + 2 numbers. 0 for none, where what a tensor's
             context tells is enough: Adam's state then.
         context_size: K.
-        reach: nats by which the loss would fall in the first step at zero output, were it linear.
+        initial_decrease: nats by which the loss would fall in the first step at zero output, were it linear.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         orthogonalize: in matrices of at most `NARROW` rows or columns, such as LoRA factors, go
             along all singular directions alike, see `rnnopt.rules.features.orthogonalized`; let what
-            gradients were before anything was learned fade, see `rnnopt.rules.features.Peaks`; and let
+            gradients were before anything was learned fade, see `rnnopt.rules.features.RunningMaxima`; and let
             only what asks for growth come to rest, see `rnnopt.rules.features.step_scale`. For models
             that learn below their head.
         growth_steps: so many steps from the first on a tensor may grow by itself.
-        growth_unit: in nats: where growth promises more, see `rnnopt.rules.features.haste`, w is larger
+        growth_threshold: in nats: where growth promises more, see `rnnopt.rules.features.growth_multiplier`, w is larger
             by as much; None: w is as learned.
 
     Raises:
-        InputError: a size, reach, eps, beta or number of steps out of range.
+        InputError: a size, initial_decrease, eps, beta or number of steps out of range.
     """
 
     # The unit of weight decay only: about the learning rate that suits all weights of an encoder.
@@ -128,35 +128,37 @@ class CoordinateLSTM(nn.Module):
         self,
         hidden_size: int = 8,
         context_size: int = 16,
-        reach: float = 0.75,
+        initial_decrease: float = 0.75,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         orthogonalize: bool = False,
         growth_steps: int = GROWTH_STEPS,
-        growth_unit: float | None = None,
+        growth_threshold: float | None = None,
     ) -> None:
         super().__init__()
         sizes = (("hidden_size", hidden_size, 0), ("context_size", context_size, 1))
         for name, size, least in sizes:
-            if not least <= size <= MOST_UNITS:
-                raise InputError(f"{name}={size}: must lie between {least} and {MOST_UNITS}")
-        for name, value in (("reach", reach), ("eps", eps)):
+            if not least <= size <= MAX_UNITS:
+                raise InputError(f"{name}={size}: must lie between {least} and {MAX_UNITS}")
+        for name, value in (("initial_decrease", initial_decrease), ("eps", eps)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be positive and finite")
         if len(betas) != 2 or not all(0 < beta < 1 for beta in betas):
             raise InputError(f"betas={betas}: two numbers strictly between 0 and 1")
         if growth_steps < 0:
             raise InputError(f"growth_steps={growth_steps}: must be 0 or more")
-        if growth_unit is not None and not 0 < growth_unit < math.inf:
-            raise InputError(f"growth_unit={growth_unit}: must be positive and finite, or None")
+        if growth_threshold is not None and not 0 < growth_threshold < math.inf:
+            raise InputError(
+                f"growth_threshold={growth_threshold}: must be positive and finite, or None"
+            )
         self.hidden_size = hidden_size
         self.context_size = context_size
-        self.reach = reach
+        self.initial_decrease = initial_decrease
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
         self.orthogonalize = orthogonalize
         self.growth_steps = growth_steps
-        self.growth_unit = growth_unit
+        self.growth_threshold = growth_threshold
         H, K = hidden_size, context_size
         self.context_weight = nn.Parameter(torch.empty(K, CONTEXT_FEATURES))
         self.context_bias = nn.Parameter(torch.empty(K))
@@ -183,13 +185,13 @@ class CoordinateLSTM(nn.Module):
 
     @torch.no_grad()
     def zero_output(self) -> None:
-        """Make the rule exactly Adam with learning rate reach * scale."""
+        """Make the rule exactly Adam with learning rate initial_decrease * scale."""
         for name, parameter in self.named_parameters():
             if name.startswith(("output_", "growth_")):
                 parameter.zero_()
 
     @torch.no_grad()
-    def growth_alone(self, **changes: Any) -> CoordinateLSTM:
+    def growth_only(self, **changes: Any) -> CoordinateLSTM:
         """A rule that grows tensors as this one does, with Adam's directions, step sizes and state.
 
         Growth, with the context that decides it, is all that is left to learn.
@@ -207,8 +209,8 @@ class CoordinateLSTM(nn.Module):
                 parameter.requires_grad_(False)
         return rule
 
-    def careful(self) -> CoordinateLSTM:
-        """See `rnnopt.optim.safeguard.GuardedRule.careful`: Adam, which this is with its output at zero."""
+    def fallback(self) -> CoordinateLSTM:
+        """See `rnnopt.optim.safeguard.GuardedRule.fallback`: Adam, which this is with its output at zero."""
         twin = copy.deepcopy(self)
         twin.zero_output()
         twin.orthogonalize = False
@@ -220,12 +222,12 @@ class CoordinateLSTM(nn.Module):
         others = {
             "orthogonalize": (self.orthogonalize, False),
             "growth_steps": (self.growth_steps, GROWTH_STEPS),
-            "growth_unit": (self.growth_unit, None),
+            "growth_threshold": (self.growth_threshold, None),
         }
         return {
             "hidden_size": self.hidden_size,
             "context_size": self.context_size,
-            "reach": self.reach,
+            "initial_decrease": self.initial_decrease,
             "betas": list(self.betas),
             "eps": self.eps,
             **{name: value for name, (value, default) in others.items() if value != default},
@@ -234,21 +236,21 @@ class CoordinateLSTM(nn.Module):
     def init_state(
         self,
         param: Tensor,
-        memory_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         shape: Sequence[int] | None = None,
     ) -> State:
-        """Zeros. See `rnnopt.rules.protocol.TurningRule.init_state` for the shape.
+        """Zeros. See `rnnopt.rules.protocol.MatrixRule.init_state` for the shape.
 
         ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
         steps taken; ``matrix`` 0-d: 0 for a vector, 1 for a tensor of two dimensions or more, 2
         for one that is wide, with more than `NARROW` rows and as many columns; and 0-d each what
-        `rnnopt.rules.features.Peaks` holds. All in the dtype of the rule's weights, but for the LSTM's
-        if `memory_dtype` says otherwise: it bears rounding, which Adam's moments, slow averages,
+        `rnnopt.rules.features.RunningMaxima` holds. All in the dtype of the rule's weights, but for the LSTM's
+        if `state_dtype` says otherwise: it bears rounding, which Adam's moments, slow averages,
         do not.
         """
         dtype = self.gate_weight.dtype
         size = (self.hidden_size, param.numel())
-        memory = torch.zeros(size, dtype=memory_dtype or dtype, device=param.device)
+        memory = torch.zeros(size, dtype=state_dtype or dtype, device=param.device)
         shape = param.shape if shape is None else shape
         wide = len(shape) > 1 and min(shape[0], math.prod(shape[1:])) > NARROW
         matrix = float(len(shape) > 1) + float(wide)
@@ -257,24 +259,27 @@ class CoordinateLSTM(nn.Module):
             "hidden": memory,
             "cell": memory.clone(),
             "matrix": torch.tensor(matrix, dtype=dtype, device=param.device),
-            **{name: torch.zeros((), dtype=dtype, device=param.device) for name in Peaks._fields},
+            **{
+                name: torch.zeros((), dtype=dtype, device=param.device)
+                for name in RunningMaxima._fields
+            },
         }
 
-    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TensorWideRule.sums`."""
+    def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """See `rnnopt.rules.protocol.TensorAwareRule.statistics`."""
         param = param.to(self.gate_weight.dtype)
-        return tensor_sums(self._bounded(grad), state["m"], param, state["matrix"])
+        return tensor_statistics(self._bounded(grad), state["m"], param, state["matrix"])
 
-    def related(self, sums: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TensorWideRule.related`."""
-        return model_sums(sums, fading=self.orthogonalize)
+    def cross_tensor_context(self, sums: Tensor) -> Tensor:
+        """See `rnnopt.rules.protocol.TensorAwareRule.cross_tensor_context`."""
+        return model_statistics(sums, fading=self.orthogonalize)
 
-    def turns(self, shape: Sequence[int]) -> bool:
-        """See `rnnopt.rules.protocol.TurningRule.turns`."""
+    def treats_as_matrix(self, shape: Sequence[int]) -> bool:
+        """See `rnnopt.rules.protocol.MatrixRule.turns`."""
         return self.orthogonalize and len(shape) == 2 and 0 < min(shape) <= NARROW
 
-    def turned(self, direction: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TurningRule.turned`."""
+    def transform_matrix(self, direction: Tensor) -> Tensor:
+        """See `rnnopt.rules.protocol.MatrixRule.transform_matrix`."""
         return orthogonalized(direction)
 
     def forward(
@@ -283,19 +288,19 @@ class CoordinateLSTM(nn.Module):
         state: State,
         param: Tensor,
         sums: Tensor | None = None,
-        turn: Turn | None = None,
+        turn: MatrixTransform | None = None,
     ) -> tuple[Tensor, State]:
-        """See `rnnopt.rules.protocol.TurningRule.__call__`."""
+        """See `rnnopt.rules.protocol.MatrixRule.__call__`."""
         if sums is None:
-            sums = self.related(self.sums(grad, state, param).unsqueeze(0))[0]
+            sums = self.cross_tensor_context(self.statistics(grad, state, param).unsqueeze(0))[0]
         grad, param = self._bounded(grad), param.to(self.gate_weight.dtype)
         moments = next_moments(grad, state, self.betas)
         m_hat, root = debias(moments, self.betas)
         grad_rms, param_rms = root_mean_squares(sums)
-        peaks = Peaks(*(state[name] for name in Peaks._fields))
+        peaks = RunningMaxima(*(state[name] for name in RunningMaxima._fields))
         gates, outputs, growth = self.shifts(sums, peaks, moments["step"])
         if turn is not None:
-            outputs = before_turning(outputs, moments["step"])
+            outputs = matrix_output_shifts(outputs, moments["step"])
         scale = root + self.eps
         adam, relative = m_hat / scale, grad / grad_rms
         features = coordinate_features(adam, grad / scale, relative, param / param_rms)
@@ -306,9 +311,9 @@ class CoordinateLSTM(nn.Module):
         direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
         after = peaks.after(sums, moments["step"])
         if turn is not None:
-            longer = stretch(after.request_peak, moments["step"])
+            longer = matrix_gain(after.radial_gate_max, moments["step"])
             direction = longer * turn(direction) * live
-        length = self.reach * step_scale(sums, peaks, after, self.orthogonalize)
+        length = self.initial_decrease * step_scale(sums, peaks, after, self.orthogonalize)
         update = growth * (param * live) - length * direction
         return update, {
             **moments,
@@ -321,27 +326,29 @@ class CoordinateLSTM(nn.Module):
     def _bounded(self, grad: Tensor) -> Tensor:
         return grad.to(self.gate_weight.dtype).clamp(-GRADIENT_BOUND, GRADIENT_BOUND)
 
-    def shifts(self, sums: Tensor, peaks: Peaks, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shifts(
+        self, sums: Tensor, peaks: RunningMaxima, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What a tensor's context adds to each of its coordinates.
 
         Args:
-            sums: see `rnnopt.rules.features.tensor_context`.
+            sums: see `rnnopt.rules.features.context_features`.
             peaks: see there.
             step: see there.
 
         Returns:
             To the gates (..., 4 H) and to the outputs (..., 3); and of its own value, (...).
         """
-        context = tensor_context(sums, peaks, step)
+        context = context_features(sums, peaks, step)
         device = context.device  # parameters of one model may live on several
         weights = {name: weight.to(device) for name, weight in self.named_parameters()}
         view = torch.tanh(
             linear(context, weights["context_weight"], weights["context_bias"])
         )  # (..., K)
         growth = view @ weights["growth_context"] + weights["growth_bias"]
-        if self.growth_unit is not None:
-            growth = growth * haste(sums, self.growth_unit)
-        growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * growth_request(sums)
+        if self.growth_threshold is not None:
+            growth = growth * growth_multiplier(sums, self.growth_threshold)
+        growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * radial_gate(sums)
         return (
             linear(view, weights["gate_context"], weights["gate_bias"]),
             linear(view, weights["output_context"], weights["output_bias"]),

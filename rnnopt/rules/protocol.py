@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Turn = Callable[[Tensor], Tensor]  # of a direction, (N,) -> (N,)
+MatrixTransform = Callable[[Tensor], Tensor]  # of a direction, (N,) -> (N,)
 
 
 @runtime_checkable
@@ -26,7 +26,7 @@ class UpdateRule(Protocol):
     """The pure function ``(gradient, state, parameter) -> (update, state)``.
 
     A rule writes to none of its inputs. What it computes for one tensor depends on that tensor
-    alone, but for what `TensorWideRule.related` tells it of the others.
+    alone, but for what `TensorAwareRule.cross_tensor_context` tells it of the others.
 
     Attributes:
         step_size: what a classical optimizer calls its learning rate; the unit in which decoupled
@@ -54,22 +54,22 @@ class UpdateRule(Protocol):
 
 
 @runtime_checkable
-class TensorWideRule(UpdateRule, Protocol):
+class TensorAwareRule(UpdateRule, Protocol):
     """A rule in which coordinates of one tensor feel one another, but only through sums.
 
     Where a caller holds a piece of the tensor only (a shard, a sample of the coordinates), it
     passes the sums of the whole. Tensors that are stepped together may feel one another as well,
-    through `related`. A rule without `sums` is taken to treat each coordinate by itself.
+    through `cross_tensor_context`. A rule without `statistics` is taken to treat each coordinate by itself.
     """
 
-    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+    def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """Sums over this piece, (M,): those of all pieces add up to the tensor's.
 
         Arguments as in `__call__`.
         """
         ...
 
-    def related(self, sums: Tensor) -> Tensor:
+    def cross_tensor_context(self, sums: Tensor) -> Tensor:
         """What each tensor is told, of itself and of those that are stepped together with it.
 
         Args:
@@ -89,14 +89,14 @@ class TensorWideRule(UpdateRule, Protocol):
             grad: finite gradient, (N,).
             state: what `init_state` or the previous step returned.
             param: the parameter's value, (N,).
-            sums: this tensor's row of `related`, (K,); None if what is given is the whole tensor,
+            sums: this tensor's row of `cross_tensor_context`, (K,); None if what is given is the whole tensor,
                 and no other is stepped.
         """
         ...
 
 
 @runtime_checkable
-class TurningRule(TensorWideRule, Protocol):
+class MatrixRule(TensorAwareRule, Protocol):
     """A rule that turns the direction of some matrices as a whole, before it goes there.
 
     There coordinates feel one another through more than sums.
@@ -111,11 +111,11 @@ class TurningRule(TensorWideRule, Protocol):
         """
         ...
 
-    def turns(self, shape: Sequence[int]) -> bool:
+    def treats_as_matrix(self, shape: Sequence[int]) -> bool:
         """Whether it does so to a tensor of this shape."""
         ...
 
-    def turned(self, direction: Tensor) -> Tensor:
+    def transform_matrix(self, direction: Tensor) -> Tensor:
         """What becomes of directions, (..., R, C)."""
         ...
 
@@ -125,28 +125,28 @@ class TurningRule(TensorWideRule, Protocol):
         state: State,
         param: Tensor,
         sums: Tensor | None = None,
-        turn: Turn | None = None,
+        turn: MatrixTransform | None = None,
     ) -> tuple[Tensor, State]:
-        """As `TensorWideRule.__call__`.
+        """As `TensorAwareRule.__call__`.
 
         Args:
             grad: see there.
             state: see there.
             param: see there.
             sums: see there.
-            turn: what `turn_of` returned for the tensor.
+            turn: what `matrix_transform` returned for the tensor.
         """
         ...
 
 
-def turn_of(rule: UpdateRule, param: Tensor) -> Turn | None:
-    """The rule's `turned` for flat directions of this parameter; None if it leaves them alone."""
+def matrix_transform(rule: UpdateRule, param: Tensor) -> MatrixTransform | None:
+    """The rule's `transform_matrix` for flat directions of this parameter; None if it leaves them alone."""
     turns = getattr(
-        rule, "turns", None
+        rule, "treats_as_matrix", None
     )  # isinstance, of a protocol, takes longer than a small step
     if turns is None or not turns(param.shape):
         return None
-    turned, shape = cast(TurningRule, rule).turned, param.shape
+    turned, shape = cast(MatrixRule, rule).transform_matrix, param.shape
     return lambda direction: turned(direction.view(shape)).reshape(-1)
 
 
@@ -158,7 +158,7 @@ def advance(
     lr: float,
     weight_decay: float,
     sums: Tensor | None = None,
-    turn: Turn | None = None,
+    turn: MatrixTransform | None = None,
 ) -> tuple[Tensor, State]:
     """Apply a rule to one parameter tensor, whatever its shape and layout.
 
@@ -174,14 +174,14 @@ def advance(
         state: the rule's memory for this tensor.
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
-        sums: for a `TensorWideRule` what `related` tells this tensor; None if it is alone.
-        turn: `turn_of` the tensor of which param, flat, is a piece; None if it is the whole tensor.
+        sums: for a `TensorAwareRule` what `cross_tensor_context` tells this tensor; None if it is alone.
+        turn: `matrix_transform` the tensor of which param, flat, is a piece; None if it is the whole tensor.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.
     """
     if turn is None:
-        turn = turn_of(rule, param)
+        turn = matrix_transform(rule, param)
     if param.numel() == 0 and turn is None:
         return torch.zeros_like(param), state
     flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
@@ -200,30 +200,30 @@ def advance(
     return delta.reshape(param.shape), new_state
 
 
-def related(rule: UpdateRule, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
+def cross_tensor_context(rule: UpdateRule, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What `advance` wants for each of the tensors that are stepped together.
 
     Args:
         rule: the rule.
-        sums: what `sums_of` returned for each, added up over its pieces.
+        sums: what `statistics_of` returned for each, added up over its pieces.
 
     Returns:
         (K,) for each, on the device of its sums; None where the rule needs none.
     """
-    if not isinstance(rule, TensorWideRule) or not sums:
+    if not isinstance(rule, TensorAwareRule) or not sums:
         return list(sums)
     rows = [cast(Tensor, row) for row in sums]
-    told = rule.related(torch.stack([row.to(rows[0]) for row in rows]))
+    told = rule.cross_tensor_context(torch.stack([row.to(rows[0]) for row in rows]))
     return [new.to(row) for row, new in zip(rows, told)]
 
 
-def sums_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
+def statistics_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
     """The sums over a piece of this parameter; None if the rule needs none."""
-    if not isinstance(rule, TensorWideRule):
+    if not isinstance(rule, TensorAwareRule):
         return None
     flat_grad = grad.reshape(-1)
     finite = torch.where(torch.isfinite(flat_grad), flat_grad, 0)
-    return rule.sums(finite, state, param.reshape(-1))
+    return rule.statistics(finite, state, param.reshape(-1))
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:

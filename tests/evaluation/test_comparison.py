@@ -170,7 +170,7 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
 class Rash(Adam):
     """Adam that must be taken back, once."""
 
-    def careful(self):
+    def fallback(self):
         return Adam(1e-5)
 
 

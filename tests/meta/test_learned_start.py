@@ -186,7 +186,7 @@ def test_the_run_folder_holds_the_inner_rule(sources, tmp_path, inner, kind):
     training(sources, tmp_path, chosen).run()
     rule = load_rule(tmp_path)
     assert type(rule) is kind
-    assert (rule.reach if kind is CoordinateLSTM else rule.step_size) == 0.02
+    assert (rule.initial_decrease if kind is CoordinateLSTM else rule.step_size) == 0.02
 
 
 def test_a_crash_between_the_old_init_and_the_new_one_is_mended(sources, tmp_path):

@@ -74,12 +74,12 @@ def assert_exact(net, rule, support, query, width):
             assert error < 1e-6 * float(gradient.norm()), name
 
 
-@pytest.mark.parametrize("options", [{}, {"orthogonalize": True, "growth_unit": 0.05}])
+@pytest.mark.parametrize("options", [{}, {"orthogonalize": True, "growth_threshold": 0.05}])
 def test_second_order_equals_central_differences_on_an_mlp(options):
     net, support, query = problem()
     (slope,) = torch.autograd.grad(support(net, 0), net[2].weight)
     net[2].weight.data.copy_(-slope)  # small, and right: its gradient asks for growth
-    rule = random_lstm(torch.float64, reach=0.1, **options)
+    rule = random_lstm(torch.float64, initial_decrease=0.1, **options)
     assert_exact(net, rule, support, query, width=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_second_order_equals_central_differences_on_a_bert(tmp_path):
     support, query = (LabelledTexts.read(classifier, part, [0, 1, 0, 1]).loss for part in parts)
     assert_exact(
         classifier.model,
-        random_lstm(torch.float64, hidden_size=3, reach=0.1),
+        random_lstm(torch.float64, hidden_size=3, initial_decrease=0.1),
         lambda module, step: support(classifier, module),
         lambda module, step: query(classifier, module),
         width=1e-4,

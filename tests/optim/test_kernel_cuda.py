@@ -18,7 +18,7 @@ from rnnopt import LearnedOptimizer
 from rnnopt.optim import optimizer
 from rnnopt.optim.kernels import choice as kernels
 from rnnopt.optim.kernels import fused
-from rnnopt.rules.features import Peaks, tensor_sums
+from rnnopt.rules.features import RunningMaxima, tensor_statistics
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,7 +82,7 @@ def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, st
     moved = [(p - q).abs().max() for p, q in zip(params_of(plain), start) if p.numel()]
     assert min(moved) > 3e-5 * steps
     for one, other in zip(params_of(ours)[:2], params_of(plain)[:2]):
-        for name in ("m", "v", "step", *Peaks._fields):
+        for name in ("m", "v", "step", *RunningMaxima._fields):
             torch.testing.assert_close(
                 ours.state[one][name], plain.state[other][name], rtol=1e-4, atol=1e-9
             )
@@ -192,7 +192,7 @@ def test_sums_are_right_and_the_same_bits_every_time(triton_step):
     first, second = (triton_step._sums(table, counts, types) for _ in range(2))
     expected = torch.stack(
         [
-            tensor_sums(
+            tensor_statistics(
                 piece.grad.flatten(),
                 piece.state["m"],
                 piece.param.flatten(),

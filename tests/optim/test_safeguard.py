@@ -15,7 +15,7 @@ from rnnopt.optim.safeguard import rise
 class Rash(Adam):
     """Adam at a rate that ruins anything; careful, it is Adam at one that does not."""
 
-    def careful(self):
+    def fallback(self):
         return Adam(self.step_size / 1000)
 
 
@@ -201,7 +201,7 @@ def test_a_resumed_run_undoes_what_the_first_would_have():
 def test_careful_is_adam_and_leaves_the_rule_as_it_is():
     rule = random_lstm()
     weights = copy.deepcopy(rule.state_dict())
-    careful = rule.careful()
+    careful = rule.fallback()
     assert not careful.output_weight.any() and not careful.output_context.any()
     assert not careful.output_bias.any()
     assert all(torch.equal(weights[name], leaf) for name, leaf in rule.state_dict().items())

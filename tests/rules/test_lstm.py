@@ -12,19 +12,19 @@ from rule_table import random_lstm
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt.rules import lstm as lstm_module
 from rnnopt.rules.features import (
-    BALANCE,
-    REST,
-    Peaks,
-    growth_request,
+    ANNEALING_EXPONENT,
+    SHARE_EXPONENT,
+    RunningMaxima,
+    context_features,
     orthogonalized,
+    radial_gate,
     step_scale,
-    tensor_context,
 )
-from rnnopt.rules.protocol import advance, related, sums_of
+from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 
 
 def peaks_of(state):
-    return Peaks(*(state[name] for name in Peaks._fields))
+    return RunningMaxima(*(state[name] for name in RunningMaxima._fields))
 
 
 def scale_of(sums, peaks, step, going_on=False):
@@ -41,7 +41,7 @@ def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, s
     """reach (RMS / largest so far)^0.25 (largest RMS now / so far)^0.5 / (8 + largest promise so
     far), worked out here."""
     generator = torch.Generator().manual_seed(seed)
-    rule = random_lstm(hidden_size=hidden_size, reach=0.01)
+    rule = random_lstm(hidden_size=hidden_size, initial_decrease=0.01)
     rule.zero_output()
     ours = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5, 10), (7,))]
     twins = [param.clone().requires_grad_() for param in ours]
@@ -177,9 +177,9 @@ def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
     """No meta-training goes far beyond: a rule must not go by what it never saw."""
     rule, param = random_lstm(), torch.linspace(-1, 1, 6)
     state = rule.init_state(param)
-    sums = rule.related(rule.sums(param, state, param).unsqueeze(0))[0]
+    sums = rule.cross_tensor_context(rule.statistics(param, state, param).unsqueeze(0))[0]
     peaks = peaks_of(state)
-    contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
+    contexts = [context_features(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
     assert torch.equal(*contexts) == alike
 
 
@@ -197,10 +197,10 @@ def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(r
         # as much against the parameter as across it, and beside a tensor of more weight
         grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
         grad[2] = 0
-        sums = rule.sums(grad.flatten(), state, param.flatten())
+        sums = rule.statistics(grad.flatten(), state, param.flatten())
         largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0, 20])
         heavier = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
-        told = rule.related(torch.stack([sums, largest]))[0]
+        told = rule.cross_tensor_context(torch.stack([sums, largest]))[0]
         adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
         delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
         asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
@@ -221,7 +221,7 @@ def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(r
 @example(units=0.5, unit=0.5, raw=0.1)
 @example(units=3.0, unit=0.5, raw=0.1)
 def test_growth_follows_what_it_promises_from_its_unit_to_five_times_that(units, unit, raw):
-    rules = CoordinateLSTM(growth_unit=unit), CoordinateLSTM()
+    rules = CoordinateLSTM(growth_threshold=unit), CoordinateLSTM()
     param, pull = torch.randn(4, 5), units * unit
     grad = -pull * param / (param * param).sum()  # along the parameter alone
     grown = []
@@ -229,7 +229,9 @@ def test_growth_follows_what_it_promises_from_its_unit_to_five_times_that(units,
         with torch.no_grad():
             rule.growth_bias.fill_(raw)
         state = rule.init_state(param)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        sums = rule.cross_tensor_context(
+            rule.statistics(grad.flatten(), state, param.flatten()).unsqueeze(0)
+        )[0]
         grown.append(float(rule.shifts(sums, peaks_of(state), torch.tensor(1.0))[2].detach()))
     granted = 1 / (1 + 0.15**2) if pull > 0 else 0.0
     times = min(max(units, 1), 5)
@@ -241,9 +243,11 @@ def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alo
     rule, param = CoordinateLSTM(), torch.tensor([3.0, 4.0])
     state = rule.init_state(param)
     for grad, pull, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
-        sums = rule.related(rule.sums(torch.tensor(grad), state, param).unsqueeze(0))[0]
+        sums = rule.cross_tensor_context(
+            rule.statistics(torch.tensor(grad), state, param).unsqueeze(0)
+        )[0]
         peaks = peaks_of(state)
-        found = tensor_context(sums, peaks, torch.tensor(1.0))[-2:].tolist()
+        found = context_features(sums, peaks, torch.tensor(1.0))[-2:].tolist()
         assert found == pytest.approx([math.asinh(pull / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
 
 
@@ -261,9 +265,9 @@ def test_every_weight_of_the_rule_has_a_say():
     ("options", "message"),
     [
         ({"hidden_size": -1}, "hidden_size=-1: must lie between 0 and 1024"),
-        ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
+        ({"initial_decrease": 0.0}, "initial_decrease=0.0: must be positive and finite"),
         ({"growth_steps": -1}, "growth_steps=-1: must be 0 or more"),
-        ({"growth_unit": 0.0}, "growth_unit=0.0: must be positive and finite, or None"),
+        ({"growth_threshold": 0.0}, "growth_threshold=0.0: must be positive and finite, or None"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )
@@ -279,10 +283,10 @@ def test_a_vector_does_not_grow_and_does_not_keep_a_matrix_from_it():
     for param, size in ((head, 1.0), (bias, 100.0)):  # both ask for growth, the bias for far more
         state = rule.init_state(param)
         flat = param.flatten()
-        rows.append(rule.sums(-size * flat, state, flat))
-    asked = growth_request(rule.related(torch.stack(rows)))
+        rows.append(rule.statistics(-size * flat, state, flat))
+    asked = radial_gate(rule.cross_tensor_context(torch.stack(rows)))
     assert asked.tolist() == pytest.approx([1 / (1 + 0.15**2), 0], abs=1e-5)
-    assert growth_request(rule.related(rows[1].unsqueeze(0))).tolist() == [0]  # alone
+    assert radial_gate(rule.cross_tensor_context(rows[1].unsqueeze(0))).tolist() == [0]  # alone
 
 
 def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
@@ -293,10 +297,12 @@ def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
     state = rule.init_state(param)
 
     def scale(g, without_request=False):
-        sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        sums = rule.cross_tensor_context(
+            rule.statistics(g.flatten(), state, param.flatten()).unsqueeze(0)
+        )[0]
         peaks = peaks_of(state)
         if without_request:
-            peaks = peaks._replace(request_peak=torch.tensor(0.0))
+            peaks = peaks._replace(radial_gate_max=torch.tensor(0.0))
         return scale_of(sums, peaks, state["step"] + 1)
 
     assert scale(grad) == scale(grad, without_request=True) > 0
@@ -318,7 +324,9 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
         state, found = rule.init_state(param), []
         for step in range(1, steps + 1):
             g = grad * (size if step == outlier_at else 1)
-            sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
+            sums = rule.cross_tensor_context(
+                rule.statistics(g.flatten(), state, param.flatten()).unsqueeze(0)
+            )[0]
             peaks = peaks_of(state)
             found.append(scale_of(sums, peaks, torch.tensor(float(step))))
             _, state = advance(rule, param, g, state, 1.0, 0.0)
@@ -328,7 +336,7 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     assert late[:6] == plain[:6]
     assert late[6] <= plain[6]  # the outlier's own step is no larger either
     assert scales(7, size=1e6)[6] <= plain[6]
-    assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
+    assert plain[8] / late[8] < 4 ** (1 + SHARE_EXPONENT + ANNEALING_EXPONENT) * 1.01
     assert plain[8] / early[8] > 500
     unlearned = {"grad": param}  # the gradient asks the tensor to shrink
     head = {**unlearned, "orthogonalize": False}
@@ -337,7 +345,8 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
     left = 1e3 * 0.5**7
     promise = scales(None, **unlearned)[0] ** -1 - 8  # of the gradient without the outlier
     assert ratio == pytest.approx(
-        left ** (BALANCE + REST) * (8 + left * promise) / (8 + promise), rel=1e-3
+        left ** (SHARE_EXPONENT + ANNEALING_EXPONENT) * (8 + left * promise) / (8 + promise),
+        rel=1e-3,
     )
 
 
@@ -350,10 +359,12 @@ def test_peaks_fade_until_growth_would_bring_an_eighth_of_a_nat(pull, keep):
     for orthogonalize, kept in ((True, keep), (False, 1.0)):
         rule = CoordinateLSTM(hidden_size=0, orthogonalize=orthogonalize)
         state = rule.init_state(param)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        assert growth_request(sums) < 1e-3
+        sums = rule.cross_tensor_context(
+            rule.statistics(grad.flatten(), state, param.flatten()).unsqueeze(0)
+        )[0]
+        assert radial_gate(sums) < 1e-3
         for before, share in ((0.0, kept), (1.0, 1.0)):  # of the evidence; it is remembered
-            peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
+            peaks = RunningMaxima(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
             for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
                 assert float(peak) == pytest.approx(1e6 * share, rel=1e-3)
 
@@ -366,19 +377,23 @@ def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_i
 
     def scales(size, going_on):
         now = [(size * grad).flatten() for grad in grads]
-        told = related(rule, [sums_of(rule, *given) for given in zip(params, now, states)])
+        told = cross_tensor_context(
+            rule, [statistics_of(rule, *given) for given in zip(params, now, states)]
+        )
         peaks = [peaks_of(state) for state in states]
         step = states[0]["step"]
         return [scale_of(*given, step, going_on) for given in zip(told, peaks)]
 
     assert scales(1.0, True) == scales(1.0, False)
-    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    told = cross_tensor_context(
+        rule, [statistics_of(rule, *given) for given in zip(params, grads, states)]
+    )
     for i, (param, grad, sums) in enumerate(zip(params, grads, told)):
         _, states[i] = advance(rule, param, grad, states[i], 1.0, 0.0, sums)
     rested = [on / off for on, off in zip(scales(0.01, True), scales(0.01, False))]
     for state, ratio in zip(states, rested):
-        request = float(state["request_peak"])
-        assert ratio == pytest.approx(0.01 ** (REST * (request - 1)), rel=1e-6)
+        request = float(state["radial_gate_max"])
+        assert ratio == pytest.approx(0.01 ** (ANNEALING_EXPONENT * (request - 1)), rel=1e-6)
     assert rested[0] < 2 < 9 < rested[1]
 
 
@@ -389,7 +404,9 @@ def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
     peaks = peaks_of(state)
     for size, promised in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
         grad = torch.full_like(param, size)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
+        sums = rule.cross_tensor_context(
+            rule.statistics(grad.flatten(), state, param.flatten()).unsqueeze(0)
+        )[0]
         scale = scale_of(sums, peaks, torch.tensor(1.0))
         assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
 
@@ -411,7 +428,9 @@ def test_a_step_is_bounded_by_the_wide_matrices_but_the_largest(shapes, counted,
     grads = [torch.full_like(param, 1e-9) for param in params]
     grads[0].view(-1)[:hidden] = 0
     states = [rule.init_state(param) for param in params]
-    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    told = cross_tensor_context(
+        rule, [statistics_of(rule, *given) for given in zip(params, grads, states)]
+    )
     bound = 2.29 * max(0, counted - hidden) ** (1 / 3)
     everything = sum(param.numel() for param in params) / 45_000
     for sums, state in zip(told, states):
@@ -464,8 +483,8 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
         grads = [grad.double() for grad in grads]
         if step == 2:  # the first asks for growth, and is the heaviest
             grads[0] = -10 * params[0]
-        sums = [sums_of(plain, *given) for given in zip(params, grads, states)]
-        told = related(plain, sums)
+        sums = [statistics_of(plain, *given) for given in zip(params, grads, states)]
+        told = cross_tensor_context(plain, sums)
         for i, (param, grad, known) in enumerate(zip(params, grads, told)):
             delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, known)
             turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
@@ -475,7 +494,7 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
             rests, goes_on = (scale_of(known, peaks, after["step"], on) for on in (False, True))
             delta = decay + (delta - decay) * goes_on / rests
             if i < 2:
-                request = max(float(growth_request(known)), float(states[i]["request_peak"]))
+                request = max(float(radial_gate(known)), float(states[i]["radial_gate_max"]))
                 longer = 2 - request if step else 1
                 direction = delta - decay
                 if step == 0:  # Adam's is no more than the sign
@@ -484,21 +503,21 @@ def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_th
             torch.testing.assert_close(turned, delta)
             states[i] = after
         if step == 2:
-            assert float(growth_request(told[0])) > 0.9 > 0.1 > float(growth_request(told[1]))
+            assert float(radial_gate(told[0])) > 0.9 > 0.1 > float(radial_gate(told[1]))
         if step == 3:  # it is remembered
-            assert float(growth_request(told[0])) < 0.1 < 0.9 < float(states[0]["request_peak"])
+            assert float(radial_gate(told[0])) < 0.1 < 0.9 < float(states[0]["radial_gate_max"])
 
 
 def test_a_rule_in_doubt_is_adam_and_orthogonalizes_nothing():
-    assert not random_lstm(orthogonalize=True).careful().turns((3, 80))
+    assert not random_lstm(orthogonalize=True).fallback().treats_as_matrix((3, 80))
 
 
 def test_growth_alone_is_the_growth_of_the_rule_with_adams_directions():
     rule, param = random_lstm(), torch.randn(4, 5)
-    alone = rule.growth_alone()
+    alone = rule.growth_only()
     grad = -param  # asks for nothing else
     delta, _ = advance(alone, param, grad, alone.init_state(param), 1.0, 0.0)
-    twin = rule.careful()
+    twin = rule.fallback()
     with torch.no_grad():
         for name in ("growth_context", "growth_bias"):
             twin.get_parameter(name).copy_(rule.get_parameter(name))

@@ -12,7 +12,7 @@ from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHANGED = {  # of each variant: its config, elsewhere as shipped
     "not orthogonalized": {"orthogonalize": False},
-    "growth at one speed": {"growth_unit": None},
+    "growth at one speed": {"growth_threshold": None},
     "growth for 8 steps": {"growth_steps": 8},
 }
 TAKEN_OUT = {  # of each variant: weights by the beginning of their names, and columns of the gates
@@ -43,7 +43,7 @@ def test_what_is_taken_out_is_at_zero_and_nothing_else(script, tune):
         if name in ("lent: steered as a head is", "growth as learned on heads"):
             continue
         prefixes, columns = TAKEN_OUT[name]
-        for option in ("orthogonalize", "growth_steps", "growth_unit"):
+        for option in ("orthogonalize", "growth_steps", "growth_threshold"):
             expected = CHANGED.get(name, {}).get(option, getattr(shipped, option))
             assert getattr(rule, option) == expected, (name, option)
         for part, weight in rule.named_parameters():
@@ -59,7 +59,7 @@ def test_the_second_rule_grows_at_a_share_of_what_was_learned_on_heads(script):
     """And is the first in nothing else: the ablation takes back what meta_train.py did."""
     variants, share = script("ablations").variants("lora"), script("meta_train").SLOWER
     shipped, other = variants["as shipped"], variants["growth as learned on heads"]
-    speed = {"growth_steps": 20, "growth_unit": 0.5}
+    speed = {"growth_steps": 20, "growth_threshold": 0.5}
     assert {**other.config, **speed} == shipped.config
     for name, weight in other.named_parameters():
         if name.startswith(("growth_", "context_")):

@@ -33,7 +33,7 @@ _THREADS = 32 * _WARPS
 # Registers of a thread for the cell's inputs, H + F for each of its coordinates; about as many go
 # to everything else. More coordinates to a thread share each load of a weight.
 _INPUT_REGISTERS = 64
-MOST_UNITS = 64
+MAX_UNITS = 64
 _OPTIONS: dict[str, Any] = {
     "num_warps": _WARPS,
     # Triton's default changes with its version; without it every product is rounded, at twice the
@@ -102,8 +102,8 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
     It is compiled and tried on one coordinate: an old GPU, an old Triton or the lack of the C
     compiler that Triton wants come out here and not in the middle of a training run.
     """
-    if hidden_size > MOST_UNITS:
-        return f"hidden_size={hidden_size}, and the kernel for GPUs takes {MOST_UNITS} at most"
+    if hidden_size > MAX_UNITS:
+        return f"hidden_size={hidden_size}, and the kernel for GPUs takes {MAX_UNITS} at most"
     with torch.random.fork_rng(devices=[]):
         rule = CoordinateLSTM(hidden_size, context_size=1).to(device, torch.float32)
     param = torch.ones(1, device=device, dtype=torch.float32)
@@ -112,7 +112,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
         with torch.no_grad():
             step = TritonStep(rule)
             measured = step.measure([Piece(param, param.clone(), state, 1.0, 0.0)])
-            step.take(measured, rule.related(measured.sums))
+            step.take(measured, rule.cross_tensor_context(measured.sums))
     except Exception as error:  # a kind for every part of Triton's tool chain, none documented
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -120,7 +120,7 @@ def problem(hidden_size: int, device: torch.device) -> str | None:
 
 
 def _sums(table: Tensor, counts: tuple[int, ...], types: Sequence[Any]) -> Tensor:
-    """All but the last of `rnnopt.rules.features.tensor_sums`: (P, 8), the same bits at every call."""
+    """All but the last of `rnnopt.rules.features.tensor_statistics`: (P, 8), the same bits at every call."""
     blocks, starts = _blocks(counts, _SUM_BLOCK, table.device)
     partial = torch.empty(len(blocks), _MEASURED.value, device=table.device, dtype=torch.float32)
     if len(blocks):

@@ -15,12 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.rules.features import SUMS, Peaks, root_mean_squares, step_scale, stretch
-from rnnopt.rules.lstm import CoordinateLSTM, before_turning
-from rnnopt.rules.protocol import State, Turn
+from rnnopt.rules.features import (
+    STATISTICS,
+    RunningMaxima,
+    matrix_gain,
+    root_mean_squares,
+    step_scale,
+)
+from rnnopt.rules.lstm import CoordinateLSTM, matrix_output_shifts
+from rnnopt.rules.protocol import MatrixTransform, State
 
-TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
-_FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
+TAKEN = STATISTICS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
+_FULL = ("m", "v", "matrix", *RunningMaxima._fields)  # of the state, what is in float32
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Piece:
         state: the rule's memory, changed in place.
         lr: multiplies the whole change.
         weight_decay: in units of lr * step_size.
-        turn: see `rnnopt.rules.protocol.turn_of`, of the tensor of which this is a piece.
+        turn: see `rnnopt.rules.protocol.matrix_transform`, of the tensor of which this is a piece.
         whole: whether it is all of it.
     """
 
@@ -42,7 +48,7 @@ class Piece:
     state: State
     lr: float
     weight_decay: float
-    turn: Turn | None = None
+    turn: MatrixTransform | None = None
     whole: bool = True
 
     @property
@@ -106,7 +112,7 @@ class FusedStep:
 
         Args:
             measured: what `measure` returned.
-            sums: what the rule's `related` tells each of the tensors that they are pieces of,
+            sums: what the rule's `cross_tensor_context` tells each of the tensors that they are pieces of,
                 (pieces, 18).
         """
         pieces = measured.pieces
@@ -187,7 +193,7 @@ class _Turning:
             live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
             finite = torch.stack([piece.grad for piece in pieces]).isfinite()
             left = torch.stack([piece.param.detach() for piece in pieces])
-            turned = self._rule.turned(torch.where(live & finite, left, 0))
+            turned = self._rule.transform_matrix(torch.where(live & finite, left, 0))
             grown, far = (
                 torch.stack([piece.lr * each for piece, each in zip(pieces, values)]).view(-1, 1, 1)
                 for values in (growth, along)
@@ -211,7 +217,7 @@ def _decay(rule: CoordinateLSTM, piece: Piece) -> float:
 
 
 def with_matrices(sums: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """Put the last of `rnnopt.rules.features.tensor_sums` beside those taken; (P, 8) -> (P, 9)."""
+    """Put the last of `rnnopt.rules.features.tensor_statistics` beside those taken; (P, 8) -> (P, 9)."""
     matrix = torch.stack([piece.state["matrix"] for piece in pieces])
     return torch.column_stack([sums, matrix * sums[:, 0]])
 
@@ -250,23 +256,25 @@ def contexts(
     Args:
         rule: whose step it is.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 18).
+        sums: what the rule's `cross_tensor_context` tells the tensors, (P, 18).
 
     Returns:
         gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
         grad_rms, param_rms; scale; growth; keep, see `_Turning`. And (P,) of
-        `rnnopt.rules.features.stretch`.
+        `rnnopt.rules.features.matrix_gain`.
     """
     steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
-    peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
+    peaks = RunningMaxima(
+        *(torch.stack([piece.state[name] for piece in pieces]) for name in RunningMaxima._fields)
+    )
     grad_rms, param_rms = root_mean_squares(sums)
     gates, outputs, growth = rule.shifts(sums, peaks, steps)
     if any(piece.turn for piece in pieces):
-        to_turn = before_turning(outputs, steps)
+        to_turn = matrix_output_shifts(outputs, steps)
         rows = zip(pieces, outputs, to_turn)
         outputs = torch.stack([new if piece.turn else old for piece, old, new in rows])
     after = peaks.after(sums, steps)
-    scale = rule.reach * step_scale(sums, peaks, after, rule.orthogonalize)
+    scale = rule.initial_decrease * step_scale(sums, peaks, after, rule.orthogonalize)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
     for name, values in after._asdict().items():
@@ -282,4 +290,4 @@ def contexts(
         "growth": growth,
         "keep": torch.ones_like(growth),
     }
-    return context, stretch(after.request_peak, steps)
+    return context, matrix_gain(after.radial_gate_max, steps)
