@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ import numpy as np
 from rnnopt.errors import InputError
 
 ClassKey = tuple[str, str]  # (domain, label)
+# soft hyphen, zero-width space, marks of direction, word joiner, byte-order mark
+_INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
 HASH_BYTES = 6  # 48 bits: a million texts collide with odds of 1 in 500
 
 
@@ -110,13 +113,32 @@ def merge(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def class_name(key: ClassKey) -> str:
-    """``domain/label``."""
-    return "/".join(key)
+    r"""The name ``domain/label`` of a class.
+
+    A slash in the domain becomes ``\/``, so that the first plain slash ends the domain and no two
+    classes have one name.
+    """
+    domain, label = key
+    escaped = domain.replace("\\", "\\\\").replace("/", "\\/")
+    return f"{escaped}/{label}"
 
 
 def text_key(text: str) -> str:
-    """What makes two texts the same: white space and case do not count."""
-    return " ".join(text.split()).casefold()
+    """The form in which two texts are compared.
+
+    White space, case, invisible characters and the Unicode composition of accents do not count.
+    """
+    return readable(text).casefold()
+
+
+def readable(text: str) -> str:
+    """The text with composed accents (NFC), single spaces and no invisible characters.
+
+    Two names that look the same on a screen for one of these reasons become equal. Characters that
+    change the look of others, such as the joiners in emoji, stay.
+    """
+    visible = unicodedata.normalize("NFC", text).translate(_INVISIBLE)
+    return " ".join(visible.split())
 
 
 def summary(corpus: Corpus) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rnnopt.data.corpus import Corpus, listed
+from rnnopt.data.corpus import Corpus, class_name, listed
 from rnnopt.data.splits import class_pair, overlapping_classes, source_files
 from rnnopt.errors import InputError
 
@@ -33,7 +33,7 @@ def seen_domains(training: Mapping[str, Any], corpus: Corpus) -> list[str]:
     return sorted(
         domain
         for domain in set(corpus.domains)
-        if any(name.startswith(f"{domain}/") for name in names)
+        if any(name.startswith(class_name((domain, ""))) for name in names)
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rnnopt.data.corpus import Corpus, listed, merge
 from rnnopt.data.splits import PART_NAMES, Splits, check_disjoint, class_pair
 from rnnopt.errors import InputError
-from rnnopt.evaluation.report.tables import table
 
 
 def parse_sources(data: Sequence[str]) -> tuple[list[str], dict[str, float]]:
@@ -92,27 +91,6 @@ def describe(splits: Splits) -> dict[str, Any]:
         "overlaps": _overlaps(wholes),
         "unsafe": _overlaps(parts),
     }
-
-
-def sources_table(description: Mapping[str, Any]) -> str:
-    """A line a source.
-
-    Args:
-        description: from `describe`.
-    """
-    rows = [
-        [
-            source["source"],
-            *([f"{source['weight']:g}"] if source["weight"] is not None else ["-"]),
-            listed(source["domains"], most=3),
-            " / ".join(str(source["classes"][part]) for part in PART_NAMES),
-            " / ".join(str(source["texts"][part]) for part in PART_NAMES),
-            source["duplicates"],
-        ]
-        for source in description["sources"]
-    ]
-    header = ["source", "weight", "domains", "classes", "texts", "duplicates dropped"]
-    return table(header, rows)
 
 
 def overlap_lines(description: Mapping[str, Any]) -> list[str]:

@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 
 from rnnopt.data.overlap import seen_lines
-from rnnopt.data.sources import overlap_lines, sources_table
+from rnnopt.data.sources import overlap_lines
 from rnnopt.data.splits import class_pair
 from rnnopt.errors import InputError
-from rnnopt.evaluation.report.tables import NOT_FINITE, comparison_table, confusion_text, table
+from rnnopt.evaluation.report.tables import (
+    NOT_FINITE,
+    comparison_table,
+    confusion_text,
+    sources_table,
+    table,
+)
 from rnnopt.storage.files import write_atomically
 from rnnopt.storage.provenance import PROVENANCE_FILE, read_json
 from rnnopt.storage.run_folder import LOG_FILE, RUN_FILE

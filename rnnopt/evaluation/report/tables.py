@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rnnopt.data.corpus import listed
+from rnnopt.data.splits import PART_NAMES
+
 # Labels beyond which a confusion matrix is too wide to read: then its largest entries are listed.
 WIDEST = 12
 _LARGEST = 10
@@ -74,6 +77,27 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     if undone:
         lines += [f"Steps of the rule that its guard took back, in all episodes: {undone}.", ""]
     return "\n".join(lines)
+
+
+def sources_table(description: Mapping[str, Any]) -> str:
+    """One row per source, in Markdown: its weight, domains, classes, texts and duplicates.
+
+    Args:
+        description: from `rnnopt.data.sources.describe`.
+    """
+    rows = [
+        [
+            source["source"],
+            "-" if source["weight"] is None else f"{source['weight']:g}",
+            listed(source["domains"], most=3),
+            " / ".join(str(source["classes"][part]) for part in PART_NAMES),
+            " / ".join(str(source["texts"][part]) for part in PART_NAMES),
+            source["duplicates"],
+        ]
+        for source in description["sources"]
+    ]
+    header = ["source", "weight", "domains", "classes", "texts", "duplicates dropped"]
+    return table(header, rows)
 
 
 def _column(cells: Sequence[str]) -> list[str]:
