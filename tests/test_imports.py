@@ -72,6 +72,7 @@ def importers(library):
         ("matplotlib", {"evaluation/report/plot.py"}),
         ("sklearn", {"tasks/metrics.py", "tasks/text/frozen.py"}),
         ("scipy", {"evaluation/statistics.py"}),
+        ("rich", {"evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
         ("triton", {"optim/kernels/cuda.py"}),  # not there on every machine, of use on a GPU only
     ],

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rnnopt.data.corpus import listed, readable
 from rnnopt.errors import InputError
@@ -117,7 +118,7 @@ def _unquoted(field: str) -> str:
     return quoted[1].replace('""', '"') if quoted else field
 
 
-def _records(path: Path, content: str, delimiter: str, quoting: int) -> list[_Record]:
+def _records(path: Path, content: str, delimiter: str, quoting: Literal[0, 3]) -> list[_Record]:
     """All records that are not blank lines."""
     # By default a field of more than 131,072 characters is an error. The setting is global.
     limit = csv.field_size_limit()

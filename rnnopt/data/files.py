@@ -50,7 +50,9 @@ def read_corpus(
     else:
         rows = table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
-    spellings: dict[str, dict[str, int]] = {}  # readable name -> its spellings, and their first line
+    spellings: dict[
+        str, dict[str, int]
+    ] = {}  # readable name -> its spellings, and their first line
     kept: list[tuple[str, str, str]] = []
     dropped, conflicts = 0, []
     for line, row in rows:
@@ -91,7 +93,7 @@ def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -
         (one, first), (other, second) = list(lines.items())[:2]
         warnings.warn(
             f"{path}: {len(united)} labels are written in several ways that look alike, such as "
-            f"{ascii(one)} in line {first} and {ascii(other)} in line {second}; they count as one "
+            f"{one!a} in line {first} and {other!a} in line {second}; they count as one "
             f"label, {label!r}",
             stacklevel=3,
         )

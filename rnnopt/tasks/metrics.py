@@ -37,7 +37,9 @@ def confusion_matrix(predicted: np.ndarray, actual: np.ndarray, classes: int) ->
 
 
 def classification_metrics(confusion: np.ndarray) -> Metrics:
-    """Accuracy and macro averages by scikit-learn, with 0 for a precision of a class that is never predicted.
+    """Accuracy and macro averages by scikit-learn.
+
+    The precision of a class that is never predicted is 0, and so is the recall of an absent one.
 
     Args:
         confusion: (C, C), counts of texts [actual, predicted]. A class without a text that is

@@ -217,7 +217,7 @@ def test_no_steps_are_refused():
 
 
 def test_an_interval_is_that_of_a_textbook():
-    """10 figures of mean 5.5 and deviation 3.028; the quantile for 9 degrees of freedom is 2.262."""
+    """10 figures, mean 5.5, deviation 3.028; the quantile for 9 degrees of freedom is 2.262."""
     cell = interval(np.arange(1.0, 11.0))
     assert cell["mean"] == 5.5
     assert cell["ci95"] == pytest.approx(2.262157 * 3.027650 / math.sqrt(10), rel=1e-6)

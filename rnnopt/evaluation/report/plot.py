@@ -34,10 +34,11 @@ matplotlib.use("Agg")  # files only: no window system is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 _AXIS = {"accuracy": "accuracy on query texts (%)", "loss": "query loss (nats per text)"}
 _LABEL_HEIGHT = 8.5  # points from one label to the next
+_MARKED = 60  # points of a line that get a marker each; of more they would touch
 _LOG_RATIO = 20  # losses that differ by more than this factor get a logarithmic axis
 
 Ends = list[tuple[float, float, str, str]]  # x and y of the last point of a line, its name, colour
@@ -101,7 +102,8 @@ def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
 
 
 def _compared(axes: Axes, methods: Mapping[str, Any], metric: str) -> Ends:
-    ends, stepping = [], 0
+    ends: Ends = []
+    stepping = 1
     top = max(cell["mean"] for method in methods.values() for cell in method[metric].values())
     low = min(cell["mean"] for method in methods.values() for cell in method[metric].values())
     logarithmic = metric == "loss" and 0 < low * _LOG_RATIO < top
@@ -109,16 +111,17 @@ def _compared(axes: Axes, methods: Mapping[str, Any], metric: str) -> Ends:
         if "frozen" in method:
             look: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 2)), "linewidth": 0.8}
         else:
-            look = line_look(stepping) | {"linewidth": 2.0 if name == "learned" else 1.1}
-            stepping += 1
+            number = 0 if name == "learned" else stepping
+            look = line_look(number) | {"linewidth": 1.1 if number else 2.0}
+            stepping += name != "learned"
         budgets = [int(b) for b in method[metric]]
         mean = np.array([cell["mean"] for cell in method[metric].values()])
         half = np.array([cell["ci95"] for cell in method[metric].values()])
         axes.plot(budgets, mean, zorder=3 if name == "learned" else 2, **look)
         below = np.maximum(mean - half, low / 2) if logarithmic else mean - half
-        axes.fill_between(
-            budgets, below, mean + half, color=look["color"], alpha=BAND, linewidth=0
-        )
+        axes.fill_between(budgets, below, mean + half, color=look["color"], alpha=BAND, linewidth=0)
+        if len(budgets) == 1:  # a band has no width there
+            axes.vlines(budgets, below, mean + half, color=look["color"], linewidth=0.8)
         shown = f"{name}*" if "tuned" in method else name
         ends.append((budgets[-1], float(mean[-1]), shown, look["color"]))
     if logarithmic:
@@ -139,7 +142,8 @@ def plot_losses(
     with plt.rc_context(STYLE):
         figure, panels = _panels(2 if checks else 1, 2 if checks else 1)
         values = [math.nan if loss is None else loss for loss in losses]
-        panels[0].plot(range(len(values)), values, color=BLUE, marker="o", markersize=2)
+        marker = "o" if len(values) <= _MARKED else ""
+        panels[0].plot(range(len(values)), values, color=BLUE, marker=marker, markersize=2)
         panels[0].set(xlabel="steps", ylabel="training loss (nats per text)")
         panels[0].set_ylim(bottom=0)
         if checks:
@@ -165,8 +169,9 @@ def plot_inspection(found: Inspection, title: str, path: Path) -> None:
         path: the PNG file to write.
     """
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = _panels(3, 2.6)
+        figure, (left, middle, right) = _panels(3, 2.2)
         surface = found.surface
+        left.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         update = np.array(surface.update, dtype=float)  # (G, U); None becomes NaN
         most = np.nanmax(np.abs(update), initial=0) or 1.0
         mesh = left.pcolormesh(
@@ -179,7 +184,11 @@ def plot_inspection(found: Inspection, title: str, path: Path) -> None:
             ylabel="gradient / RMS of its tensor",
             title=f"update of {surface.kind}, step {surface.step}",
         )
-        bar = figure.colorbar(mesh, ax=left, aspect=30, label="update (units of the parameter)")
+        powers = ScalarFormatter()
+        powers.set_powerlimits((-1, 2))
+        bar = figure.colorbar(
+            mesh, ax=left, aspect=30, label="update (parameter units)", format=powers
+        )
         bar.outline.set_visible(False)
         steps = range(1, len(found.losses) + 1)
         sizes_end: Ends = []
@@ -192,7 +201,7 @@ def plot_inspection(found: Inspection, title: str, path: Path) -> None:
             colour = line_look(i)["color"]
             sizes_end.append((steps[-1], size[-1], kind, colour))
             distances_end.append((steps[-1], distance[-1], kind, colour))
-        middle.set(xlabel="steps", yscale="log", ylabel="RMS of the update (parameter units)")
+        middle.set(xlabel="steps", yscale="log", ylabel="RMS update (parameter units)")
         right.set(xlabel="steps", ylim=(0, None), ylabel="1 - cosine with Adam's update")
         _name_lines(figure, middle, sizes_end)
         _name_lines(figure, right, distances_end)
@@ -205,6 +214,10 @@ def _panels(count: int, columns: float, height: float = HEIGHT) -> tuple[Figure,
     figure, axes = plt.subplots(
         1, count, figsize=(COLUMN * columns, height), layout="constrained", squeeze=False
     )
+    for panel in axes[0]:
+        panel.xaxis.set_major_locator(
+            MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+        )
     return figure, list(axes[0])
 
 

@@ -45,12 +45,13 @@ STYLE: dict[str, Any] = {
 
 
 def line_look(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number; 21 lines can be told apart.
+    """Colour, marker and dashes of the line with this number; 19 lines can be told apart.
 
     Args:
-        index: 0 for the first line.
+        index: 0 for the line that the figure is about, which has its colour to itself.
     """
-    turn, place = divmod(index, len(COLOURS))
+    turn, place = divmod(index - 1, len(COLOURS) - 1) if index else (0, -1)
+    place += 1
     return {
         "color": COLOURS[place],
         "marker": MARKERS[place],
@@ -61,22 +62,22 @@ def line_look(index: int) -> dict[str, Any]:
 def spread(wanted: list[float], gap: float) -> list[float]:
     """Positions of labels that keep a distance and stay as near as possible to where they belong.
 
-    Labels that would overlap form a group, which is centred on the mean of its wanted positions.
+    Labels that would overlap form a group, which is centred on the mean of its wanted positions and
+    moved into the range from 0 to 1 if it fits there.
 
     Args:
-        wanted: where each label belongs, in any order.
-        gap: the least distance of two labels, in the same unit.
+        wanted: where each label belongs, from 0 to 1, in any order.
+        gap: the least distance of two labels.
 
     Returns:
         A position for each label, in the order of `wanted`.
     """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     groups: list[list[int]] = []
-    for index in order:
+    for index in sorted(range(len(wanted)), key=lambda i: wanted[i]):
         groups.append([index])
         while len(groups) > 1:
             low, high = (_places(group, wanted, gap) for group in groups[-2:])
-            if high[0] - low[-1] >= gap:
+            if high[0] - low[-1] >= gap * (1 - 1e-9):
                 break
             groups[-2:] = [groups[-2] + groups[-1]]
     found = [0.0] * len(wanted)
@@ -87,5 +88,7 @@ def spread(wanted: list[float], gap: float) -> list[float]:
 
 
 def _places(group: list[int], wanted: list[float], gap: float) -> list[float]:
+    half = gap * (len(group) - 1) / 2
     middle = sum(wanted[i] for i in group) / len(group)
-    return [middle + gap * (i - (len(group) - 1) / 2) for i in range(len(group))]
+    middle = min(max(middle, half), 1 - half) if half <= 0.5 else 0.5
+    return [middle - half + gap * i for i in range(len(group))]

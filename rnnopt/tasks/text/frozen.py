@@ -1,8 +1,10 @@
 """Classifiers on frozen embeddings: what a task gives without any fine-tuning.
 
-The features are the inputs of the output layer before the first step. The mean of the support set is
-subtracted, and each vector is scaled to length 1. Wang et al. 2019 (arXiv:1911.04623) subtract the
-mean of other classes, which a single task does not have. Shapes: B texts, D features, C ways.
+The features are the inputs of the output layer before the first step. The mean of the support set
+is subtracted, and each vector is scaled to length 1. Wang et al. 2019 (arXiv:1911.04623) subtract
+the mean of other classes, which a single task does not have.
+
+Shapes: B texts, D features, C ways.
 """
 
 from __future__ import annotations
