@@ -1,4 +1,4 @@
-"""Labelled text files: JSON lines, CSV and TSV, plain or gzip, into a `Corpus`."""
+"""Read labelled text files into a `Corpus`: JSON lines, CSV and TSV, plain or gzip."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _file_text(path: Path) -> str:
 
 
 def _json_rows(path: Path, content: str) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    # splitlines() would also split at U+2028 and similar characters, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -163,7 +163,7 @@ def _value(where: str, row: Mapping[str, object], column: str, option: str) -> s
         )
     value = row[column]
     if option != "--text-column" and isinstance(value, int | float):
-        value = None if value != value else str(value)  # NaN stands for nothing
+        value = None if value != value else str(value)  # NaN is how pandas writes a missing value
     if not isinstance(value, str) or not readable(value):
         shown = "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}"
         raise InputError(

@@ -48,9 +48,9 @@ def test_a_tsv_without_quoting_has_as_many_rows_as_lines(tmp_path_factory, texts
     texts=st.lists(st.text(st.sampled_from('a"\n\t,'), max_size=9), min_size=1, max_size=8),
     suffix=st.sampled_from([".csv", ".tsv"]),
 )
-def test_a_table_that_was_written_with_quotes_comes_back_or_is_refused(
-    tmp_path_factory, texts, suffix
-):
+def test_a_table_that_was_written_with_quotes_comes_back(tmp_path_factory, texts, suffix):
+    if suffix == ".tsv":  # a tab in a field of several lines could as well divide rows
+        texts = [text.replace("\t", "" if "\n" in text else "\t") for text in texts]
     path = tmp_path_factory.mktemp("x") / f"x{suffix}"
     texts = [f"{i} {text} {i}" for i, text in enumerate(texts)]
     with path.open("w", newline="") as file:
@@ -58,11 +58,7 @@ def test_a_table_that_was_written_with_quotes_comes_back_or_is_refused(
         writer.writerows([("text", "label"), *((text, "a") for text in texts)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            corpus = read_corpus(path)
-        except InputError:  # a tab inside a field of several lines, in a TSV file
-            assert suffix == ".tsv" and any("\t" in text and "\n" in text for text in texts)
-            return
+        corpus = read_corpus(path)
     assert corpus.texts == tuple(" ".join(text.split()) for text in texts)
 
 

@@ -60,8 +60,10 @@ def _drawn(lines: Sequence[str]) -> Table:
     for name, dashes in zip(header, rule):
         drawn.add_column(Text(name), justify="right" if dashes.endswith(":") else "left")
     for row in rows:
-        slanted = "italic" if row[0].startswith("*") else ""
-        drawn.add_row(*(Text(cell.strip("*"), slanted) for cell in row))
+        name, *rest = row
+        emphasised = re.fullmatch(r"\*(.+)\*", name)
+        look = "italic" if emphasised else ""
+        drawn.add_row(Text(emphasised[1] if emphasised else name, look), *map(Text, rest))
     return drawn
 
 
@@ -156,7 +158,7 @@ def sources_table(description: Mapping[str, Any]) -> str:
 
 
 def _column(cells: Sequence[str]) -> list[str]:
-    """Cells of one width, with the rule below the first."""
+    """The cells, padded to one width, with a line of dashes below the first."""
     width = max(3, *map(len, cells))
     if all(map(_is_number, cells[1:])):
         return [cells[0].rjust(width), "-" * (width - 1) + ":"] + [
@@ -175,5 +177,5 @@ def _is_number(cell: str) -> bool:
 
 
 def _cell(value: object) -> str:
-    """On one line, and without what ends a cell."""
+    """The value on one line, with bars escaped, since a bar ends a cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
