@@ -37,7 +37,7 @@ from rnnopt.cli.until import (
 )
 from rnnopt.data.corpus import Corpus, listed, summary
 from rnnopt.data.overlap import require_transfer, seen_domains, seen_in
-from rnnopt.data.sources import describe, overlap_lines, sources_table
+from rnnopt.data.sources import describe, overlap_lines
 from rnnopt.data.splits import (
     Splits,
     class_pair,
@@ -49,7 +49,7 @@ from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.report import ADAPT_FILE, write_report
-from rnnopt.evaluation.report.tables import comparison_table, confusion_text
+from rnnopt.evaluation.report.tables import comparison_table, confusion_text, sources_table
 from rnnopt.meta.processes import Team
 from rnnopt.meta.settings import LearnedSettings, MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining, finite_or_none
