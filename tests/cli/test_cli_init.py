@@ -1,7 +1,6 @@
 """Initial values through the command, as a user types it."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from test_processes import checkpoint, free_port, furthest, results, start
 
 from rnnopt import SGD, MetaSGD, load_rule, save_rule
 from rnnopt.cli.main import main
-from rnnopt.cli.options import choose_start
+from rnnopt.cli.settings.groups import RuleSettings
+from rnnopt.cli.settings.loading import choose_start
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import Start
@@ -118,10 +118,9 @@ def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(en
     start = Start("prototype", "head", classifier.start)
     save_init(tmp_path / "init", classifier, start, {})
     for head, expected in ((None, "prototype"), ("zero", "zero")):
-        chosen = Namespace(init=tmp_path, head=head, adapt_only=None)
-        found = choose_start(chosen, classifier)
+        found = choose_start(RuleSettings(init=tmp_path, head=head), classifier)
         assert (found.head, found.adapted) == (expected, "head")
-    assert choose_start(Namespace(init=None, head=None, adapt_only=None), classifier) == Start()
+    assert choose_start(RuleSettings(), classifier) == Start()
 
 
 def test_compare_refuses_classes_that_the_initial_values_have_seen(
