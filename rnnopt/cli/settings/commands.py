@@ -44,17 +44,17 @@ class MetaLossSettings(Settings):
     query_share: float = option(
         "Share of the steps whose query loss is taken, drawn at random. A smaller share is faster, "
         "and unbiased.",
-        1.0, aliases=["--judged"], metavar="P", advanced=True,
+        1.0, aliases=("--judged",), metavar="P", advanced=True,
     )  # fmt: skip
     calibrated_share: float = option(
         "Share of the query loss that is taken at the temperature that suits the logits best. It "
         "rewards right classes rather than confidence.",
-        0.0, aliases=["--calibrated"], metavar="P", advanced=True,
+        0.0, aliases=("--calibrated",), metavar="P", advanced=True,
     )  # fmt: skip
     confidence_from: int = option(
         "Before step T all of the query loss is taken at that temperature, so that confidence "
         "counts from step T on only.",
-        1, aliases=["--sure-from"], metavar="T", advanced=True,
+        1, aliases=("--sure-from",), metavar="T", advanced=True,
     )  # fmt: skip
     loss_scale: float = option(
         "Multiply each task's support loss by a factor drawn from 1/X to X. The rule learns to "
@@ -70,7 +70,7 @@ class MetaOptimizerSettings(Settings):
     order: Literal[1, 2] = option("Meta-gradient: 1 first order, 2 exact through higher.", 1)
     meta_steps: int = option(
         "Steps of the meta-optimizer; with --until at most.",
-        500, aliases=["--max-meta-steps"], metavar="M",
+        500, aliases=("--max-meta-steps",), metavar="M",
     )  # fmt: skip
     tasks: int = option("Tasks of a meta-step, shared by torchrun's processes.", 1, metavar="K")
     meta_lr: float = option(
@@ -179,7 +179,7 @@ class AdaptationSettings(Settings):
 
     steps: int | None = option(
         "Steps of adaptation; with --until at most.",
-        None, aliases=["--max-steps"], metavar="T", shown="20; with --until 200",
+        None, aliases=("--max-steps",), metavar="T", shown="20; with --until 200",
     )  # fmt: skip
     batch_size: int = option("Texts of a step.", 64, metavar="B")
     lr: float = option("Multiplies the learned step; 1 is as meta-trained.", 1.0, metavar="X")

@@ -8,7 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from rnnopt.cli.settings.parser import Parser, Settings, flag_of, grouped
+from rnnopt.cli.settings.parser import Parser, Settings, flag_of, grouped, option_of
 from rnnopt.errors import InputError
 
 SETTINGS_FILE = "settings.yaml"
@@ -75,7 +75,7 @@ def _options(path: str, command: type[Settings]) -> list[str]:
             f"{command.command}; take a file of this command"
         )
     flags = {_key(item): flag_of(item) for item in fields(command)}
-    flags |= {_word(flag): flag for item in fields(command) for flag in item.metadata["aliases"]}
+    flags |= {_word(flag): flag for item in fields(command) for flag in option_of(item).aliases}
     words = []
     for key, value in values.items():
         flag = flags.get(str(key).replace("-", "_"))
