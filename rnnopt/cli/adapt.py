@@ -81,8 +81,10 @@ def run(settings: Adapt) -> int:
         The exit code: 0, or `NOT_MET`.
     """
     requirement = adapt_requirement(settings)
-    if settings.steps is None:
-        settings = replace(settings, steps=STEPS if requirement is None else MOST_STEPS)
+    steps = settings.steps
+    if steps is None:
+        steps = STEPS if requirement is None else MOST_STEPS
+    settings = replace(settings, steps=steps)
     require_at_least(1, settings, "steps", "batch_size", "validate_every")
     if not 0 < settings.lr < math.inf:
         raise InputError(f"--lr {settings.lr}: must be positive and finite; 1 is as meta-trained")
@@ -91,7 +93,7 @@ def run(settings: Adapt) -> int:
     folder = Path(settings.output)
     claim_folder(folder)
     print(f"training: {summary(job.train)}\nheld out: {summary(job.held_out)}")
-    losses, seconds, watch = _fit(settings, job, requirement)
+    losses, seconds, watch = _fit(settings, steps, job, requirement)
     report = {
         **_judge(job, losses),
         "steps": len(losses),
@@ -145,15 +147,13 @@ def _job(settings: Adapt) -> _Job:
 
 
 def _fit(
-    settings: Adapt, job: _Job, requirement: Requirement | None
+    settings: Adapt, steps: int, job: _Job, requirement: Requirement | None
 ) -> tuple[list[float], float, Watch | None]:
     """Adapt.
 
     Returns:
         (the loss before each step, the seconds, what watched the requirement).
     """
-    assert settings.steps is not None  # `run` has filled it in
-    steps = settings.steps
     if (most := steps * settings.batch_size) < len(job.train):
         print(f"at most {most} of the {len(job.train)} training texts will be seen; raise --steps")
     watch = None

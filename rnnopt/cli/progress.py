@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _SILENCE = 60.0  # seconds between plain lines
 
@@ -47,6 +55,16 @@ class Bar:
         self.at(self._done + 1, total, note)
 
 
+def _progress(*columns: ProgressColumn, gone_at_end: bool = False) -> Progress:
+    return Progress(
+        *columns,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # a pipe gets its lines itself
+        transient=gone_at_end,
+    )
+
+
 @contextmanager
 def progress_bar(unit: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
     """A bar on stderr for what takes long; what is printed meanwhile stands above it.
@@ -60,22 +78,19 @@ def progress_bar(unit: str, total: int | None = None, done: int = 0) -> Iterator
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(
-        *columns,
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        redirect_stdout=sys.stdout.isatty(),  # a pipe gets its lines itself
-    ) as progress:
+    with _progress(*columns) as progress:
         yield Bar(progress, unit, total, done)
 
 
-def waiting(what: str, shown: bool = True) -> AbstractContextManager[object]:
+@contextmanager
+def waiting(what: str, shown: bool = True) -> Iterator[None]:
     """A sign on a terminal that something goes on whose end is not known.
 
     Args:
         what: goes on.
         shown: whether this process speaks.
     """
-    if not shown or not sys.stderr.isatty():
-        return nullcontext()
-    return Console(stderr=True).status(what)
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    with _progress(*columns, gone_at_end=True) as progress:
+        progress.add_task(what, total=None, visible=shown)
+        yield

@@ -93,7 +93,7 @@ def grouped(settings: type[Settings]) -> dict[str, list[Field[Any]]]:
         title = GENERAL if known[-1] is settings else (known[-1].__doc__ or "").rstrip(".")
         groups.setdefault(title, []).append(item)
     titles = [(kind.__doc__ or "").rstrip(".") for kind in settings.__mro__]
-    order = sorted(groups.keys() - {GENERAL}, key=titles.index) + [GENERAL]
+    order = [*sorted(groups.keys() - {GENERAL}, key=titles.index), GENERAL]
     return {title: sorted(groups[title], key=lambda item: not _required(item)) for title in order}
 
 
