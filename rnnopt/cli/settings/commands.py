@@ -18,48 +18,47 @@ from rnnopt.cli.settings.groups import (
     Tune,
     TuneSettings,
 )
-from rnnopt.cli.settings.parser import Settings, option
+from rnnopt.cli.settings.parser import Settings, advanced, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaLossSettings(Settings):
     """Meta-loss."""
 
-    exact: list[Tune] = option(
-        "Kinds of --tune whose meta-gradient is exact whatever --order says.", [], advanced=True
+    exact: list[Tune] = advanced(
+        "Kinds of --tune whose meta-gradient is exact whatever --order says.", []
     )
-    truncation: int | None = option(
-        "Cut the graph after T steps (truncated backpropagation).",
-        None, metavar="T", shown="never", advanced=True,
-    )  # fmt: skip
-    coordinates: int | None = option(
+    truncation: int | None = advanced(
+        "Cut the graph after T steps (truncated backpropagation).", None, metavar="T", shown="never"
+    )
+    coordinates: int | None = advanced(
         "First order: parameters that carry the meta-gradient, a random sample.",
-        None, metavar="C", shown="as many as fit into 72 MiB", advanced=True,
+        None, metavar="C", shown="as many as fit into 72 MiB",
     )  # fmt: skip
-    query_weight: float = option("Weight of the query loss.", 1.0, metavar="W", advanced=True)
-    support_weight: float = option("Weight of the support loss.", 0.0, metavar="W", advanced=True)
-    step_weights: list[float] | None = option(
-        "Weight of each step, one for each.", None, metavar="W", shown="1", advanced=True
+    query_weight: float = advanced("Weight of the query loss.", 1.0, metavar="W")
+    support_weight: float = advanced("Weight of the support loss.", 0.0, metavar="W")
+    step_weights: list[float] | None = advanced(
+        "Weight of each step, one for each.", None, metavar="W", shown="1"
     )
-    query_share: float = option(
+    query_share: float = advanced(
         "Share of the steps whose query loss is taken, drawn at random. A smaller share is faster, "
         "and unbiased.",
-        1.0, aliases=("--judged",), metavar="P", advanced=True,
+        1.0, aliases=("--judged",), metavar="P",
     )  # fmt: skip
-    calibrated_share: float = option(
+    calibrated_share: float = advanced(
         "Share of the query loss that is taken at the temperature that suits the logits best. It "
         "rewards right classes rather than confidence.",
-        0.0, aliases=("--calibrated",), metavar="P", advanced=True,
+        0.0, aliases=("--calibrated",), metavar="P",
     )  # fmt: skip
-    confidence_from: int = option(
+    confidence_from: int = advanced(
         "Before step T all of the query loss is taken at that temperature, so that confidence "
         "counts from step T on only.",
-        1, aliases=("--sure-from",), metavar="T", advanced=True,
+        1, aliases=("--sure-from",), metavar="T",
     )  # fmt: skip
-    loss_scale: float = option(
+    loss_scale: float = advanced(
         "Multiply each task's support loss by a factor drawn from 1/X to X. The rule learns to "
         "bear losses of other scales.",
-        1.0, metavar="X", advanced=True,
+        1.0, metavar="X",
     )  # fmt: skip
 
 
@@ -76,20 +75,17 @@ class MetaOptimizerSettings(Settings):
     meta_lr: float = option(
         "Learning rate of the meta-optimizer; it falls along a cosine.", 5e-3, metavar="LR"
     )
-    clip: float = option(
-        "Bound on the norm of each task's meta-gradient, per step.",
-        1.0, metavar="X", advanced=True,
-    )  # fmt: skip
+    clip: float = advanced(
+        "Bound on the norm of each task's meta-gradient, per step.", 1.0, metavar="X"
+    )
     until: str | None = option(
         "End at the first validation that meets this, such as 'accuracy@5>=0.85 and loss<1'; @5: "
         "after step 5, else after the last.",
         None, metavar="REQUIREMENT",
     )  # fmt: skip
-    validate_every: int = option("Meta-steps between validations.", 50, metavar="M", advanced=True)
-    validation_tasks: int = option("Tasks of a validation.", 8, metavar="E", advanced=True)
-    checkpoint_every: int = option(
-        "Meta-steps between checkpoints.", 10, metavar="M", advanced=True
-    )
+    validate_every: int = advanced("Meta-steps between validations.", 50, metavar="M")
+    validation_tasks: int = advanced("Tasks of a validation.", 8, metavar="E")
+    checkpoint_every: int = advanced("Meta-steps between checkpoints.", 10, metavar="M")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,41 +96,34 @@ class LearnSettings(Settings):
         "Begin with a rule: its file, a run's folder, or the word shipped.",
         None, flag="--from", metavar="RULE",
     )  # fmt: skip
-    inner: Literal["lstm", "sgd", "meta-sgd", "adam"] = option(
+    inner: Literal["lstm", "sgd", "meta-sgd", "adam"] = advanced(
         "Rule of the inner loop: lstm, meta-sgd, or, with --init, sgd or adam.",
-        "lstm",
-        metavar="RULE",
-        advanced=True,
-    )
-    inner_lr: float | None = option(
+        "lstm", metavar="RULE",
+    )  # fmt: skip
+    inner_lr: float | None = advanced(
         "Step size of the inner loop; of the LSTM, its reach.",
-        None, metavar="LR", shown="lstm 0.75, adam 1e-3, others 0.1", advanced=True,
+        None, metavar="LR", shown="lstm 0.75, adam 1e-3, others 0.1",
     )  # fmt: skip
-    hidden_size: int | None = option(
-        "Hidden units of the LSTM, 0 for none.",
-        None, metavar="H", shown="that of --from, else 8", advanced=True,
-    )  # fmt: skip
-    learn: Literal["all", "growth"] = option(
+    hidden_size: int | None = advanced(
+        "Hidden units of the LSTM, 0 for none.", None, metavar="H", shown="that of --from, else 8"
+    )
+    learn: Literal["all", "growth"] = advanced(
         "Of the LSTM: all of it, or the growth of tensors alone, with Adam's directions and step "
         "sizes.",
-        "all", advanced=True,
+        "all",
     )  # fmt: skip
     init: Literal["pretrained", "maml", "reptile"] = option(
         "Initial values: pretrained, maml or reptile.", "pretrained", metavar="INIT"
     )
-    init_lr: float = option(
-        "Learning rate of the meta-optimizer on them.", 1e-4, metavar="LR", advanced=True
+    init_lr: float = advanced("Learning rate of the meta-optimizer on them.", 1e-4, metavar="LR")
+    init_penalty: float = advanced(
+        "Add L/2 times their squared distance from the pretrained values.", 0.0, metavar="L"
     )
-    init_penalty: float = option(
-        "Add L/2 times their squared distance from the pretrained values.",
-        0.0, metavar="L", advanced=True,
-    )  # fmt: skip
-    head: Head | None = option(
-        "How the output layer begins. prototype makes it of class means.",
-        None, shown="random", advanced=True,
-    )  # fmt: skip
-    adapt_only: Literal["head"] | None = option(
-        "Step only what lies outside the encoder (ANIL).", None, advanced=True
+    head: Head | None = advanced(
+        "How the output layer begins. prototype makes it of class means.", None, shown="random"
+    )
+    adapt_only: Literal["head"] | None = advanced(
+        "Step only what lies outside the encoder (ANIL).", None
     )
 
 
@@ -148,8 +137,9 @@ class MetaTrain(
     LearnSettings,
 ):
     """Learn an update rule, initial values, or both. Train classes are meta-trained on, validation
-    classes choose the best. A source PATH=2 is drawn twice as often. The exit code is 3 where
-    --until was not met."""
+    classes choose the best. A source PATH=2 is drawn twice as often. Of several values of --tune,
+    --ways and the like each task draws one, and one that is given twice is drawn twice as often.
+    The exit code is 3 where --until was not met."""
 
     command: ClassVar = "meta-train"
     summary: ClassVar = "learn an update rule over many tasks"
@@ -167,9 +157,9 @@ class LabelledSettings(ColumnSettings):
     test: str | None = option(
         "Labelled file to judge by.", None, metavar="FILE", shown="a fifth of --data is held out"
     )
-    held_out: float = option(
+    held_out: float = advanced(
         "Share of each label's texts to judge by, with --until or without --test.",
-        0.2, metavar="SHARE", advanced=True,
+        0.2, metavar="SHARE",
     )  # fmt: skip
 
 
@@ -188,9 +178,7 @@ class AdaptationSettings(Settings):
         "accuracy, precision, recall, f1 (macro) and loss. --test is read at the very end.",
         None, metavar="REQUIREMENT",
     )  # fmt: skip
-    validate_every: int = option(
-        "Steps between judgements, with --until.", 1, metavar="T", advanced=True
-    )
+    validate_every: int = advanced("Steps between judgements, with --until.", 1, metavar="T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,23 +204,19 @@ class ComparisonSettings(Settings):
         "adamw,sgd", metavar="NAMES",
     )  # fmt: skip
     episodes: int = option("Test episodes.", 100, metavar="E")
-    tuning_episodes: int = option(
-        "Validation episodes for each learning rate.", 10, metavar="E", advanced=True
+    tuning_episodes: int = advanced("Validation episodes for each learning rate.", 10, metavar="E")
+    tuned_steps: int | None = advanced(
+        "Steps of the baselines that are tuned.", None, metavar="T", shown="--steps"
     )
-    tuned_steps: int | None = option(
-        "Steps of the baselines that are tuned.", None, metavar="T", shown="--steps", advanced=True
+    report_on: Literal["test", "val", "all"] = advanced(
+        "Whose classes are judged by. val and all need --tuning-data.", "test"
     )
-    report_on: Literal["test", "val", "all"] = option(
-        "Whose classes are judged by. val and all need --tuning-data.", "test", advanced=True
+    tuning_data: list[str] | None = advanced(
+        "Tune by the validation classes of these.", None, metavar="PATH", shown="--data"
     )
-    tuning_data: list[str] | None = option(
-        "Tune by the validation classes of these.",
-        None, metavar="PATH", shown="--data", advanced=True,
-    )  # fmt: skip
-    fewer_ways: bool = option(
-        "Where there are fewer classes than --ways, take as many as there are.",
-        False, advanced=True,
-    )  # fmt: skip
+    fewer_ways: bool = advanced(
+        "Where there are fewer classes than --ways, take as many as there are.", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rnnopt.cli.settings.parser import Settings, option
+from rnnopt.cli.settings.parser import Settings, advanced, option
 
 # The same choices as in the rooms below, whose modules load the libraries that --help does not need
 Tune = Literal["full", "lora", "head"]
@@ -18,7 +18,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 _TUNE = "What trains; lora: LoRA and the head."
 _LAYERS = "Train only the top K layers; the layers below run once."
 _POOLING = "What the head reads: the model's pooler, or the mean of its tokens."
-_DRAWN = " Several: each task draws one."
 
 
 def seed(text: str) -> int:
@@ -38,17 +37,17 @@ def layers(text: str) -> int | None:
 class SeedSettings(Settings):
     """General."""
 
-    seed: int = option("Seed of everything random.", 0, parse=seed, metavar="S", advanced=True)
+    seed: int = advanced("Seed of everything random.", 0, parse=seed, metavar="S")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSettings(SeedSettings):
     """Data."""
 
-    text_column: str = option("Column with the texts.", "text", metavar="NAME", advanced=True)
-    label_column: str = option("Column with the labels.", "label", metavar="NAME", advanced=True)
-    allow_overlap: bool = option(
-        "Accept classes that meta-training has seen; the result says so.", False, advanced=True
+    text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
+    label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+    allow_overlap: bool = advanced(
+        "Accept classes that meta-training has seen; the result says so.", False
     )
 
 
@@ -60,14 +59,11 @@ class DataSettings(ColumnSettings):
         "Labelled files (CSV, TSV, JSONL, also .gz), folders with train, val and test files, or "
         "the word stdlib for the embedded corpus.",
         metavar="PATH",
-    )
-    domain_column: str | None = option(
+    )  # fmt: skip
+    domain_column: str | None = advanced(
         "Column that divides a file into domains. The classes of an episode come from one domain.",
-        None,
-        metavar="NAME",
-        shown="the whole file is one",
-        advanced=True,
-    )
+        None, metavar="NAME", shown="the whole file is one",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +71,10 @@ class EncoderSettings(SeedSettings):
     """Encoder."""
 
     encoder: str = option("Hugging Face text model: hub name or folder.", metavar="NAME")
-    max_length: int = option("Tokens of a text at most.", 128, metavar="TOKENS", advanced=True)
+    max_length: int = advanced("Tokens of a text at most.", 128, metavar="TOKENS")
     device: Device = option("Where to compute.", "auto")
-    precision: Precision = option(
-        "Of the encoder. auto takes bf16 on a GPU that has it. The rule is always fp32.",
-        "auto",
-        advanced=True,
+    precision: Precision = advanced(
+        "Of the encoder. auto takes bf16 on a GPU that has it. The rule is always fp32.", "auto"
     )
 
 
@@ -89,10 +83,8 @@ class TuneSettings(EncoderSettings):
     """Encoder."""
 
     tune: Tune = option(_TUNE, "lora")
-    lora_rank: int = option("Rank of LoRA.", 8, metavar="R", advanced=True)
-    top_layers: int | None = option(
-        _LAYERS, None, metavar="K", shown="all", parse=layers, advanced=True
-    )
+    lora_rank: int = advanced("Rank of LoRA.", 8, metavar="R")
+    top_layers: int | None = advanced(_LAYERS, None, metavar="K", shown="all", parse=layers)
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -107,19 +99,19 @@ class TuneSettings(EncoderSettings):
 class PoolingSettings(TuneSettings):
     """Encoder."""
 
-    pooling: Pooling = option(_POOLING, "model", advanced=True)
+    pooling: Pooling = advanced(_POOLING, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindSettings(EncoderSettings):
     """Encoder."""
 
-    tune: list[Tune] = option(_TUNE + _DRAWN, ["lora"])
-    lora_rank: list[int] = option("Rank of LoRA." + _DRAWN, [8], metavar="R", advanced=True)
-    top_layers: list[int | None] | None = option(
-        _LAYERS + _DRAWN, None, metavar="K", shown="all", parse=layers, advanced=True
+    tune: list[Tune] = option(_TUNE, ["lora"])
+    lora_rank: list[int] = advanced("Rank of LoRA.", [8], metavar="R")
+    top_layers: list[int | None] | None = advanced(
+        _LAYERS, None, metavar="K", shown="all", parse=layers
     )
-    pooling: list[Pooling] = option(_POOLING + _DRAWN, ["model"], advanced=True)
+    pooling: list[Pooling] = advanced(_POOLING, ["model"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,22 +128,20 @@ class EpisodeSettings(SeedSettings):
 class TaskSettings(SeedSettings):
     """Tasks."""
 
-    ways: list[int] = option("Classes of a task." + _DRAWN, [5], metavar="N")
-    shots: list[int] = option("Support texts of a class." + _DRAWN, [5], metavar="K")
+    ways: list[int] = option("Classes of a task.", [5], metavar="N")
+    shots: list[int] = option("Support texts of a class.", [5], metavar="K")
     queries: int = option("Query texts of a class.", 5, metavar="Q")
     steps: int = option("Steps of adaptation.", 10, metavar="T")
-    shortest: int | None = option(
-        "Draw the steps of each task from T to --steps.",
-        None, metavar="T", shown="--steps", advanced=True,
-    )  # fmt: skip
-    most_support: int | None = option(
+    shortest: int | None = advanced(
+        "Draw the steps of each task from T to --steps.", None, metavar="T", shown="--steps"
+    )
+    most_support: int | None = advanced(
         "Support texts of a task at most. Of the shots, those that fit the ways are drawn.",
-        None, metavar="M", shown="no bound", advanced=True,
+        None, metavar="M", shown="no bound",
     )  # fmt: skip
-    batch_size: list[int] | None = option(
-        "Texts of a minibatch of the support set." + _DRAWN,
-        None, metavar="B", shown="the whole support set", advanced=True,
-    )  # fmt: skip
+    batch_size: list[int] | None = advanced(
+        "Texts of a minibatch of the support set.", None, metavar="B", shown="the whole support set"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +154,10 @@ class RuleSettings(Settings):
     init: str | None = option(
         "Folder of learned initial values.", None, metavar="DIR", shown="the pretrained values"
     )
-    head: Head | None = option(
+    head: Head | None = advanced(
         "How the output layer begins. prototype makes it of class means.",
-        None, shown="as --init was meta-trained, else random", advanced=True,
+        None, shown="as --init was meta-trained, else random",
     )  # fmt: skip
-    adapt_only: Literal["head"] | None = option(
-        "Step only what lies outside the encoder (ANIL).", None, advanced=True
+    adapt_only: Literal["head"] | None = advanced(
+        "Step only what lies outside the encoder (ANIL).", None
     )

@@ -73,6 +73,11 @@ def option(text: str, default: Any = MISSING, **about: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def advanced(text: str, default: Any, **about: Any) -> Any:
+    """An `option` that only ``--help-all`` shows."""
+    return option(text, default, advanced=True, **about)
+
+
 def option_of(item: Field[Any]) -> Option:
     """What `option` was told of a field."""
     about: Option = item.metadata["option"]
