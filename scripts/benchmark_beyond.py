@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rnnopt import LearnedOptimizer
-from rnnopt.cli.options import choose_device, choose_rule
+from rnnopt.cli.settings.loading import choose_device, choose_rule
 from rnnopt.data.corpus import Corpus
 from rnnopt.data.splits import read_splits
 from rnnopt.evaluation.baselines import Baseline, Build
@@ -122,7 +122,7 @@ def compare(name: str, condition: Condition, options: argparse.Namespace) -> dic
         device=choose_device(options.device),
     )  # fmt: skip
 
-    _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
+    _, rule = choose_rule(options.rule, [param for _, param in classifier.trainable()])
 
     def source(corpus: Corpus) -> TextTasks:
         sampler = EpisodeSampler(

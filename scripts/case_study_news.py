@@ -55,7 +55,7 @@ from benchmark_quality import INTERRUPTED, Deadline
 from case_study_table import write_case_study
 
 from rnnopt.cli.main import main as rnnopt
-from rnnopt.cli.options import choose_device
+from rnnopt.cli.settings.loading import choose_device
 from rnnopt.data.corpus import Corpus, class_name, merge
 from rnnopt.data.files import read_corpus
 from rnnopt.data.overlap import seen_in

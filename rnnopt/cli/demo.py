@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from rnnopt.cli.progress import progress_bar
+from rnnopt.cli.settings.commands import Demo
 from rnnopt.data.corpus import summary
 from rnnopt.data.embedded import stdlib_splits
 from rnnopt.data.splits import class_sketches
@@ -35,6 +36,11 @@ WAYS, SHOTS, QUERIES, STEPS = 5, 5, 8, 10
 MAX_LENGTH = 32  # tokens: a docstring's first words tell most
 META_STEPS, META_LR = 60, 1e-2
 EPISODES, TUNING_EPISODES = 30, 6
+
+
+def run(settings: Demo) -> None:
+    """Run the demo in the folder of --output."""
+    demo(Path(settings.output), settings.seed)
 
 
 def demo(folder: Path, seed: int = 0) -> None:
@@ -64,10 +70,11 @@ def demo(folder: Path, seed: int = 0) -> None:
     rule = _meta_train(train, validation, folder / "run", seed)
     budgets = default_budgets(STEPS)
     journal = Journal(folder / "comparison.runs.jsonl", {"seed": seed})
-    with tqdm(desc="adapting to unseen classes", unit="run") as bar:
+    print("adapting to unseen classes")
+    with progress_bar("run") as bar:
         comparison = Comparison(
             classifier, rule, "demo", validation, test, budgets, ["adamw"], journal,
-            tick=lambda name: bar.update(),
+            tick=lambda name: bar.advance(comparison.planned),
         )  # fmt: skip
         result = comparison.run(EPISODES, TUNING_EPISODES)
     title = f"{WAYS}-way {SHOTS}-shot on modules never seen, {EPISODES} episodes"
@@ -101,7 +108,7 @@ def _options(seed: int) -> dict[str, Any]:
 
 
 def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int) -> SavedRule:
-    run = MetaTraining(
+    training = MetaTraining(
         train,
         validation,
         MetaTrainSettings(META_STEPS, UnrollSettings(STEPS), meta_lr=META_LR, seed=seed),
@@ -109,5 +116,5 @@ def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int
         facts={"data": "stdlib"},
         training={"classes": class_sketches(train.sampler.corpus)},
     )
-    with tqdm(total=META_STEPS, desc="meta-training", unit="meta-step") as bar:
-        return run.run(lambda record: bar.update(record["meta_step"] - bar.n)).requires_grad_(False)
+    with progress_bar("meta-step", META_STEPS) as bar:
+        return training.run(lambda record: bar.at(record["meta_step"])).requires_grad_(False)

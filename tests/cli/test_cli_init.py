@@ -1,7 +1,6 @@
 """Initial values through the command, as a user types it."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from test_processes import checkpoint, free_port, furthest, results, start
 
 from rnnopt import SGD, MetaSGD, load_rule, save_rule
 from rnnopt.cli.main import main
-from rnnopt.cli.options import choose_start
+from rnnopt.cli.settings.groups import RuleSettings
+from rnnopt.cli.settings.loading import choose_start
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import TextStart
@@ -115,13 +115,12 @@ def test_compare_starts_every_method_there_and_keeps_its_runs_apart(
 
 def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(encoder, tmp_path):
     classifier = Classifier.load(encoder, lora_rank=2, ways=2, device=torch.device("cpu"))
-    start = TextStart(head="prototype", adapted="head", values=classifier.initial_values)
+    start = TextStart("prototype", "head", classifier.initial_values)
     save_init(tmp_path / "init", classifier, start, {})
     for head, expected in ((None, "prototype"), ("zero", "zero")):
-        chosen = Namespace(init=tmp_path, head=head, adapt_only=None)
-        found = choose_start(chosen, classifier)
+        found = choose_start(RuleSettings(init=tmp_path, head=head), classifier)
         assert (found.head, found.adapted) == (expected, "head")
-    assert choose_start(Namespace(init=None, head=None, adapt_only=None), classifier) == TextStart()
+    assert choose_start(RuleSettings(), classifier) == TextStart()
 
 
 def test_compare_refuses_classes_that_the_initial_values_have_seen(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rnnopt import InputError
 from rnnopt.cli.main import main
-from rnnopt.cli.options import own_device
+from rnnopt.cli.settings.loading import own_device
 from rnnopt.meta.processes import Team
 
 META_STEPS = 20
