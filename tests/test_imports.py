@@ -74,7 +74,7 @@ def importers(library):
         ("scipy", {"evaluation/statistics.py"}),
         ("rich", {"evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
-        ("triton", {"optim/kernels/cuda.py"}),  # not there on every machine, of use on a GPU only
+        ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):

@@ -46,7 +46,7 @@ def triton_step(monkeypatch):
     """Optimizers with `fused` take the Triton step, though their tensors are on the CPU."""
     from triton.runtime import interpreter
 
-    from rnnopt.optim.kernels import cuda as fused_cuda
+    from rnnopt.optim.kernels import cuda
 
     exact = interpreter._convert_float
 
@@ -57,9 +57,9 @@ def triton_step(monkeypatch):
         rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view("uint16")
 
-    monkeypatch.setattr(optimizer, "fused_step", fused_cuda.TritonStep)
+    monkeypatch.setattr(optimizer, "fused_step", cuda.TritonStep)
     monkeypatch.setattr(interpreter, "_convert_float", rounded_to_nearest)
-    return fused_cuda
+    return cuda
 
 
 @interpreted
@@ -175,7 +175,7 @@ def test_half_precision_parameters_are_rounded_once(triton_step, dtype):
 
 
 @interpreted
-def test_sums_are_right_and_the_same_bits_every_time(triton_step):
+def test_statistics_are_right_and_the_same_bits_every_time(triton_step):
     ours, _ = twins([(3, 1500), (0,), (40,)], random_lstm(hidden_size=2))
     walk((ours,), 1)
     states = [ours.state[param] for param in params_of(ours)]
@@ -184,12 +184,12 @@ def test_sums_are_right_and_the_same_bits_every_time(triton_step):
         for param, state in zip(params_of(ours), states)
     ]
     table = torch.from_numpy(
-        fused.describe(
-            ours.rule, pieces, [piece.grad for piece in pieces], triton_step._LAYOUT
+        fused.tensor_table(
+            ours.rule, pieces, [piece.grad for piece in pieces], triton_step.LAYOUT
         ).view("int64")
     )
-    counts, types = (4500, 0, 40), [triton_step.tl.float32] * 3
-    first, second = (triton_step._sums(table, counts, types) for _ in range(2))
+    counts, types = (4500, 0, 40), [triton_step.TYPES[torch.float32]] * 3
+    first, second = (triton_step._statistics(table, counts, types) for _ in range(2))
     expected = torch.stack(
         [
             tensor_statistics(
@@ -218,7 +218,7 @@ def test_without_triton_it_says_so_once_and_there_is_no_kernel(monkeypatch):
     import rnnopt
 
     monkeypatch.setitem(sys.modules, "rnnopt.optim.kernels.cuda", None)
-    monkeypatch.delattr(rnnopt, "fused_cuda", raising=False)
+    monkeypatch.delattr(rnnopt.optim.kernels, "cuda", raising=False)
     kernels._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="could not be compiled.*; install triton") as seen:
         assert kernels._triton_step(random_lstm()) is None
