@@ -47,12 +47,6 @@ def test_of_many_labels_the_most_confused_pairs_are_listed():
     ]
 
 
-def test_a_confusion_matrix_that_is_too_wide_is_a_list_too():
-    labels = [f"a rather long name of label {i}" for i in range(5)]
-    text = confusion_text(labels, np.ones((5, 5), dtype=int))
-    assert max(map(len, text.split("\n"))) <= 100
-
-
 def test_figures_with_intervals_stand_on_the_right():
     cell = {"mean": 0.5, "ci95": 0.01}
     methods = {"learned": {m: {"1": cell, "20": cell} for m in ("accuracy", "loss")}}

@@ -80,7 +80,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
-    """A confusion matrix as a table. Where it is too wide, a list of the most frequent errors.
+    """A confusion matrix as a table, or with many labels a list of the most frequent errors.
 
     Args:
         labels: C names.
@@ -88,9 +88,7 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
     """
     if len(labels) <= WIDEST:
         rows = [[label, *row] for label, row in zip(labels, matrix.tolist())]
-        whole = table(["actual \\ predicted", *labels], rows)
-        if whole.index("\n") <= WIDTH:
-            return whole
+        return table(["actual \\ predicted", *labels], rows)
     wrong = np.where(np.eye(len(labels), dtype=bool), 0, matrix)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_LARGEST]
     places = [divmod(int(place), len(labels)) for place in order]
