@@ -39,9 +39,9 @@ def show(text: str) -> None:
 
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
-    for is_table, block in itertools.groupby(text.split("\n"), lambda line: line.startswith("| ")):
+    for is_table, block in itertools.groupby(text.split("\n"), lambda line: line.startswith("|")):
         lines = list(block)
-        if is_table and len(lines) > 1:
+        if is_table:
             console.print(_drawn(lines))
         else:
             console.print("\n".join(lines), markup=False, soft_wrap=True)
@@ -120,7 +120,9 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             [name, *(_with_interval(row.get(str(b)), name.startswith("*")) for b in budgets)]
             for name, row in rows.items()
         ]
-        parts.append(table([f"{metric} after", *budgets], cells))
+        lines = [" | ".join(row) for row in ([f"{metric} after", *map(str, budgets)], *cells)]
+        lines = [f"| {line} |" for line in lines]
+        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(budgets), *lines[1:]]))
     undone = result["methods"]["learned"].get("undone", 0)
     if undone:
         parts.append(f"Steps of the rule that its guard took back, in all episodes: {undone}.")
@@ -166,11 +168,10 @@ def _column(cells: Sequence[str]) -> list[str]:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether it is a number, alone or with an interval, or the lack of one."""
     try:
-        list(map(float, cell.split(" ± ")))
+        float(cell)
     except ValueError:
-        return cell in ("", NOT_FINITE)
+        return cell == NOT_FINITE
     return True
 
 
