@@ -39,9 +39,9 @@ def show(text: str) -> None:
 
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
-    for is_table, block in itertools.groupby(text.split("\n"), lambda line: line.startswith("| ")):
+    for is_table, block in itertools.groupby(text.split("\n"), lambda line: line.startswith("|")):
         lines = list(block)
-        if is_table and len(lines) > 1:
+        if is_table:
             console.print(_drawn(lines))
         else:
             console.print("\n".join(lines), markup=False, soft_wrap=True)
@@ -80,7 +80,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
-    """A confusion matrix as a table. Where it is too wide, a list of the most frequent errors.
+    """A confusion matrix as a table, or with many labels a list of the most frequent errors.
 
     Args:
         labels: C names.
@@ -88,9 +88,7 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
     """
     if len(labels) <= WIDEST:
         rows = [[label, *row] for label, row in zip(labels, matrix.tolist())]
-        whole = table(["actual \\ predicted", *labels], rows)
-        if whole.index("\n") <= WIDTH:
-            return whole
+        return table(["actual \\ predicted", *labels], rows)
     wrong = np.where(np.eye(len(labels), dtype=bool), 0, matrix)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_LARGEST]
     places = [divmod(int(place), len(labels)) for place in order]
@@ -123,7 +121,9 @@ def comparison_table(result: Mapping[str, Any]) -> str:
             [name, *(_with_interval(row.get(str(b)), name.startswith("*")) for b in budgets)]
             for name, row in rows.items()
         ]
-        parts.append(table([f"{metric} after", *budgets], cells))
+        lines = [" | ".join(row) for row in ([f"{metric} after", *map(str, budgets)], *cells)]
+        lines = [f"| {line} |" for line in lines]
+        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(budgets), *lines[1:]]))
     undone = result["methods"]["learned"].get("undone", 0)
     if undone:
         parts.append(f"Steps of the rule that its guard took back, in all episodes: {undone}.")
@@ -169,11 +169,10 @@ def _column(cells: Sequence[str]) -> list[str]:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether it is a number, alone or with an interval, or the lack of one."""
     try:
-        list(map(float, cell.split(" ± ")))
+        float(cell)
     except ValueError:
-        return cell in ("", NOT_FINITE)
+        return cell == NOT_FINITE
     return True
 
 
