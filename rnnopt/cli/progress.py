@@ -55,11 +55,11 @@ class Bar:
         self.at(self._done + 1, total, note)
 
 
-def _progress(*columns: ProgressColumn, gone_at_end: bool = False) -> Progress:
+def _progress(*columns: ProgressColumn, gone_at_end: bool = False, shown: bool = True) -> Progress:
     return Progress(
         *columns,
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=not (shown and sys.stderr.isatty()),
         redirect_stdout=sys.stdout.isatty(),  # a pipe gets its lines itself
         transient=gone_at_end,
     )
@@ -91,6 +91,6 @@ def waiting(what: str, shown: bool = True) -> Iterator[None]:
         shown: whether this process speaks.
     """
     columns = SpinnerColumn(), TextColumn("{task.description}")
-    with _progress(*columns, gone_at_end=True) as progress:
-        progress.add_task(what, total=None, visible=shown)
+    with _progress(*columns, gone_at_end=True, shown=shown) as progress:
+        progress.add_task(what, total=None)
         yield

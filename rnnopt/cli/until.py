@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.commands import Adapt
 from rnnopt.data.corpus import Corpus, merge, text_key
 from rnnopt.data.files import read_corpus
@@ -159,7 +160,8 @@ def judge_unseen(
     names, _, labels = label_numbers(train, test)
     if left_out:
         print(f"left out of the test, since they are in --data: {left_out} texts")
-    judged = judge_texts(classifier, test.texts, labels)
+    with waiting("judging"):
+        judged = judge_texts(classifier, test.texts, labels)
     print(judgement_line(judged, "of the test"))
     print(confusion_text(names, judged.matrix))
     return judged_facts(judged, names), data_facts(test)

@@ -1,6 +1,8 @@
 """Settings: options, help and files come from the same typed fields."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from dataclasses import fields
@@ -201,6 +203,18 @@ def test_the_command_loads_its_libraries_when_it_runs():
 
 def test_the_test_above_can_fail():
     assert {"transformers", "rich"} <= loaded("import rnnopt.cli.meta_train")
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_a_pipe_gets_its_lines():
+    code = "from rnnopt.cli.progress import progress_bar\n"
+    code += "with progress_bar('step', 3) as bar: print('a line'); bar.advance(note='loss 1')"
+    terminal, end = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=end)
+    os.close(end)
+    with os.fdopen(terminal, "rb") as drawn:
+        drawn = drawn.read1(100_000).decode()
+    assert done.stdout == b"a line\n"
+    assert "1/3" in drawn and "loss 1" in drawn
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capsys, monkeypatch):
