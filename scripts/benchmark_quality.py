@@ -1,8 +1,8 @@
-"""A rule against every baseline, cell by cell, by `rnnopt compare`; and the README's table of it.
+"""A rule against every baseline, cell by cell, by `rnnopt compare`; and a short table of it.
 
     python scripts/benchmark_quality.py --data DATA --encoder MINILM --output quality --rule RULE
     python scripts/benchmark_quality.py --output quality --table
-    python scripts/benchmark_quality.py --output quality --fill README.md
+    python scripts/benchmark_quality.py --output quality --fill docs/results/quality.md
 
 A cell is a set of texts, what trains, ways, shots and pooling. Core cells have every baseline, wide
 ones AdamW and Schedule-Free AdamW. DATA holds one folder for each of the sets below; MINILM is

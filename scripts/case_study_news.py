@@ -32,9 +32,8 @@ so macro recall is the accuracy.
 Everything goes on where it was stopped: give the same command again. --episodes may rise. --table
 writes Markdown, and the figure beside it, from the JSON files there are.
 
-Time: with the options in the README 70 minutes on one core of a busy server processor; with the
-defaults not measured, by estimate a day. All
-of it with 2 meta-steps, 2 episodes and 2 steps: 80 s.
+Time: with the options of docs/results/news.md 70 minutes on one core of a busy server processor;
+with the defaults not measured, by estimate a day. All of it with 2 meta-steps, 2 episodes and 2 steps: 80 s.
 Last line: how many sets are finished.
 """
 

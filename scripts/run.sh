@@ -2,6 +2,7 @@
 # Set up and run on a machine that has only Python 3.11 or newer and git.
 #   bash scripts/run.sh demo     meta-train and compare on the embedded default, about 7 minutes
 #   bash scripts/run.sh tests    lint, types and the default test suite, offline, 9 minutes or more
+#   bash scripts/run.sh docs     the documentation, built strictly into build/site, a minute
 # Makes .venv beside the sources on the first call and keeps it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +11,8 @@ job=${1:-}
 case $job in
   demo) extras=meta ;;
   tests) extras=meta,compare,test,dev ;;
-  *) echo "usage: bash scripts/run.sh demo|tests" >&2; exit 2 ;;
+  docs) extras=docs ;;
+  *) echo "usage: bash scripts/run.sh demo|tests|docs" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
@@ -24,6 +26,7 @@ PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --constr
 shift
 case $job in
   demo) exec .venv/bin/rnnopt demo "$@" ;;
+  docs) NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs build --strict "$@" ;;
   tests)
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .

@@ -1,9 +1,7 @@
 """The optimizer in the hands of the libraries that users drive it with."""
 
 import copy
-import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,30 +9,10 @@ from rule_table import random_lstm
 
 from rnnopt import LearnedOptimizer
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.encoder.loading import silence
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
-
-
-def test_the_loop_in_the_readme_is_one(encoder):
-    blocks = Path(__file__).parents[1].joinpath("README.md").read_text().split("```")
-    (loop,) = (block for block in blocks if block.startswith("python\nimport torch"))
-    texts, labels = ["play some jazz", "will it rain", "put on a song", "is it sunny"], [0, 1, 0, 1]
-    names = {"ENCODER": str(encoder), "texts": texts, "labels": labels}
-    torch.manual_seed(0)
-    with silence(), warnings.catch_warnings():
-        # what peft 0.21 asks of transformers 5.23
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        exec(loop.removeprefix("python\n"), names)
-    model, optimizer = names["model"], names["optimizer"]
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    measured = Classifier.load(encoder, tune="lora", ways=2, device=CPU).trainable()
-    assert trained == sum(param.numel() for _, param in measured)
-    assert optimizer.rule.orthogonalize and optimizer.undone == 0
-    with torch.no_grad():
-        assert model(**names["batch"], labels=torch.tensor(labels)).loss < math.log(2)
 
 
 class Texts(torch.utils.data.Dataset):

@@ -1,0 +1,89 @@
+"""What the pages promise: code that runs, links that lead somewhere, figures of the results."""
+
+import math
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import silence
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("rnnopt/rules/weights/*.md")]
+)
+TEXTS, LABELS = ["play some jazz", "will it rain", "put on a song", "is it sunny"], [0, 1, 0, 1]
+
+
+def complete_code(page):
+    """The one block of a page that begins with `import torch`."""
+    blocks = page.split("```")
+    (code,) = (block for block in blocks if block.startswith("python\nimport torch"))
+    return code.removeprefix("python\n")
+
+
+def run(code, **names):
+    torch.manual_seed(0)
+    with silence(), warnings.catch_warnings():
+        # what peft 0.21 asks of transformers 5.23
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        exec(code, names)
+    return names
+
+
+def loss_afterwards(names):
+    with torch.no_grad():
+        return names["model"](**names["batch"], labels=torch.tensor(LABELS)).loss
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(README.encode()) <= 9000
+
+
+def test_the_example_in_the_readme_runs(encoder):
+    code = complete_code(README)
+    named = re.sub(r'^encoder = ".*"$', f"encoder = {str(encoder)!r}", code, flags=re.M)
+    assert named != code
+    names = run(named)
+    assert names["texts"] == TEXTS and names["labels"] == LABELS
+    assert all(param.requires_grad for param in names["model"].parameters())
+    assert loss_afterwards(names) < math.log(2)
+
+
+def test_the_example_in_the_readme_has_twelve_lines():
+    lines = [line for line in complete_code(README).splitlines() if line]
+    assert len(lines) == 12
+
+
+def test_the_loop_on_the_start_page_is_the_one_that_was_measured(encoder):
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    names = run(complete_code(page), ENCODER=str(encoder), texts=TEXTS, labels=LABELS)
+    model, optimizer = names["model"], names["optimizer"]
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    cpu = torch.device("cpu")
+    measured = Classifier.load(encoder, tune="lora", ways=2, device=cpu).trainable()
+    assert trained == sum(param.numel() for _, param in measured)
+    assert optimizer.rule.orthogonalize and optimizer.undone == 0
+    assert loss_afterwards(names) < math.log(2)
+
+
+def test_figures_in_the_readme_stand_in_the_results():
+    """Printed by scripts/benchmark_quality.py --table."""
+    cells = (ROOT / "docs" / "results" / "quality-cells.md").read_text(encoding="utf-8")
+    table = [line for line in README.splitlines() if line.startswith("|")]
+    figures = re.findall(r"(\.\d{3}) ± (\.\d{3})", "\n".join(table))
+    assert len(figures) == 5 * (len(table) - 2) == 40
+    missing = [figure for figure in figures if f"0{figure[0]} ± 0{figure[1]}" not in cells]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
