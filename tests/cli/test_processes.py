@@ -78,7 +78,7 @@ def start(rank, commands):
 def results(member):
     """The exit codes of a process's commands, and what each printed to stderr."""
     try:
-        out, errors = member.communicate(timeout=120)
+        out, errors = member.communicate(timeout=600)
     finally:
         member.kill()
     codes = [int(line.split()[-1]) for line in out.splitlines() if line.startswith("exit code")]
@@ -136,7 +136,7 @@ def cut(csv_file, encoder, tmp_path_factory):
     survivor, victim = (
         start(rank, [(port, meta_train(csv_file, encoder, folder))]) for rank in (0, 1)
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint.safetensors").exists():
         assert survivor.poll() is victim.poll() is None
         assert time.monotonic() < deadline
