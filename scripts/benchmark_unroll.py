@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +40,7 @@ from benchmark import (
 
 from rnnopt import LearnedOptimizer
 from rnnopt.meta.differentiable import higher
-from rnnopt.meta.memory import free_bytes
+from rnnopt.meta.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from rnnopt.meta.unroll import UnrollSettings, unroll
 from rnnopt.tasks.text.classifier import Tune
 
@@ -119,52 +116,22 @@ def peak(work: Workload, config: Config) -> dict[str, float]:
     """
     run = meta_step(work, config)
     work.forward_backward()
-    loading = _largest(config.device)
-    _forget_largest(config.device)
-    baseline = _now(config.device)
+    device = torch.device(config.device)
+    loading = peak_bytes(device)
+    forget_peak(device)
+    baseline = used_bytes(device) or 0
     started = time.perf_counter()
     run()
     if config.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    largest = _largest(config.device)
+    largest = peak_bytes(device)
     return {
         "process": max(loading, largest),
         "baseline": baseline,
         "increase": largest - baseline,
         "seconds": seconds,
     }
-
-
-def _status(name: str) -> int:
-    """A size in /proc/self/status, in bytes; 0 where there is none.
-
-    Not ru_maxrss: that of a child starts at what its parent had.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    sizes = (int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-    return 1024 * next(sizes, 0)
-
-
-def _largest(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _now(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
-
-
-def _forget_largest(device: str) -> None:
-    """Start anew on the peak; where the system has no way to, it stays that of loading."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Bench:
