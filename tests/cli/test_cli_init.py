@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from rule_table import random_lstm
-from test_processes import checkpoint, free_port, furthest, results, start
+from test_processes import init_command as meta_train
 
 from rnnopt import SGD, MetaSGD, load_rule, save_rule
 from rnnopt.cli.main import main
@@ -22,14 +22,6 @@ def run(command, *more):
 
 def options(csv_file, encoder):
     return f"--data {csv_file} --encoder {encoder} --lora-rank 2 "
-
-
-def meta_train(csv_file, encoder, folder, more=""):
-    return (
-        f"meta-train {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
-        f"--meta-steps 4 --validate-every 2 --validation-tasks 2 --device cpu --init maml "
-        f"--init-lr 1e-3 --output {folder} {more}"
-    )
 
 
 def fails(command, capsys):
@@ -178,19 +170,6 @@ def test_learned_rates_for_other_tensors_are_refused(
 def test_bad_options_of_meta_train(csv_file, encoder, tmp_path, capsys, more, message):
     assert message in fails(meta_train(csv_file, encoder, tmp_path / "out", more), capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_processes_learn_the_values_of_one(csv_file, encoder, tmp_path):
-    folders, port = [tmp_path / name for name in ("one", "two", "elsewhere")], free_port()
-    more = "--tasks 3 --inner meta-sgd --head prototype --shortest 1"
-    commands = [meta_train(csv_file, encoder, folder, more).split() for folder in folders]
-    members = [start(rank, [(port, commands[1 + rank])]) for rank in (0, 1)]
-    assert main(commands[0]) == 0
-    assert [results(member)[0] for member in members] == [[0], [0]]
-    assert any(name.startswith("init.") for name in checkpoint(folders[0]))
-    assert furthest(*folders[:2]) < 1e-5  # Adam divides by the root of small second moments
-    assert (folders[1] / "init" / "init.json").exists()
-    assert not folders[2].exists()
 
 
 @pytest.mark.parametrize("make", [SGD, lambda lr: MetaSGD(["a", "b"], lr)])
