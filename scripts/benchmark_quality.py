@@ -1,19 +1,17 @@
-"""A rule against every baseline, cell by cell, by `rnnopt compare`; and a short table of it.
+"""A rule against every baseline, cell by cell, by `rnnopt compare`; and the table of it.
 
     python scripts/benchmark_quality.py --data DATA --encoder MINILM --output quality --rule RULE
     python scripts/benchmark_quality.py --output quality --table
-    python scripts/benchmark_quality.py --output quality --fill docs/results/quality.md
+    python scripts/benchmark_quality.py --output quality --fill README.md
 
-A cell is a set of texts, what trains, ways, shots and pooling. Core cells have every baseline, wide
-ones AdamW and Schedule-Free AdamW. DATA holds one folder for each of the sets below; MINILM is
-all-MiniLM-L6-v2, a hub name or a folder. --output gets NAME.json, NAME.png and NAME.json.runs for
-each cell. Cheap cells come first; a cell that is finished for this rule is skipped, and one that
-was stopped goes on, so a run may be cut into pieces with --time-limit. Another rule reuses the
-runs of the baselines.
+A cell is a set of texts, what trains, ways, shots and pooling. DATA holds one folder for each of
+the sets below; MINILM is all-MiniLM-L6-v2, a hub name or a folder. --output gets NAME.json,
+NAME.png and NAME.json.runs for each cell. Cheap cells come first; a cell that is finished for this
+rule is skipped, and one that was stopped goes on, so a run may be cut into pieces with
+--time-limit. Another rule reuses the runs of the baselines. Where a set has fewer classes than
+ways, all of them are taken, and the table says how many.
 
-Where a set has fewer classes than ways, all of them are taken, and the table says how many.
-
-Time: on one core of a server processor minutes for a head, hours for each core cell of LoRA or all
+Time: on one core of a server processor minutes for a head, hours for each cell of LoRA or all
 weights; minutes for each on a GPU. Memory: 2 GiB.
 Last line: how many cells are finished.
 """
@@ -42,42 +40,10 @@ from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.text.frozen import FROZEN
 
 INTERRUPTED = 130
-TUNED_BY = "clinc150"  # tunes baselines for sets that have no validation classes of their own
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A set of texts, in a folder of its name.
-
-    Attributes:
-        words: median length, for the order of the cells.
-        report_on: as `rnnopt compare` has it; all but "test" are tuned by `TUNED_BY`.
-        domain_column: an episode's classes come from one domain.
-    """
-
-    words: int
-    report_on: str = "test"
-    domain_column: str | None = None
-
-
-SETS = {
-    "clinc150": Texts(8),
-    "stackoverflow20": Texts(7),
-    "hwu64": Texts(6),
-    "liu54": Texts(6),
-    "trec28": Texts(10),
-    "huffpost36": Texts(11, "val"),
-    "tnews15_zh": Texts(20, "all"),
-    "agnews_test": Texts(37, "all"),
-    "reuters31": Texts(100),
-    "arsc_sentiment": Texts(68, "test", "domain"),
-    "amazon16_partial": Texts(135),
-    "bbcsport5": Texts(300, "all"),
-}
-CORE_SETS = {"clinc150": "CLINC150", "stackoverflow20": "StackOverflow"}
+SETS = {"clinc150": "CLINC150", "stackoverflow20": "StackOverflow"}  # by their folders
 SHAPES = ((5, 1), (10, 5))  # ways, shots
 EVERY = (*BASELINES, *FROZEN)
-FEW = ("adamw", "schedulefree")
+TUNED_STEPS = 40  # of the baselines that are tuned
 SAME = ("queries", "steps", "max_length")  # options that a finished cell was run with
 # of a step with all weights, by one core
 COST = {"head": 0.02, "lora": 0.7, "full": 1.0}
@@ -88,11 +54,9 @@ class Cell:
     """One comparison.
 
     Attributes:
-        group: "core", "mean" or "wide".
+        group: "core", or "mean" for mean pooling.
         data: a name in `SETS`.
         tune, ways, shots, pooling: as `rnnopt compare` has them.
-        baselines: their names.
-        tuned_steps: steps of the baselines that are tuned.
     """
 
     group: str
@@ -101,47 +65,39 @@ class Cell:
     ways: int
     shots: int
     pooling: str
-    baselines: tuple[str, ...]
-    tuned_steps: int
 
     @property
     def name(self) -> str:
         return f"{self.group}-{self.data}-{self.tune}-{self.ways}way-{self.shots}shot"
 
     def title(self, result: Mapping[str, Any]) -> str:
-        """Of a core or mean cell, in the short table."""
+        """In the short table."""
         ways = result["setting"].get("ways_used", {"report": self.ways})["report"]
         pooling = ", mean pooling" if self.pooling == "mean" else ""
         return (
-            f"{CORE_SETS[self.data]}, {TRAINS[self.tune]}{pooling}, {ways}-way {self.shots}-shot "
+            f"{SETS[self.data]}, {TRAINS[self.tune]}{pooling}, {ways}-way {self.shots}-shot "
             f"({result['episodes']} episodes)"
         )
 
     @property
     def cost(self) -> float:
         """About how long it takes, in no unit."""
-        methods = sum(len(BASELINES[name].grid) if name in BASELINES else 0 for name in EVERY)
-        share = 1 if self.baselines == EVERY else len(self.baselines) / methods
-        tokens = min(SETS[self.data].words, 60) + 4
-        return COST[self.tune] * tokens * self.ways * self.shots * share
+        return COST[self.tune] * self.ways * self.shots
 
     def arguments(self, options: argparse.Namespace) -> list[str]:
         """Of `rnnopt compare`."""
-        texts, folder = SETS[self.data], Path(options.data)
         given = {
-            "data": folder / self.data, "encoder": options.encoder, "rule": self.rule(options),
+            "data": Path(options.data) / self.data, "encoder": options.encoder,
+            "rule": self.rule(options),
             "tune": self.tune, "ways": self.ways, "shots": self.shots, "pooling": self.pooling,
             "queries": options.queries, "steps": options.steps,
-            "tuned-steps": max(self.tuned_steps, options.steps),
+            "tuned-steps": max(TUNED_STEPS, options.steps),
             "episodes": options.episodes, "tuning-episodes": options.tuning_episodes,
-            "baselines": ",".join(options.baselines or self.baselines),
+            "baselines": ",".join(options.baselines or EVERY),
             "max-length": options.max_length, "device": options.device,
             "precision": options.precision,
-            "report-on": texts.report_on, "domain-column": texts.domain_column,
             "json": self.file(options), "plot": self.file(options).with_suffix(".png"),
         }  # fmt: skip
-        if texts.report_on != "test" or texts.domain_column:
-            given["tuning-data"] = folder / TUNED_BY
         words = [(f"--{key}", str(value)) for key, value in given.items() if value is not None]
         flags = ["--fewer-ways", *(["--allow-overlap"] if options.allow_overlap else [])]
         return ["compare", *itertools.chain(*words), *flags]
@@ -164,22 +120,17 @@ class Cell:
             setting["rule"] == rule_fingerprint(load_rule(self.rule(options)))
             and all(setting[name] == getattr(options, name) for name in SAME)
             and result["episodes"] >= options.episodes
-            and set(options.baselines or self.baselines) <= result["methods"].keys()
+            and set(options.baselines or EVERY) <= result["methods"].keys()
         )
 
 
 def all_cells() -> list[Cell]:
     """Cheap ones first."""
     cells = [
-        Cell("core", data, tune, ways, shots, "model", EVERY, 40)
-        for data, tune, (ways, shots) in itertools.product(CORE_SETS, COST, SHAPES)
+        Cell("core", data, tune, ways, shots, "model")
+        for data, tune, (ways, shots) in itertools.product(SETS, COST, SHAPES)
     ]
-    cells += [Cell("mean", data, "lora", 10, 5, "mean", EVERY, 40) for data in CORE_SETS]
-    cells += [
-        Cell("wide", data, "lora", ways, shots, "model", FEW, 20)
-        for data, (ways, shots) in itertools.product(SETS, SHAPES)
-        if data not in CORE_SETS
-    ]
+    cells += [Cell("mean", data, "lora", 10, 5, "mean") for data in SETS]
     return sorted(cells, key=lambda cell: cell.cost)
 
 
@@ -192,25 +143,31 @@ def run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     for file in {cell.rule(options) for cell in cells}:
         load_rule(file)  # one that can't be used is refused before anything runs
     left = [cell for cell in cells if not cell.finished(options)]
-    refused, started, total = [], time.monotonic(), sum(cell.cost for cell in left)
-    done = 0.0
+    refused: list[str] = []
     with Deadline(options.time_limit) as deadline:
-        for number, cell in enumerate(left, start=1):
-            progress(f"cell {number} of {len(left)} to run: {cell.name}")
-            code = rnnopt(cell.arguments(options))
-            if code == INTERRUPTED:
-                if not deadline.passed:
-                    return INTERRUPTED
-                progress("the time is up; the same command goes on from here")
-                break
-            if code:
-                refused.append(cell.name)
-            done += cell.cost
-            elapsed = time.monotonic() - started
-            progress(f"{elapsed / 60:.1f} min, about {elapsed * (total / done - 1) / 60:.0f} left")
+        try:
+            _run_all(left, options, refused)
+        except KeyboardInterrupt:
+            if not deadline.passed:
+                return INTERRUPTED
+            progress("the time is up; the same command goes on from here")
     finished = sum(cell.finished(options) for cell in cells)
     print(f"{finished} of {len(cells)} cells are finished; refused: {', '.join(refused) or 'none'}")
     return 2 if refused else 0
+
+
+def _run_all(left: Sequence[Cell], options: argparse.Namespace, refused: list[str]) -> None:
+    started, total, done = time.monotonic(), sum(cell.cost for cell in left), 0.0
+    for number, cell in enumerate(left, start=1):
+        progress(f"cell {number} of {len(left)} to run: {cell.name}")
+        code = rnnopt(cell.arguments(options))
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            refused.append(cell.name)
+        done += cell.cost
+        elapsed = time.monotonic() - started
+        progress(f"{elapsed / 60:.1f} min, about {elapsed * (total / done - 1) / 60:.0f} left")
 
 
 class Deadline:
@@ -247,7 +204,30 @@ class Deadline:
             self.before[1](unraisable)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def tell(cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """Print the table, and fill in the short one.
+
+    Raises:
+        ValueError: no cell is finished, or the file to fill has no place for the table.
+        OSError: that file can't be read or written.
+    """
+    files = {cell.name: cell.file(options) for cell in cells}
+    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    if not results:
+        raise ValueError(f"--output {options.output}: no finished cell there; run some first")
+    if options.table:
+        print(quality_table(results))
+    if options.fill:
+        titles = {
+            cell.name: cell.title(results[cell.name])
+            for cell in sorted(cells, key=lambda cell: (list(COST).index(cell.tune), cell.name))
+            if cell.name in results
+        }
+        text = options.fill.read_text(encoding="utf-8")
+        write_atomically(options.fill, filled(text, short_table(results, titles)).encode())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -282,6 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--allow-overlap", action="store_true",
         help="judge by classes that the rule has seen too; the table says so",
     )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
     cells = [
         cell
@@ -294,27 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(cell.name for cell in cells))
         return 0
     if options.table or options.fill:
-        files = {cell.name: cell.file(options) for cell in cells}
-        results = {
-            name: json.loads(file.read_text()) for name, file in files.items() if file.exists()
-        }
-        if not results:
-            parser.error(f"--output {options.output}: no finished cell there; run some first")
-        if options.table:
-            print(quality_table(results))
-        if options.fill:
-            titles = {
-                cell.name: cell.title(results[cell.name])
-                for cell in sorted(cells, key=lambda cell: (list(COST).index(cell.tune), cell.name))
-                if cell.name in results and cell.data in CORE_SETS
-            }
-            try:
-                text = filled(
-                    options.fill.read_text(encoding="utf-8"), short_table(results, titles)
-                )
-            except (OSError, ValueError) as error:
-                parser.error(f"--fill {options.fill}: {error}")
-            write_atomically(options.fill, text.encode())
+        try:
+            tell(cells, options)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return 0
     if options.data is None or options.encoder is None:
         parser.error("--data and --encoder are needed, unless --table, --fill or --list is given")

@@ -5,7 +5,7 @@
 MINILM is a folder with all-MiniLM-L6-v2; without it a model of the same shape with random weights
 is made, which takes as long. Tokens are random. Each peak of memory is that of a fresh process that
 loads the model, makes one gradient, and then a meta-step; what is timed runs in turns in one
-process. TorchOpt has its rows where it can be imported.
+process.
 
 Time: about 25 minutes on one core of a server processor. Memory: 4 GiB of our own; the others get
 85 % of what is free, and where that is too little, fewer steps.
@@ -18,8 +18,9 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmark import (
@@ -36,13 +37,102 @@ from benchmark import (
     mebibytes,
     progress,
 )
-from unrolls import ALL, ROOM, TORCHOPT, Config, free_memory, meta_step, peak
 
+from rnnopt import LearnedOptimizer
+from rnnopt.meta.differentiable import higher
+from rnnopt.meta.memory import forget_peak, free_bytes, peak_bytes, used_bytes
+from rnnopt.meta.settings import UnrollSettings
+from rnnopt.meta.unroll import unroll
 from rnnopt.tasks.text.classifier import Tune
 
-OURS, FIRST, SECOND, PEER = "ours", "higher, first order", "higher, second order", "torchopt"
+OURS, FIRST, SECOND = "ours", "higher, first order", "higher, second order"
 LENGTH = 10  # steps of what is timed
+ALL = 10**12  # coordinates: more than any model here has
 SAMPLES = (ALL, 10_000, 1_000)
+ROOM = 0.85  # of the free memory may be taken
+
+
+class Config(NamedTuple):
+    """One meta-step.
+
+    Attributes:
+        method: whose unroll.
+        tune: what trains.
+        steps: T.
+        coordinates: that carry the meta-gradient, see `UnrollSettings`; ours only.
+        device: where.
+    """
+
+    method: str
+    tune: Tune
+    steps: int
+    coordinates: int | None
+    device: str
+
+
+def meta_step(work: Workload, config: Config) -> Callable[[], None]:
+    """What makes one meta-step of the shipped rule: an unroll and a step of Adam on its weights."""
+    rule: Any = LearnedOptimizer(work.params).rule
+    rule.requires_grad_(True)  # it is shipped frozen
+    meta = torch.optim.Adam(rule.parameters(), lr=1e-4)
+    unrolls: dict[str, Callable[[], object]] = {
+        OURS: lambda: unroll(
+            work.model,
+            LearnedOptimizer(work.params, rule),
+            work.support_loss,
+            work.query_loss,
+            UnrollSettings(config.steps, coordinates=config.coordinates),
+        ),
+        FIRST: lambda: _by_higher(work, rule, config.steps, first_order=True),
+        SECOND: lambda: _by_higher(work, rule, config.steps, first_order=False),
+    }
+
+    def run() -> None:
+        meta.zero_grad()
+        unrolls[config.method]()
+        meta.step()
+
+    return run
+
+
+def _by_higher(work: Workload, rule: Any, steps: int, first_order: bool) -> None:
+    """As one writes it with `higher`: query losses add up, one backward pass at the end."""
+    optimizer = LearnedOptimizer(work.params, rule)
+    with higher.innerloop_ctx(work.model, optimizer) as (fmodel, stepper):
+        stepper.first_order = first_order
+        total = torch.zeros((), device=work.device)
+        for t in range(steps):
+            stepper.step(work.support_loss(fmodel, t))
+            total = total + work.query_loss(fmodel, t)
+        torch.autograd.backward(total, inputs=list(rule.parameters()))
+
+
+def peak(work: Workload, config: Config) -> dict[str, float]:
+    """Bytes and seconds of one meta-step, after one gradient of the model.
+
+    Returns:
+        ``process``, the whole process at its largest; ``baseline``, it after that gradient;
+        ``increase``, the largest since then less the baseline; ``seconds``. On a CUDA device the
+        bytes are those of the GPU.
+    """
+    run = meta_step(work, config)
+    work.forward_backward()
+    device = torch.device(config.device)
+    loading = peak_bytes(device)
+    forget_peak(device)
+    baseline = used_bytes(device) or 0
+    started = time.perf_counter()
+    run()
+    if config.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    largest = peak_bytes(device)
+    return {
+        "process": max(loading, largest),
+        "baseline": baseline,
+        "increase": largest - baseline,
+        "seconds": seconds,
+    }
 
 
 class Bench:
@@ -69,7 +159,7 @@ class Bench:
     def peak(
         self, method: str, steps: int, tune: Tune = "lora", coordinates: int | None = None
     ) -> dict[str, float]:
-        """Bytes and seconds of one meta-step in a process of its own; see `unrolls.peak`."""
+        """Bytes and seconds of one meta-step in a process of its own; see `peak`."""
         config = Config(method, tune, steps, coordinates, self.device)
         if config not in self._peaks:
             progress(f"memory: {config}")
@@ -94,7 +184,7 @@ class Bench:
         few = min(3, wanted)
         start, end = self.peak(method, 1)["process"], self.peak(method, few)["process"]
         slope = max((end - start) / max(few - 1, 1), 1.0)
-        more = int(max(ROOM * free_memory(self.device) - end, 0) / slope)
+        more = int(max(ROOM * (free_bytes(torch.device(self.device)) or 0) - end, 0) / slope)
         self._longest[method, wanted] = min(wanted, few + more)
         return self._longest[method, wanted]
 
@@ -117,7 +207,7 @@ class Bench:
 
 
 def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: int) -> None:
-    """Peaks against T, against the graph-keeping unrolls, and of all parameters."""
+    """RunningMaxima against T, against the graph-keeping unrolls, and of all parameters."""
     first, last = lengths[0], lengths[-1]
     for what, target in (("process", Target(1.3)), ("increase", None)):
         short, long = (bench.peak(OURS, steps)[what] for steps in (first, last))
@@ -128,13 +218,10 @@ def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: 
             target,
         )
     for what, limit in (("process", 0.25), ("increase", None)):
-        for method in (FIRST, SECOND, PEER):
+        for method in (FIRST, SECOND):
             ours = bench.peak(OURS, compared)[what]
             figure = f"peak memory ({_WHAT[what]}), ours / {method}, LoRA, T = {compared}"
             target = Target(limit) if limit and method == FIRST else None
-            if method == PEER and not TORCHOPT:
-                report.add(figure, None, "not installed")
-                continue
             theirs, note = bench.stretched(method, compared, what)
             theirs = max(theirs, 1)
             words = f"{ours / theirs:.3g}: {mebibytes(ours)} / {mebibytes(theirs)}{note}"
@@ -153,8 +240,7 @@ _WHAT = {"process": "whole process", "increase": "beyond the model with one grad
 
 def time_rows(report: Report, bench: Bench, length: int, repeats: int) -> None:
     """Meta-steps a second: ours, with samples of coordinates, and the graph-keeping unrolls."""
-    methods = [m for m in (FIRST, SECOND, PEER) if m != PEER or TORCHOPT]
-    methods = [m for m in methods if bench.longest(m, length) == length]
+    methods = [m for m in (FIRST, SECOND) if bench.longest(m, length) == length]
     configs = {_named(count): _config(bench, OURS, length, count) for count in SAMPLES}
     configs |= {method: _config(bench, method, length) for method in methods}
     work = {name: bench.work(config) for name, config in configs.items()}
@@ -166,14 +252,13 @@ def time_rows(report: Report, bench: Bench, length: int, repeats: int) -> None:
     progress(f"time: {', '.join(subjects)}")
     timings = interleave(subjects, repeats, warm_ups=0 if length > 5 else 1)
     report.keep(f"LoRA, T = {length}", timings)
-    for method in (FIRST, SECOND, PEER):
+    for method in (FIRST, SECOND):
         figure = f"meta-steps/s, ours / {method}, LoRA, T = {length}, all coordinates"
         target = Target(3, at_most=False) if method == FIRST else None
         if method in timings:
             report.ratio(figure, timings[method], timings[ours], target)
         else:
-            missing = method == PEER and not TORCHOPT
-            report.add(figure, None, "not installed" if missing else "does not fit", target)
+            report.add(figure, None, "does not fit", target)
     share = timings[ours].median / (2 * length * timings["gradient"].median)
     report.add(f"meta-step over LoRA / the {2 * length} gradients in it", share, f"{share:.3g}")
     for count in SAMPLES:
@@ -206,7 +291,7 @@ def gpu_row(report: Report, bench: Bench, length: int, repeats: int, wanted: boo
 
 
 def sweep(bench: Bench, lengths: Sequence[int], tunes: Sequence[Tune]) -> None:
-    """Peaks against T for each choice of what trains."""
+    """RunningMaxima against T for each choice of what trains."""
     for tune in tunes:
         for steps in lengths:
             bench.peak(OURS, steps, tune)

@@ -43,7 +43,7 @@ RECIPE = """
 """
 # Growth where an encoder learns below the head, chosen on validation classes: so slow, a head of
 # many classes takes longer, or is hurried where growth promises more than half a nat.
-SLOWER, LONGEST, GROWTH_UNIT = 0.2, 20, 0.5
+SLOWER, LONGEST, GROWTH_THRESHOLD = 0.2, 20, 0.5
 
 
 def gradient_descent(path: Path, hidden_size: int) -> None:
@@ -86,11 +86,13 @@ def ship(folder: Path) -> None:
     rule, training = cast(CoordinateLSTM, load_rule(folder)), read_training(folder)
     training["settings"]["learned"]["origin"] = "gradient descent"  # rather than a path of this run
     save_rule(rule, folder / "shipped" / SHIPPED_HEAD_RULE.name, training)
-    other = rule.growth_alone(orthogonalize=True, growth_steps=LONGEST, growth_unit=GROWTH_UNIT)
+    other = rule.growth_only(
+        orthogonalize=True, growth_steps=LONGEST, growth_threshold=GROWTH_THRESHOLD
+    )
     with torch.no_grad():
         other.growth_context.mul_(SLOWER)
         other.growth_bias.mul_(SLOWER)
-    told = {**training, "growth_alone": SLOWER}
+    told = {**training, "growth_only": SLOWER}
     save_rule(other, folder / "shipped" / SHIPPED_RULE.name, told)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its fork warning is an error here
 
 torch.set_num_threads(1)  # matrices here are tiny: more threads only wait for each other

@@ -31,5 +31,5 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "meta-sgd": lambda: MetaSGD(["weight", "bias"]),
     "lstm": random_lstm,
     "no-lstm": lambda: random_lstm(hidden_size=0),
-    "orthogonalized": lambda: random_lstm(hidden_size=2, orthogonalize=True, growth_unit=0.5),
+    "orthogonalized": lambda: random_lstm(hidden_size=2, orthogonalize=True, growth_threshold=0.5),
 }

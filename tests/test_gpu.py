@@ -11,7 +11,7 @@ from rnnopt import LearnedOptimizer
 from rnnopt.cli.main import main
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
-from rnnopt.rules.features import Peaks
+from rnnopt.rules.features import RunningMaxima
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,7 +96,7 @@ def test_20_steps_of_the_kernel_are_those_of_the_plain_rule(hidden_size, options
     walk((fused, plain), spoil=spoil)
     for ours, theirs in zip(params_of(fused), params_of(plain)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-        for name in ("m", "v", "step", *Peaks._fields):
+        for name in ("m", "v", "step", *RunningMaxima._fields):
             one, other = fused.state[ours][name], plain.state[theirs][name]
             if ours.numel():
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)

@@ -13,7 +13,9 @@ import rnnopt
 
 PACKAGE = Path(rnnopt.__file__).parent
 IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
-HEAVY = {"higher", "transformers", "peft", "matplotlib", "tokenizers", "triton"}
+HEAVY = {
+    "higher", "transformers", "peft", "matplotlib", "tokenizers", "triton", "sklearn", "scipy", "rich",
+}  # fmt: skip
 
 
 def modules_after_importing(name):
@@ -25,6 +27,11 @@ def modules_after_importing(name):
 
 def test_importing_rnnopt_loads_neither_higher_nor_transformers():
     assert not HEAVY & modules_after_importing("rnnopt")
+
+
+def test_reading_files_loads_no_heavy_library():
+    loaded = modules_after_importing("rnnopt.data.files")
+    assert not (HEAVY | {"pandas"}) & loaded
 
 
 def test_the_test_above_can_fail():
@@ -63,7 +70,11 @@ def importers(library):
         ("peft", {"tasks/text/encoder/lora.py"}),
         ("tokenizers", {"tasks/text/encoder/loading.py"}),
         ("matplotlib", {"evaluation/report/plot.py"}),
-        ("triton", {"optim/kernels/cuda.py"}),  # not there on every machine, of use on a GPU only
+        ("sklearn", {"tasks/metrics.py", "tasks/text/frozen.py"}),
+        ("scipy", {"evaluation/statistics.py"}),
+        ("rich", {"evaluation/report/tables.py"}),
+        ("pandas", set()),  # see rnnopt.data.delimited
+        ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):

@@ -7,16 +7,20 @@ best figures: those need a pretrained encoder, see the README.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from rnnopt.cli.progress import progress_bar
+from rnnopt.cli.settings.commands import Demo
 from rnnopt.data.corpus import summary
 from rnnopt.data.embedded import stdlib_splits
-from rnnopt.data.splits import class_sketches
+from rnnopt.data.splits import Splits, class_sketches
 from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
@@ -24,6 +28,7 @@ from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.tables import comparison_table
 from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining
+from rnnopt.rules.classical import SGD
 from rnnopt.rules.files import SavedRule
 from rnnopt.storage.files import claim_folder, write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
@@ -35,6 +40,11 @@ WAYS, SHOTS, QUERIES, STEPS = 5, 5, 8, 10
 MAX_LENGTH = 32  # tokens: a docstring's first words tell most
 META_STEPS, META_LR = 60, 1e-2
 EPISODES, TUNING_EPISODES = 30, 6
+
+
+def run(settings: Demo) -> None:
+    """Run the demo in the folder of --output."""
+    demo(Path(settings.output), settings.seed)
 
 
 def demo(folder: Path, seed: int = 0) -> None:
@@ -53,21 +63,17 @@ def demo(folder: Path, seed: int = 0) -> None:
     started = time.perf_counter()
     splits = stdlib_splits(seed)
     print(f"docstrings of the standard library: {summary(splits.train)} to meta-train on")
-    encoder = small_bert(splits.train.texts, seed=seed, folder=folder / "encoder")
-    classifier = Classifier.load(encoder, ways=WAYS, **_options(seed))
-    train, validation, test = (
-        TextTasks(
-            EpisodeSampler(corpus, ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed), classifier
-        )
-        for corpus in (splits.train, splits.validation, splits.test)
-    )
-    rule = _meta_train(train, validation, folder / "run", seed)
+    small_bert(splits.train.texts, seed=seed, folder=folder / "encoder")
+    train, validation, test = _tasks(splits, folder, seed)
     budgets = default_budgets(STEPS)
-    journal = Journal(folder / "comparison.runs.jsonl", {"seed": seed})
-    with tqdm(desc="adapting to unseen classes", unit="run") as bar:
+    with _adamw_in_a_second_process(folder, seed, budgets) as finish:
+        rule = _meta_train(train, validation, folder / "run", seed)
+        finish()
+    print("adapting to unseen classes")
+    with progress_bar("run") as bar:
         comparison = Comparison(
-            classifier, rule, "demo", validation, test, budgets, ["adamw"], journal,
-            tick=lambda name: bar.update(),
+            test.learner, rule, "demo", validation, test, budgets, ["adamw"],
+            _journal(folder, seed), tick=lambda name: bar.advance(comparison.planned),
         )  # fmt: skip
         result = comparison.run(EPISODES, TUNING_EPISODES)
     title = f"{WAYS}-way {SHOTS}-shot on modules never seen, {EPISODES} episodes"
@@ -89,19 +95,61 @@ Seed {seed}, {minutes:.1f} minutes.
     print(f"{title}\n\n{table}\n{folder / 'report.md'} and {folder / 'comparison.png'} tell more")
 
 
-def _options(seed: int) -> dict[str, Any]:
-    """How every classifier of the demo is loaded."""
-    return {
-        "tune": "full",
-        "pooling": "mean",
-        "max_length": MAX_LENGTH,
-        "device": torch.device("cpu"),
-        "seed": seed,
-    }
+def _tasks(splits: Splits, folder: Path, seed: int) -> list[TextTasks]:
+    """Training, validation and test tasks, for the encoder in the demo's folder."""
+    classifier = Classifier.load(
+        folder / "encoder", ways=WAYS, tune="full", pooling="mean", max_length=MAX_LENGTH,
+        device=torch.device("cpu"), seed=seed,
+    )  # fmt: skip
+    return [
+        TextTasks(
+            EpisodeSampler(corpus, ways=WAYS, shots=SHOTS, queries=QUERIES, seed=seed), classifier
+        )
+        for corpus in (splits.train, splits.validation, splits.test)
+    ]
+
+
+def _journal(folder: Path, seed: int) -> Journal:
+    return Journal(folder / "comparison.runs.jsonl", {"seed": seed})
+
+
+@contextmanager
+def _adamw_in_a_second_process(
+    folder: Path, seed: int, budgets: Sequence[int]
+) -> Iterator[Callable[[], None]]:
+    """Run AdamW, which does not wait for a rule, on another core while one is meta-trained.
+
+    The comparison finds the runs in the journal, and makes those that it does not find.
+
+    Yields:
+        A function that waits until the process has ended.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_adamw, args=(folder, seed, budgets, EPISODES, TUNING_EPISODES), daemon=True
+    )
+    process.start()
+    try:
+        yield process.join
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _run_adamw(
+    folder: Path, seed: int, budgets: Sequence[int], episodes: int, tuning_episodes: int
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends this
+    torch.set_num_threads(1)
+    _, validation, test = _tasks(stdlib_splits(seed), folder, seed)
+    # a comparison needs a rule: this one takes least time
+    Comparison(
+        test.learner, SGD(1.0), "none", validation, test, budgets, ["adamw"],
+        _journal(folder, seed),
+    ).run(episodes, tuning_episodes)  # fmt: skip
 
 
 def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int) -> SavedRule:
-    run = MetaTraining(
+    training = MetaTraining(
         train,
         validation,
         MetaTrainSettings(META_STEPS, UnrollSettings(STEPS), meta_lr=META_LR, seed=seed),
@@ -109,5 +157,5 @@ def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int
         facts={"data": "stdlib"},
         training={"classes": class_sketches(train.sampler.corpus)},
     )
-    with tqdm(total=META_STEPS, desc="meta-training", unit="meta-step") as bar:
-        return run.run(lambda record: bar.update(record["meta_step"] - bar.n)).requires_grad_(False)
+    with progress_bar("meta-step", META_STEPS) as bar:
+        return training.run(lambda record: bar.at(record["meta_step"])).requires_grad_(False)

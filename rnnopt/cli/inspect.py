@@ -1,14 +1,15 @@
-"""What `rnnopt inspect` does."""
+"""`rnnopt inspect`: what a rule has learned."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from rnnopt.cli.options import (
+from rnnopt.cli.progress import waiting
+from rnnopt.cli.settings.commands import Inspect
+from rnnopt.cli.settings.loading import (
     choose_device,
     choose_rule,
     episode_sampler,
@@ -27,18 +28,22 @@ from rnnopt.tasks.text.tasks import TextTasks
 SUFFIXES = (".png", ".json")
 
 
-def inspect(options: Namespace) -> None:
-    """`rnnopt inspect`."""
-    require_at_least(1, options, "steps")
-    output = None if options.output is None else Path(options.output)
+def run(settings: Inspect) -> None:
+    """Print the tables, and draw or write them where --output says so."""
+    require_at_least(1, settings, "steps")
+    output = None if settings.output is None else Path(settings.output)
     if output is not None and output.suffix not in SUFFIXES:
         raise InputError(f"--output {output}: its name must end in {' or '.join(SUFFIXES)}")
-    corpus = read_data(options).test
-    classifier = _classifier(options, corpus)
-    _, rule = choose_rule(options, [param for _, param in classifier.trainable()])
-    task = TextTasks(episode_sampler(options, corpus), classifier).load(0)
-    classifier.reset(task.ways, seed=options.seed)
-    found = inspect_rule(rule, classifier, task, options.steps, options.kind, options.at_step)
+    with waiting("reading data and encoder"):
+        corpus = read_data(settings).test
+        classifier = _classifier(settings, corpus)
+    _, rule = choose_rule(settings.rule, [param for _, param in classifier.trainable()])
+    task = TextTasks(episode_sampler(settings, corpus), classifier).load(0)
+    classifier.reset(task.ways, seed=settings.seed)
+    with waiting("adapting"):
+        found = inspect_rule(
+            rule, classifier, task, settings.steps, settings.kind_of_tensor, settings.at_step
+        )
     print(inspection_text(found))
     if output is None:
         return
@@ -47,16 +52,16 @@ def inspect(options: Namespace) -> None:
         return
     from rnnopt.evaluation.report.plot import plot_inspection  # the tables above need no matplotlib
 
-    encoder = "a small random BERT" if options.encoder is None else encoder_name(options.encoder)
-    title = f"{options.ways}-way {options.shots}-shot, {encoder}, {options.tune}"
+    encoder = "a small random BERT" if settings.encoder is None else encoder_name(settings.encoder)
+    title = f"{settings.ways}-way {settings.shots}-shot, {encoder}, {settings.tune}"
     plot_inspection(found, title, output)
 
 
-def _classifier(options: Namespace, corpus: Corpus) -> Classifier:
+def _classifier(settings: Inspect, corpus: Corpus) -> Classifier:
     """Of --encoder, or of a random BERT that knows the words."""
-    device = choose_device(options.device)
-    if options.encoder is not None:
-        return load_classifier(options, options.ways, device)
+    device = choose_device(settings.device)
+    if settings.encoder is not None:
+        return load_classifier(settings, settings.ways, device, settings.kind)
     with tempfile.TemporaryDirectory() as folder:
-        options = Namespace(**{**vars(options), "encoder": small_bert(corpus.texts, folder=folder)})
-        return load_classifier(options, options.ways, device)
+        settings = replace(settings, encoder=str(small_bert(corpus.texts, folder=folder)))
+        return load_classifier(settings, settings.ways, device, settings.kind)

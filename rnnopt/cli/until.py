@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rnnopt.cli.progress import waiting
+from rnnopt.cli.settings.commands import Adapt
 from rnnopt.data.corpus import Corpus, merge, text_key
 from rnnopt.data.files import read_corpus
 from rnnopt.data.splits import stratified_holdout
@@ -23,22 +24,20 @@ from rnnopt.tasks.text.classifier import Classifier
 STEPS, MOST_STEPS = 20, 200  # without a requirement, and at most with one
 
 
-def adapt_requirement(options: Namespace) -> Requirement | None:
-    """--until of `rnnopt adapt`, and what --steps means with it.
+def adapt_requirement(settings: Adapt) -> Requirement | None:
+    """--until of `rnnopt adapt`.
 
     Raises:
         InputError: it can't be read; the share held out is none.
     """
-    if not 0 < options.held_out < 1:
+    if not 0 < settings.held_out < 1:
         raise InputError(
-            f"--held-out {options.held_out}: must lie between 0 and 1, such as 0.2: the share of "
+            f"--held-out {settings.held_out}: must lie between 0 and 1, such as 0.2: the share of "
             "each label's texts to judge by"
         )
-    if options.until is not None and options.test and not os.path.exists(options.test):
-        raise InputError(f"{options.test}: no such file; check the path of --test")
-    if options.steps is None:
-        options.steps = STEPS if options.until is None else MOST_STEPS
-    return None if options.until is None else Requirement.parse(options.until, JUDGED)
+    if settings.until is not None and settings.test and not os.path.exists(settings.test):
+        raise InputError(f"{settings.test}: no such file; check the path of --test")
+    return None if settings.until is None else Requirement.parse(settings.until, JUDGED)
 
 
 class Watch:
@@ -122,22 +121,22 @@ class Watch:
         return [param for _, param in self._classifier.trainable()]
 
 
-def user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
+def user_texts(settings: Adapt) -> tuple[Corpus, Corpus]:
     """What to train on, and what to judge by: held out, or with --test and no --until that file.
 
     Raises:
         InputError: as `read_corpus` and `stratified_holdout`.
     """
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
-    train = read_corpus(options.data, **columns)
-    if not options.test or options.until is not None:
-        return stratified_holdout(train, fraction=options.held_out, seed=options.seed)
-    test = read_corpus(options.test, **columns)
+    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
+    train = read_corpus(settings.data, **columns)
+    if not settings.test or settings.until is not None:
+        return stratified_holdout(train, fraction=settings.held_out, seed=settings.seed)
+    test = read_corpus(settings.test, **columns)
     judged = {text_key(text) for text in test.texts}
     kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
     if not kept:
         raise InputError(
-            f"--test {options.test}: all {len(train)} texts of --data are in it, and none is left "
+            f"--test {settings.test}: all {len(train)} texts of --data are in it, and none is left "
             "to train on; take another test file, or leave --test out"
         )
     if len(kept) < len(train):
@@ -146,7 +145,7 @@ def user_texts(options: Namespace) -> tuple[Corpus, Corpus]:
 
 
 def judge_unseen(
-    options: Namespace, classifier: Classifier, train: Corpus, held_out: Corpus
+    settings: Adapt, path: str, classifier: Classifier, train: Corpus, held_out: Corpus
 ) -> tuple[dict[str, Any], str]:
     """Read --test, now that all else is done, and judge by it.
 
@@ -156,12 +155,13 @@ def judge_unseen(
     Raises:
         InputError: as `unseen_texts` and `label_numbers`.
     """
-    columns = {"text_column": options.text_column, "label_column": options.label_column}
-    test, left_out = unseen_texts(options.test, merge([train, held_out]), **columns)
+    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
+    test, left_out = unseen_texts(path, merge([train, held_out]), **columns)
     names, _, labels = label_numbers(train, test)
     if left_out:
         print(f"left out of the test, since they are in --data: {left_out} texts")
-    judged = judge_texts(classifier, test.texts, labels)
+    with waiting("judging"):
+        judged = judge_texts(classifier, test.texts, labels)
     print(judgement_line(judged, "of the test"))
     print(confusion_text(names, judged.matrix))
     return judged_facts(judged, names), data_facts(test)

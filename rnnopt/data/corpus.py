@@ -1,7 +1,7 @@
-"""Labelled text: texts, labels and domains side by side.
+"""Labelled texts in memory: for each text its label and its domain.
 
-A *class* is the pair (domain, label), written ``domain/label``. A corpus says nothing about
-episodes; `rnnopt.tasks.episodes` draws those. Files are read by `rnnopt.data.files`.
+A *class* is a pair (domain, label), written ``domain/label``. `rnnopt.data.files` reads a corpus
+from a file, and `rnnopt.tasks.episodes` draws episodes from a corpus.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,21 +18,23 @@ import numpy as np
 from rnnopt.errors import InputError
 
 ClassKey = tuple[str, str]  # (domain, label)
-HASH_BYTES = 6  # 48 bits: a million texts collide with odds of 1 in 500
+# soft hyphen, zero-width space, marks of direction, word joiner, byte-order mark
+_INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+HASH_BYTES = 6  # 48 bits: among a million texts, two have the same hash with probability 1/500
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts with their labels and domains, in parallel.
+    """Texts with their labels and domains.
 
     Args:
         texts: the texts.
         labels: the label of each text.
         domains: the domain of each text.
-        dropped: how many duplicates were left out on the way here.
+        dropped: how many duplicates were left out when the texts were read.
 
     Raises:
-        InputError: the three differ in length.
+        InputError: texts, labels and domains differ in number.
     """
 
     texts: tuple[str, ...]
@@ -52,7 +55,7 @@ class Corpus:
 
     @functools.cached_property
     def classes(self) -> dict[ClassKey, np.ndarray]:
-        """Class -> sorted indices of its texts (int64, read-only); in order of appearance."""
+        """Class -> sorted indices of its texts (int64, read-only), in the order of first texts."""
         found: dict[ClassKey, list[int]] = {}
         for index, key in enumerate(zip(self.domains, self.labels)):
             found.setdefault(key, []).append(index)
@@ -63,7 +66,7 @@ class Corpus:
 
     @functools.cached_property
     def class_hashes(self) -> dict[str, set[str]]:
-        """Class name -> hashes of its texts (12 hex digits); white space and case do not count."""
+        """Class name -> hashes of its texts, 12 hex digits each, of their `text_key`."""
         hashes: dict[str, set[str]] = {class_name(key): set() for key in self.classes}
         for text, label, domain in zip(self.texts, self.labels, self.domains):
             digest = hashlib.blake2b(
@@ -94,13 +97,13 @@ class Corpus:
         return self.take(sorted(int(i) for key in chosen for i in self.classes[key]))
 
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 of texts, labels and domains, in order."""
+        """16 hex digits of the SHA-256 of all texts, labels and domains, in their order."""
         contents = json.dumps([self.texts, self.labels, self.domains])
         return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
 
 def merge(corpora: Sequence[Corpus]) -> Corpus:
-    """One corpus of all their texts, in order; `dropped` adds up."""
+    """One corpus of the texts of several, in their order; its `dropped` is their sum."""
     return Corpus(
         tuple(text for corpus in corpora for text in corpus.texts),
         tuple(label for corpus in corpora for label in corpus.labels),
@@ -110,17 +113,36 @@ def merge(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def class_name(key: ClassKey) -> str:
-    """``domain/label``."""
-    return "/".join(key)
+    r"""The name ``domain/label`` of a class.
+
+    A slash in the domain becomes ``\/``, so that the first plain slash ends the domain and no two
+    classes have one name.
+    """
+    domain, label = key
+    escaped = domain.replace("\\", "\\\\").replace("/", "\\/")
+    return f"{escaped}/{label}"
 
 
 def text_key(text: str) -> str:
-    """What makes two texts the same: white space and case do not count."""
-    return " ".join(text.split()).casefold()
+    """The form in which two texts are compared.
+
+    White space, case, invisible characters and the Unicode composition of accents do not count.
+    """
+    return readable(text).casefold()
+
+
+def readable(text: str) -> str:
+    """The text with composed accents (NFC), single spaces and no invisible characters.
+
+    Two names that look the same on a screen for one of these reasons become equal. Characters that
+    change the look of others, such as the joiners in emoji, stay.
+    """
+    visible = unicodedata.normalize("NFC", text).translate(_INVISIBLE)
+    return " ".join(visible.split())
 
 
 def summary(corpus: Corpus) -> str:
-    """One line for people: texts, classes, domains, duplicates dropped."""
+    """One line to print: the numbers of texts, classes, domains and dropped duplicates."""
     return (
         f"{len(corpus)} texts, {len(corpus.classes)} classes, "
         f"{len(set(corpus.domains))} domains, {corpus.dropped} duplicates dropped"
@@ -128,7 +150,7 @@ def summary(corpus: Corpus) -> str:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, for a message, and how many more there are."""
+    """The first names of a list, for a message, and the number of those that are left out."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""The embedded corpus: docstrings of the Python standard library, on every machine."""
+"""A corpus that every machine has: the docstrings of the Python standard library."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from rnnopt.errors import InputError
 
 STDLIB_LEAST_WORDS = 5
 STDLIB_LEAST_TEXTS = 20
-# Beside the library itself: what distributions install there, and tests, whose docstrings
-# describe bugs rather than modules.
+# Folders inside the library's that do not belong to it, and tests, whose docstrings describe bugs
+# and not modules.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @functools.cache
 def stdlib_corpus() -> Corpus:
-    """Docstrings of this Python's standard library: a text corpus that every machine has.
+    """Docstrings of this Python's standard library, labelled by their module.
 
-    A text is a docstring's first paragraph, of 5 words at least; its label is the top-level
-    module or package; labels with fewer than 20 texts are left out. Sources are parsed, never
-    imported. A text that stands in several modules is dropped from all: it tells none of
-    them from the others, and to keep the first would let the alphabet label it.
+    A text is the first paragraph of a docstring, if it has at least 5 words. Its label is the
+    top-level module or package; labels with fewer than 20 texts are left out. A text that occurs
+    in several modules is left out too, since it tells none of them from the others. The sources are
+    parsed and not imported.
 
     Raises:
-        InputError: this Python comes without its sources.
+        InputError: this Python was installed without its sources.
     """
     found: dict[str, tuple[str, set[str]]] = {}
     root = Path(sysconfig.get_path("stdlib"))
@@ -63,7 +63,7 @@ def stdlib_corpus() -> Corpus:
 
 
 def stdlib_splits(seed: int = 0) -> Splits:
-    """`stdlib_corpus`, its modules divided by `divide_classes`."""
+    """The modules of `stdlib_corpus`, divided into train, validation and test."""
     return divide_classes(stdlib_corpus(), seed, what="the standard library")
 
 
@@ -71,7 +71,7 @@ def _stdlib_sources(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - STDLIB_SKIPPED)
         if Path(folder) == root:
-            # Some systems and users install other packages right here.
+            # Some systems install other packages in this folder too.
             folders[:] = [name for name in folders if name in sys.stdlib_module_names]
             files = [name for name in files if name.removesuffix(".py") in sys.stdlib_module_names]
         yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
@@ -80,10 +80,10 @@ def _stdlib_sources(root: Path) -> Iterator[Path]:
 def _first_paragraphs(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in sources that are not ours
+            warnings.simplefilter("ignore")  # some sources have invalid escapes
             pending: list[ast.AST] = [ast.parse(path.read_bytes())]
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return  # templates and the like: one file less
+        return  # a template or a broken file, which has no docstrings
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -91,7 +91,7 @@ def _first_paragraphs(path: Path) -> Iterator[str]:
             words = re.split(r"\n\s*\n", docstring.strip())[0].split()
             if len(words) >= STDLIB_LEAST_WORDS:
                 yield " ".join(words)
-        # Definitions stand below statements only; expressions are nine tenths of the tree.
+        # Only statements contain definitions. To skip expressions saves nine tenths of the tree.
         pending += [
             child
             for child in ast.iter_child_nodes(node)

@@ -1,10 +1,8 @@
-"""Labelled text files: JSON lines, CSV and TSV, plain or gzip, into a `Corpus`."""
+"""Read labelled text files into a `Corpus`: JSON lines, CSV and TSV, plain or gzip."""
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import os
 import warnings
@@ -12,7 +10,8 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rnnopt.data.corpus import ClassKey, Corpus, listed, text_key
+from rnnopt.data.corpus import ClassKey, Corpus, listed, readable, text_key
+from rnnopt.data.delimited import table_rows
 from rnnopt.errors import InputError
 
 Row = tuple[int, Mapping[str, object]]  # (line number, column -> value)
@@ -28,33 +27,43 @@ def read_corpus(
 ) -> Corpus:
     """Read one file: JSON lines, CSV or TSV with a header; UTF-8; plain or gzip.
 
-    White space in texts is collapsed. A text that repeats an earlier one of its domain, but for
-    case, is dropped and counted; where the labels conflict, a warning says so.
+    White space in texts is collapsed. Labels and domains that look alike are one, see
+    `rnnopt.data.corpus.readable`. A text that repeats an earlier one of its domain is dropped and
+    counted, see `rnnopt.data.corpus.text_key`. Warnings tell which labels were united, which texts
+    have conflicting labels, and which rows of a table were left out.
 
     Args:
         path: ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``, each also with ``.gz``.
         text_column: the column (or JSON key) of the texts.
         label_column: the column of the labels; numbers become their decimal string.
-        domain_column: the column of the domains; None where the file is one domain.
-        domain: that one domain's name; None for the file's name without its suffixes.
+        domain_column: the column of the domains; None if all texts are of one domain.
+        domain: the name of that one domain; None for the file's name without its suffixes.
 
     Raises:
-        InputError: the file, a line or a value can't be used; names file and line.
+        InputError: the file, a line or a value is unusable; names file and line.
     """
     path = Path(path)
     content = _file_text(path)
     stem, suffix = stem_and_suffix(path)
-    rows = _json_rows if suffix in (".jsonl", ".ndjson") else _table_rows
+    if suffix in (".jsonl", ".ndjson"):
+        rows: Iterator[Row] = _json_rows(path, content)
+    else:
+        rows = table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
+    spellings: dict[
+        str, dict[str, int]
+    ] = {}  # readable name -> its spellings, and their first line
     kept: list[tuple[str, str, str]] = []
     dropped, conflicts = 0, []
-    for line, row in rows(path, content):
+    for line, row in rows:
         where = f"{path}, line {line}"
         text = " ".join(_value(where, row, text_column, "--text-column").split())
-        label = _value(where, row, label_column, "--label-column")
+        spelling = _value(where, row, label_column, "--label-column")
+        label = readable(spelling)
+        spellings.setdefault(label, {}).setdefault(spelling, line)
         name = stem if domain is None else domain
         if domain_column is not None:
-            name = _value(where, row, domain_column, "--domain-column")
+            name = readable(_value(where, row, domain_column, "--domain-column"))
         key = name, text_key(text)
         if key in seen:
             dropped += 1
@@ -65,6 +74,7 @@ def read_corpus(
         kept.append((text, label, name))
     if not kept:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
+    _warn_of_spellings(path, spellings)
     if conflicts:
         first, one, second, other = conflicts[0]
         warnings.warn(
@@ -74,6 +84,19 @@ def read_corpus(
         )
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
+
+
+def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -> None:
+    united = {label: lines for label, lines in spellings.items() if len(lines) > 1}
+    if united:
+        label, lines = next(iter(united.items()))
+        (one, first), (other, second) = list(lines.items())[:2]
+        warnings.warn(
+            f"{path}: {len(united)} labels are written in several ways that look alike, such as "
+            f"{one!a} in line {first} and {other!a} in line {second}; they count as one "
+            f"label, {label!r}",
+            stacklevel=3,
+        )
 
 
 def stem_and_suffix(path: Path) -> tuple[str, str]:
@@ -113,7 +136,7 @@ def _file_text(path: Path) -> str:
 
 
 def _json_rows(path: Path, content: str) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    # splitlines() would also split at U+2028 and similar characters, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -132,45 +155,6 @@ def _json_rows(path: Path, content: str) -> Iterator[Row]:
         yield number, row
 
 
-def _table_rows(path: Path, content: str) -> Iterator[Row]:
-    delimiter = "," if stem_and_suffix(path)[1] == ".csv" else "\t"
-    # strict: a stray quote would otherwise swallow the rows up to the next one, silently.
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    first_line = 1
-    try:
-        for fields in reader:
-            line, first_line = first_line, reader.line_num + 1
-            if not fields:
-                continue
-            if header is None:
-                header = [field.strip() for field in fields]
-                found = [c for c in ";\t," if c != delimiter and c in header[0]]
-                if len(header) == 1 and found:
-                    raise InputError(
-                        f"{path}: its header is one column, {header[0]!r}, and looks divided by "
-                        f"{found[0]!r}; divide the fields by {delimiter!r}, or name a file that is "
-                        "divided by tabs .tsv"
-                    )
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise InputError(
-                        f"{path}: column {twice[0]!r} stands twice in the header; rename one"
-                    )
-                continue
-            if len(fields) != len(header):
-                raise InputError(
-                    f"{path}, line {line}: {len(fields)} fields where the header has "
-                    f"{len(header)}; fill in what is missing, quote fields that hold {delimiter!r}"
-                )
-            yield line, dict(zip(header, fields))
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {first_line}: {error}; double the quotes inside a quoted field, close "
-            "open ones, or write the file as .jsonl"
-        ) from error
-
-
 def _value(where: str, row: Mapping[str, object], column: str, option: str) -> str:
     if column not in row:
         raise InputError(
@@ -179,8 +163,8 @@ def _value(where: str, row: Mapping[str, object], column: str, option: str) -> s
         )
     value = row[column]
     if option != "--text-column" and isinstance(value, int | float):
-        value = None if value != value else str(value)  # NaN stands for nothing
-    if not isinstance(value, str) or not value.strip():
+        value = None if value != value else str(value)  # NaN is how pandas writes a missing value
+    if not isinstance(value, str) or not readable(value):
         shown = "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}"
         raise InputError(
             f"{where}: column {column!r} is {shown}, needs some text; "

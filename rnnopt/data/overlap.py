@@ -1,4 +1,9 @@
-"""Whether a rule was meta-trained on what it is now to be transferred to."""
+"""Classes and domains that a rule, or its initial values, saw in meta-training.
+
+Figures on such classes do not measure transfer to new tasks. A rule file, and a folder of initial
+values, list their classes with a sketch of each (`rnnopt.data.splits.class_sketches`), so that a
+user's classes can be compared with them by name and by text.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +13,55 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rnnopt.data.corpus import Corpus, listed
+from rnnopt.data.corpus import Corpus, class_name, listed
 from rnnopt.data.splits import class_pair, overlapping_classes, source_files
 from rnnopt.errors import InputError
 
 
 def seen_in(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes that a rule file, or an init folder, says it was made with, and sketches of each.
+    """The classes of meta-training, those of validation among them.
 
     Args:
-        training: what it says of its meta-training.
+        training: what a rule file or an init folder says of its meta-training.
+
+    Returns:
+        Class name -> its sketch.
     """
     return {**training.get("classes", {}), **training.get("validation_classes", {})}
 
 
 def seen_domains(training: Mapping[str, Any], corpus: Corpus) -> list[str]:
-    """Domains of the corpus that meta-training drew tasks from, sorted.
+    """The domains of the corpus that meta-training drew tasks from, sorted.
 
     Args:
-        training: what a rule file says of its meta-training.
-        corpus: what the rule is transferred to.
+        training: what a rule file or an init folder says of its meta-training.
+        corpus: the texts to which the rule is transferred.
     """
     names = seen_in(training)
     return sorted(
         domain
         for domain in set(corpus.domains)
-        if any(name.startswith(f"{domain}/") for name in names)
+        if any(name.startswith(class_name((domain, ""))) for name in names)
     )
 
 
 def require_transfer(
     training: Mapping[str, Any], corpus: Corpus, path: str, allow_overlap: bool
 ) -> dict[str, list[str]]:
-    """Refuse to adapt to texts of a domain, or of classes, that meta-training has seen.
+    """Check that meta-training saw neither the domain nor the classes of the user's texts.
 
     Args:
         training: as in `seen_domains`.
         corpus: the user's texts.
-        path: their file; it, or the folder of a file called train, val or test, names the domain.
-        allow_overlap: return what was seen rather than raise.
+        path: their file. Its name is their domain. If the file is called train, val or test, the
+            name of its folder is.
+        allow_overlap: return what was seen instead of raising an error.
 
     Returns:
-        ``{"domains": [...], "classes": [...]}``, both empty if all is well.
+        ``{"domains": [...], "classes": [...]}``, both empty if nothing was seen.
 
     Raises:
-        InputError: something was seen.
+        InputError: meta-training saw the domain or one of the classes.
     """
     domain = source_files(Path(os.path.abspath(path)))[1]
     here = replace(corpus, domains=(domain,) * len(corpus))
@@ -73,10 +82,10 @@ def require_transfer(
 
 
 def seen_lines(seen: Mapping[str, Any]) -> list[str]:
-    """What a report says at its top of what the rule has seen.
+    """Sentences for the top of a report that tell which domains and classes were seen.
 
     Args:
-        seen: from `require_transfer`, or the like.
+        seen: from `require_transfer`.
     """
     lines = []
     if seen.get("domains"):

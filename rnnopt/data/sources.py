@@ -1,4 +1,7 @@
-"""The sources that --data names: their weights, and what is told of them before a run starts."""
+"""The sources of --data: their weights, and the description of them that a run prints and keeps.
+
+A source is a file or a folder, see `rnnopt.data.splits.read_splits`.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,19 @@ from typing import Any
 from rnnopt.data.corpus import Corpus, listed, merge
 from rnnopt.data.splits import PART_NAMES, Splits, check_disjoint, class_pair
 from rnnopt.errors import InputError
-from rnnopt.evaluation.report.tables import table
 
 
 def parse_sources(data: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """Take ``PATH=WEIGHT`` apart.
+    """Split each ``PATH=WEIGHT`` into a path and a weight.
 
     Args:
-        data: paths, some with a weight. What exists under its whole name is a path.
+        data: the values of --data. A value that exists as a file or folder is a path as a whole.
 
     Returns:
-        The paths, and the weights that are given, by path.
+        The paths, and path -> weight for those that have one.
 
     Raises:
-        InputError: a weight that is no positive, finite number.
+        InputError: a weight is not a positive, finite number.
     """
     paths, weights = [], {}
     for source in map(str, data):
@@ -50,16 +52,16 @@ def _weight(source: str, text: str) -> float:
 
 
 def weigh(splits: Splits, weights: Mapping[str, float]) -> dict[str, float]:
-    """Domain -> weight, so that sources are drawn in proportion to their weights.
+    """Weights of domains, by which sources are drawn in proportion to the weights of sources.
 
-    A source's weight is shared by its domains; 1 for a source that has none.
+    The domains of a source share its weight equally. A source without a weight has weight 1.
 
     Args:
         splits: read from sources.
-        weights: by path.
+        weights: path of a source -> its weight.
 
     Returns:
-        {} where no weight is given: then all domains are alike.
+        Domain -> weight. Empty if no weight is given, so that all domains are drawn equally often.
     """
     if not weights:
         return {}
@@ -73,16 +75,17 @@ def weigh(splits: Splits, weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def describe(splits: Splits) -> dict[str, Any]:
-    """What there is, in a form for a file.
+    """Describe the sources and their overlaps, in a form that JSON can hold.
 
     Args:
-        splits: what was read.
+        splits: from `rnnopt.data.splits.read_splits`.
 
     Returns:
-        ``{"sources": [{"source", "domains", "weight", "duplicates", "classes": {part: count},
-        "texts": {part: count}, "fingerprints": {part: 16 hex digits}}], "overlaps": [{"between":
-        [name, name], "classes", "examples", "texts"}], "unsafe": the same of train, validation
-        and test}``; only overlaps that there are, unsafe ones only with --allow-overlap.
+        ``"sources"``: a list of ``{"source", "domains", "weight", "duplicates", "classes": {part:
+        count}, "texts": {part: count}, "fingerprints": {part: 16 hex digits}}``. ``"overlaps"``: a
+        list of ``{"between": [name, name], "classes": count, "examples", "texts": count}`` for each
+        two sources that overlap. ``"unsafe"``: the same for each two of train, validation and test;
+        their classes overlap only with --allow-overlap.
     """
     sources = splits.sources or {_domains(splits)[0]: splits}
     wholes = {path: merge(_parts(source)) for path, source in sources.items()}
@@ -94,34 +97,13 @@ def describe(splits: Splits) -> dict[str, Any]:
     }
 
 
-def sources_table(description: Mapping[str, Any]) -> str:
-    """A line a source.
-
-    Args:
-        description: from `describe`.
-    """
-    rows = [
-        [
-            source["source"],
-            *([f"{source['weight']:g}"] if source["weight"] is not None else ["-"]),
-            listed(source["domains"], most=3),
-            " / ".join(str(source["classes"][part]) for part in PART_NAMES),
-            " / ".join(str(source["texts"][part]) for part in PART_NAMES),
-            source["duplicates"],
-        ]
-        for source in description["sources"]
-    ]
-    header = ["source", "weight", "domains", "classes", "texts", "duplicates dropped"]
-    return table(header, rows)
-
-
 def overlap_lines(description: Mapping[str, Any]) -> list[str]:
-    """What sources have in common, and what parts have that should have nothing.
+    """One line for each overlap of two sources, and a caution for each overlap of two parts.
 
     Args:
         description: from `describe`.
     """
-    lines = [f"{_shared(overlap)}" for overlap in description["overlaps"]]
+    lines = [_shared(overlap) for overlap in description["overlaps"]]
     return lines + [
         f"CAUTION: {_shared(overlap)}, which --allow-overlap accepts"
         for overlap in description["unsafe"]
@@ -132,9 +114,8 @@ def overlap_lines(description: Mapping[str, Any]) -> list[str]:
 def _shared(overlap: Mapping[str, Any]) -> str:
     one, other = overlap["between"]
     examples = f" ({listed(overlap['examples'], most=3)})" if overlap["classes"] else ""
-    return f"{one} and {other} overlap: classes {overlap['classes']}{examples}, " + (
-        f"texts {overlap['texts']}"
-    )
+    counts = f"classes {overlap['classes']}{examples}, texts {overlap['texts']}"
+    return f"{one} and {other} overlap: {counts}"
 
 
 def _source(path: str, source: Splits, weights: Mapping[str, float]) -> dict[str, Any]:

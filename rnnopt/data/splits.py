@@ -15,26 +15,29 @@ from rnnopt.data.corpus import Corpus, listed, merge
 from rnnopt.data.files import read_corpus, stem_and_suffix
 from rnnopt.errors import InputError
 
-# Two classes are taken for one when they share this part of the smaller one's texts, and two
-# texts at least: real, distinct intents of one data set share a stock phrase or 1 % ("ok, thanks"),
-# the same intent in two data sets shares 10 % and more.
+# Two classes count as the same if they share at least this part of the smaller one's texts, and at
+# least two texts. In real data, two different intents of one data set share at most 1 % or a single
+# phrase such as "ok, thanks"; the same intent in two data sets shares 10 % or more.
 SAME_CLASS_SHARE = 0.1
 SAME_CLASS_TEXTS = 2
 SKETCH_SIZE = 8
 
 PARTS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 PART_NAMES = ("train", "validation", "test")
-PART_SHARE = 0.2  # of a single file's classes, to validation and to test each
+PART_SHARE = 0.2  # of a single file's classes go to validation, and as many to test
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Three corpora without a class in common: train on one, choose on one, report on one.
+    """Three corpora that have no class in common.
 
     Attributes:
-        train, validation, test: the three.
-        sources: the same by source, where they were read from sources.
-        weights: domain -> how often meta-training draws it, where the user says so.
+        train: for meta-training.
+        validation: for the choice of the best rule and of learning rates.
+        test: for the figures that are reported.
+        sources: the splits of each file or folder, by its path.
+        weights: domain -> how often meta-training draws it, relative to the others; empty if the
+            user gave no weights.
     """
 
     train: Corpus
@@ -55,22 +58,21 @@ def read_splits(
 ) -> Splits:
     """Read files and folders into train, validation and test classes.
 
-    A folder with files called train, val (valid, validation) or test supplies those parts, and
-    its other files are ignored. A folder with one data file stands for that file. A single
-    file's classes are divided, see `divide_classes`. Without a domain column, a source's
-    domain is the name of the folder, or of the file.
+    A folder with files called train, val (valid, validation) or test supplies those parts; other
+    files in it are ignored. A folder with a single data file stands for that file. The classes of a
+    single file are divided by `divide_classes`. Without a domain column, the domain of a source is
+    the name of the folder or of the file.
 
     Args:
-        paths: the sources.
-        seed: for dividing the classes of single files.
-        text_column: as in `read_corpus`.
-        label_column: as in `read_corpus`.
-        domain_column: as in `read_corpus`.
-        allow_overlap: skip the check that no two parts share a class.
+        paths: the sources, files or folders.
+        seed: of the division of single files.
+        text_column, label_column, domain_column: as in `read_corpus`.
+        allow_overlap: accept parts that have classes in common.
 
     Raises:
-        InputError: as `read_corpus`; a folder without data or with too much; two sources with one
-            domain; too few classes to divide; a class that stands in two parts.
+        InputError: a file is unusable (see `read_corpus`); a folder holds no data file, or several
+            of unclear purpose; two sources have the same domain; a single file has too few classes
+            to divide; two parts have a class in common.
     """
     parts: tuple[list[Corpus], list[Corpus], list[Corpus]] = ([], [], [])
     owner: dict[str, Path] = {}
@@ -108,14 +110,22 @@ def read_splits(
 
 
 def source_files(path: Path) -> tuple[dict[str, Path], str]:
-    """({part or "all": its file}, domain) of a file or a folder.
+    """Find the data files of a source, and name its domain.
+
+    Args:
+        path: a file or a folder.
+
+    Returns:
+        ``{"train", "validation" or "test": file}``, or ``{"all": file}`` if there is one file; and
+        the domain.
 
     Raises:
-        InputError: a folder that can't be listed, without data, or with too much.
+        InputError: the folder can't be listed, holds no data file, or several of unclear purpose.
     """
     if not os.path.isdir(path):
         stem = stem_and_suffix(path)[0]
-        # train.jsonl is no name for a domain, and two parts of one set must not pass for two sets.
+        # "train" names no domain. The folder's name does, and shows that two parts given as two
+        # files belong to one data set.
         return {"all": path}, path.resolve().parent.name if stem.lower() in PARTS else stem
     domain = path.resolve().name
     try:
@@ -145,18 +155,21 @@ def source_files(path: Path) -> tuple[dict[str, Path], str]:
 
 
 def divide_classes(corpus: Corpus, seed: int = 0, what: str = "the corpus") -> Splits:
-    """Deal classes out, 60/20/20 %, to train, validation and test; the seed decides.
+    """Divide the classes at random: 60 % for train, 20 % for validation, 20 % for test.
 
-    Where every label recurs in several domains (sentiment by product, say) whole domains are
-    dealt out instead: half a domain's labels are no task. `dropped` is counted on train.
+    If every label occurs in several domains (for example good and bad for each kind of product),
+    whole domains are divided instead, since a task needs all labels of a domain.
 
     Args:
-        corpus: what to divide; the order of its texts does not matter.
-        seed: at least 0.
-        what: the name for messages.
+        corpus: its classes are divided; the order of its texts does not matter.
+        seed: of the division, at least 0.
+        what: the name of the corpus in messages.
+
+    Returns:
+        The three parts; the `dropped` of the corpus is counted on train.
 
     Raises:
-        InputError: fewer than 6 classes (or 3 domains, where those are dealt out).
+        InputError: there are fewer than 6 classes, or 3 domains if those are divided.
     """
     keys = sorted(corpus.classes)
     recurring = Counter(label for _, label in keys)
@@ -182,10 +195,15 @@ def divide_classes(corpus: Corpus, seed: int = 0, what: str = "the corpus") -> S
 def stratified_holdout(
     corpus: Corpus, fraction: float = 0.2, seed: int = 0
 ) -> tuple[Corpus, Corpus]:
-    """Hold out a fraction of every class, at least one text and never all.
+    """Hold out a fraction of the texts of each class, at least one and never all.
+
+    Args:
+        corpus: each of its classes has at least two texts.
+        fraction: of the texts, between 0 and 1.
+        seed: of the choice, at least 0.
 
     Returns:
-        (what is left, what is held out), each in the corpus's order.
+        (the texts that stay, the texts that are held out), both in the order of the corpus.
 
     Raises:
         InputError: the fraction is not between 0 and 1, or a class has a single text.
@@ -206,7 +224,7 @@ def stratified_holdout(
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
         held.update(generator.permutation(indices)[:count].tolist())
     left = (index for index in range(len(corpus)) if index not in held)
-    # what was dropped was dropped from the whole file; it is told once
+    # The duplicates belong to the whole file, so only one of the two parts counts them.
     return replace(corpus.take(left), dropped=corpus.dropped), corpus.take(sorted(held))
 
 
@@ -217,33 +235,36 @@ def _generator(seed: int) -> np.random.Generator:
 
 
 def class_sketches(corpus: Corpus) -> dict[str, list[str]]:
-    """Class name -> its 8 smallest 48-bit text hashes (hex), by which to know it again.
+    """A sketch of each class, by which `overlapping_classes` recognises the class later.
 
-    The smallest hashes are a uniform sample of the class's texts, and the same sample in every
-    copy of it, whatever its order, names or case.
+    A sketch is the 8 smallest hashes of the class's texts: a uniform sample of the texts that is
+    the same for every copy of the class, whatever its order, its name or its case.
+
+    Returns:
+        Class name -> 8 hashes, or fewer if there are fewer texts.
     """
     return {name: sorted(hashes)[:SKETCH_SIZE] for name, hashes in corpus.class_hashes.items()}
 
 
 def class_pair(pair: Sequence[str]) -> str:
-    """A class's names on two sides, for people: both, or the one that both sides have."""
+    """The two names of one class as ``name = other name``, or the name alone if they are equal."""
     return " = ".join(dict.fromkeys(pair))
 
 
 def overlapping_classes(seen: Mapping[str, Sequence[str]], corpus: Corpus) -> list[tuple[str, str]]:
-    """Which classes of the corpus were seen before.
+    """Find the classes of a corpus that were seen before, from sketches of the seen ones.
 
-    Two classes are the same if their names are, or if 2 hashes of the seen one's sketch are among
-    *all* hashes of the other. That needs a sketch on one side only, and where 8 sketched texts
-    are a sample, the hits are binomial in the share q of the seen class that the other holds: a
-    class is recognised from the whole or any superset always, from half of it in 96 % of cases,
-    from a quarter in 63 %, from a tenth in 19 %; and unrelated classes that share 1 % in 0.3 %.
-    (The 8 smallest hashes of the union, as in textbook min-hash, would find neither subsets nor
-    supersets of very different size.) With both corpora at hand use `check_disjoint`: exact.
+    Two classes count as the same if they have the same name, or if 2 hashes of the seen class's
+    sketch occur among all hashes of the other class. The number of such hashes is binomial in the
+    share of the seen class's texts that the other class holds. A class is therefore recognised
+    always if the other holds all of it, in 96 % of cases if it holds half, in 63 % for a quarter
+    and 19 % for a tenth. Classes that share 1 % are taken for the same in 0.3 % of cases. Textbook
+    min-hash compares two sketches and would miss classes of very different size. Where both corpora
+    are at hand, `check_disjoint` is exact.
 
     Args:
-        seen: what `class_sketches` gave.
-        corpus: the corpus in question.
+        seen: from `class_sketches`.
+        corpus: its classes are looked for among the seen ones.
 
     Returns:
         Sorted pairs (seen class, class of the corpus).
@@ -254,21 +275,21 @@ def overlapping_classes(seen: Mapping[str, Sequence[str]], corpus: Corpus) -> li
 def check_disjoint(
     train: Corpus, other: Corpus, what: str = "train and test", allow_overlap: bool = False
 ) -> list[tuple[str, str]]:
-    """Make sure that no class stands on both sides, by name or by its texts.
+    """Check that two corpora have no class in common.
 
-    Classes are the same by their texts if they share 2 texts and 10 % of the smaller one.
+    Two classes count as the same if they have the same name, or if they share at least 2 texts and
+    at least 10 % of the texts of the smaller one.
 
     Args:
-        train: one side.
-        other: the other side.
-        what: both sides' names, for the message.
-        allow_overlap: return the pairs rather than raise.
+        train, other: the two corpora.
+        what: their names in the message.
+        allow_overlap: return the common classes instead of raising an error.
 
     Returns:
-        Sorted pairs (class of train, class of other); empty if all is well.
+        Sorted pairs (class of train, class of other); empty if there is none.
 
     Raises:
-        InputError: there are such pairs.
+        InputError: they have a class in common.
     """
     pairs = _same_classes(train.class_hashes, other.class_hashes)
     if pairs and not allow_overlap:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.classical import Adam
-from rnnopt.rules.protocol import State, UpdateRule, advance, turn_of
+from rnnopt.rules.protocol import State, UpdateRule, advance, matrix_transform
 from rnnopt.tasks.kinds import KINDS, tensor_kinds
 from rnnopt.tasks.protocol import Learner, Task
 
@@ -225,7 +225,9 @@ class _Seen:
     def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
         """The update of each coordinate for each of `GRADIENTS`, (G, n), before it is turned."""
         grads = [torch.ones_like(self.param) * value * self.scale for value in GRADIENTS]
-        as_it_is = None if turn_of(rule, self.owner) is None else lambda direction: direction
+        as_it_is = (
+            None if matrix_transform(rule, self.owner) is None else lambda direction: direction
+        )
         told = 1.0, 0.0, known, as_it_is
         steps = [advance(rule, self.param, g, self.state, *told)[0] for g in grads]
         return torch.stack(steps)

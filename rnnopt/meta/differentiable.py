@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rnnopt.optim.optimizer import LearnedOptimizer
-from rnnopt.rules.protocol import advance, related, sums_of
+from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 
 __all__ = ["DifferentiableLearnedOptimizer", "higher"]
 
@@ -51,8 +51,12 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
                 seen, slope = (param.detach(), grad.detach()) if self.first_order else (param, grad)
                 states[i] = states[i] or self._init_state(seen)
                 work.append((group, states, i, seen, slope))
-        sums = [sums_of(self.rule, seen, slope, states[i]) for _, states, i, seen, slope in work]
-        for (group, states, i, seen, slope), known in zip(work, related(self.rule, sums)):
+        sums = [
+            statistics_of(self.rule, seen, slope, states[i]) for _, states, i, seen, slope in work
+        ]
+        for (group, states, i, seen, slope), known in zip(
+            work, cross_tensor_context(self.rule, sums)
+        ):
             delta, states[i] = advance(
                 self.rule, seen, slope, states[i], group["lr"], group["weight_decay"], known
             )

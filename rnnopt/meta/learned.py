@@ -67,7 +67,7 @@ class Learned(nn.Module):
             )
         self.rule: Any = self._inner_rule(learner, hidden_size, seed) if rule is None else rule
         if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
-            self.rule = self.rule.growth_alone()
+            self.rule = self.rule.growth_only()
         self.init = None if settings.init == "pretrained" else InitialValues(learner)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
@@ -87,7 +87,7 @@ class Learned(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             units = HIDDEN_SIZE if hidden_size is None else hidden_size
-            return CoordinateLSTM(hidden_size=units, reach=lr)
+            return CoordinateLSTM(hidden_size=units, initial_decrease=lr)
 
     def _original(self, path: Path, hidden_size: int | None) -> SavedRule:
         """The rule to begin with, ready to be trained."""

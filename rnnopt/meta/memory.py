@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,26 @@ def free_bytes(device: torch.device) -> int | None:
         )
     except (OSError, ValueError, IndexError, StopIteration):
         return None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held on a device, since `forget_peak` if that was called."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # not ru_maxrss: that of a child process starts at what its parent had
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
+    except (OSError, ValueError, IndexError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` begin anew; where the system has no way to, nothing happens."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def warn_if_too_large(before: int | None, steps: int, device: torch.device) -> None:

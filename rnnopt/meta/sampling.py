@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rnnopt.rules.protocol import State, Turn, UpdateRule, advance, turn_of
+from rnnopt.rules.protocol import MatrixTransform, State, UpdateRule, advance, matrix_transform
 
 # A sample this much smaller than its tensor is drawn with repeats, which are rare then: a
 # permutation of a large tensor takes as long as a step of it.
@@ -37,12 +37,12 @@ def draw_samples(
         seed: decides which.
     """
     generator = torch.Generator().manual_seed(seed)
-    turns = [turn_of(rule, param) for param in tensors]
-    sizes = [0 if turn else param.numel() for param, turn in zip(tensors, turns)]
+    transforms = [matrix_transform(rule, param) for param in tensors]
+    sizes = [0 if transform else param.numel() for param, transform in zip(tensors, transforms)]
     counts = fill(sizes, max(total, len(tensors)))
     return [
-        Sample(param, state, param.numel() if turn else count, generator, turn)
-        for param, state, count, turn in zip(tensors, states, counts, turns)
+        Sample(param, state, param.numel() if transform else count, generator, transform)
+        for param, state, count, transform in zip(tensors, states, counts, transforms)
     ]
 
 
@@ -63,7 +63,7 @@ class Sample:
         state: the rule's memory of it, before the first step.
         count: n.
         generator: draws them.
-        turn: see `rnnopt.rules.protocol.turn_of`; not None only where n = N.
+        transform: see `rnnopt.rules.protocol.matrix_transform`; not None only where n = N.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Sample:
         state: State,
         count: int,
         generator: torch.Generator,
-        turn: Turn | None = None,
+        transform: MatrixTransform | None = None,
     ) -> None:
-        self._turn = turn
+        self._transform = transform
         self._index: Tensor | None = None
         self._weight = 1.0
         # by which of the arguments depend on the rule's weights: the first step's don't
@@ -109,14 +109,20 @@ class Sample:
             group: of the optimizer, with lr and weight_decay.
             param: these coordinates' value, (n,).
             grad: their gradient, (n,).
-            sums: of the whole tensor, see `rnnopt.rules.protocol.sums_of`.
+            sums: of the whole tensor, see `rnnopt.rules.protocol.statistics_of`.
 
         Returns:
             (n,).
         """
         weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
         call = _Call(
-            rule, group["lr"], group["weight_decay"], sums, tuple(self._state), weights, self._turn
+            rule,
+            group["lr"],
+            group["weight_decay"],
+            sums,
+            tuple(self._state),
+            weights,
+            self._transform,
         )
         given = (param, grad, *self._state.values())
         kind = tuple(tensor.requires_grad for tensor in given)
@@ -150,21 +156,21 @@ class _Call:
     sums: Tensor | None
     names: tuple[str, ...]
     weights: list[nn.Parameter]
-    turn: Turn | None
+    transform: MatrixTransform | None
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The change and the next leaves."""
         param, grad, *leaves = given
         state = dict(zip(self.names, leaves))
         change, state = advance(
-            self.rule, param, grad, state, self.lr, self.weight_decay, self.sums, self.turn
+            self.rule, param, grad, state, self.lr, self.weight_decay, self.sums, self.transform
         )
         return change, *(state[name] for name in self.names)
 
     def learned(self, given: Sequence[Tensor]) -> tuple[bool, ...]:
         """Which of the results depend on the rule's weights: tried on one coordinate."""
         with torch.enable_grad():
-            call = replace(self, turn=None)
+            call = replace(self, transform=None)
             results = call([tensor[..., :1] if tensor.dim() else tensor for tensor in given])
         return tuple(result.requires_grad for result in results)
 

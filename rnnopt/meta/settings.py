@@ -33,7 +33,7 @@ class UnrollSettings:
         coordinates: first order only: how many coordinates carry the meta-gradient, a random
             sample stratified over tensors, while all are updated; the estimate is unbiased. None
             takes all where the rule's graph stays within `GRAPH_BYTES`, and else as many as do.
-            What the rule turns as a whole (`rnnopt.rules.protocol.TurningRule`) is taken beside them.
+            What the rule turns as a whole (`rnnopt.rules.protocol.MatrixRule`) is taken beside them.
         query_weight: weight of the query loss, what adaptation is for.
         support_weight: weight of the support loss.
         step_weights: weight of each of the T steps; None weighs all by 1.

@@ -1,8 +1,7 @@
-"""`LearnedOptimizer`: a rule as a `torch.optim.Optimizer`."""
+"""`LearnedOptimizer`: an update rule as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import warnings
@@ -13,69 +12,86 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from rnnopt.optim.arguments import (
+    check_group,
+    check_state_dtype,
+    first_device,
+    refuse_sparse,
+    resolve_rule,
+    trainable_or_all,
+)
+from rnnopt.optim.checkpoint import check_groups, saved_states
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import FusedStep, Piece
 from rnnopt.optim.safeguard import (
-    LAST,
-    MOST_RISE,
-    SLOPE,
+    LAST_SLOPE,
+    LAST_STEP,
+    MAX_RISE,
     GuardedRule,
     Work,
     forget,
-    init_memory,
+    init_guard_state,
+    loss_rise,
     remember,
-    rise,
     undo,
 )
-from rnnopt.optim.sharding import add_up, is_sharded, local, local_gradient, of_whole
-from rnnopt.rules.files import SHIPPED_HEAD_RULE, load_rule, shipped_rule
-from rnnopt.rules.protocol import State, TurningRule, UpdateRule, advance, related, sums_of, turn_of
+from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
+from rnnopt.rules.protocol import (
+    MatrixRule,
+    State,
+    UpdateRule,
+    advance,
+    cross_tensor_context,
+    matrix_transform,
+    statistics_of,
+)
 
-# What the guard keeps in each group.
-_GUARD = {"undone": 0, "climbed": 0.0, "lost": False}
-# Below it a multiplier is a learning rate left over from another optimizer.
-_LEAST_LR = 0.01
+# The guard's state in every param group: the number of steps undone; nats that the loss has risen
+# since its minimum; whether the last batch was skipped because no gradient was finite.
+_GUARD = {"undone": 0, "loss_rise": 0.0, "skipped": False}
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
-    """Adapt a model with an update rule, learned or not, in place of AdamW.
+    """Adapt a model with an update rule, learned or classical, in place of AdamW.
 
-    ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see `rnnopt.rules.protocol.advance`. On
-    a CPU with a C compiler, and on a GPU with Triton where the rule is on the GPU too, the shipped
-    kind of rule takes its steps by a fused kernel, see `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2)
-    are stepped shard by shard, with the same result as whole ones; their memory in `state` is that
-    of the shard.
+    ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see
+    `rnnopt.rules.protocol.advance`.
+
+    A `CoordinateLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
+    compiler, and on a GPU with Triton if the rule is on the GPU too, see
+    `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the
+    same result as whole tensors; their `state` is that of the shard.
 
     Args:
-        params: tensors or param groups, as every torch optimizer takes them.
-        rule: an `UpdateRule`; the path of a rule file; or None for the rule that ships with the
-            package, see `rnnopt.rules.files.shipped_rule`. Kept as it is, not copied: `rule` of the
-            optimizer is this object.
-        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Every
-            torch scheduler works on it (those that cycle momentum with cycle_momentum=False).
-        weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``: with a rule
-            that is Adam this is AdamW's.
-        state_dtype: of the memory that bears rounding (the LSTM's; never Adam's moments):
-            torch.bfloat16 makes 40 bytes a coordinate of an LSTM's 72. None: as the rule's weights.
-            Memory that is loaded keeps the dtype that it was saved in.
-        fused: None takes the kernel where it can; False never; True wants one to be there.
-            Parameters that a kernel can't take (another dtype or device than it knows, or memory
-            out of order) are stepped plainly beside it.
-        guard: None watches, where the rule knows a careful one, whether the loss climbs by a nat:
-            the step that made it is undone, the careful rule takes over (for the shipped rule: Adam
-            at a scale of its own), and every further time halves the step; see `rnnopt.optim.safeguard` and
-            `undone`. Costs 2 bytes a coordinate, a copy of what trains during the step, and one
-            wait for the device a step. The loss is to be a mean in nats, and gradients are not to
-            be clipped, which hides a rise. False never; True wants a rule that knows one. `apply`,
-            and with it the unroll, has no guard.
+        params: tensors or param groups, as in every torch optimizer.
+        rule: an `UpdateRule`, kept as it is and not copied; the path of a rule file; or None for
+            the rule that ships with the package, see `rnnopt.rules.files.shipped_rule`.
+        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Torch's
+            schedulers work on it (those that cycle momentum with cycle_momentum=False).
+        weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``. With a rule
+            that is Adam it is AdamW's.
+        state_dtype: dtype of the LSTM's state; Adam's moments stay float32. torch.bfloat16 takes
+            40 bytes per coordinate instead of 72. None: the dtype of the rule's weights. A loaded
+            state keeps the dtype in which it was saved.
+        fused: None uses the kernel where it can; False never does; True requires one. Parameters
+            that a kernel does not support (by dtype, device or memory layout) are stepped by the
+            plain rule beside it.
+        guard: None guards every rule that has a fallback, see `rnnopt.optim.safeguard`: if the
+            loss rises by a nat, the step that caused it is undone and the fallback takes over (for
+            the shipped rules Adam with their step sizes), with half the step each further time;
+            see `undone`. It costs 2 bytes per coordinate, a copy of the trained parameters during
+            the step, and one synchronisation with the device per step. The loss has to be a mean
+            in nats, and clipped gradients hide a rise. False never guards; True requires a rule
+            that has a fallback. `apply`, and with it an unroll, has no guard.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
-        ValueError: a parameter stands in a group twice.
-        TypeError: a parameter is complex or integer, rule is no rule, or one that can't have
-            `state_dtype`.
+        ValueError: a parameter occurs twice in a group.
+        TypeError: a parameter is complex or integer, rule is not an update rule, or the rule does
+            not support `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
-            True and the rule knows no careful one.
+            True and the rule has no fallback.
         InputError: the rule file can't be used.
     """
 
@@ -83,8 +99,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     fused: bool | None = None
     guard: bool | None = None
-    _careful: UpdateRule | None = None
-    _for_a_head = False  # the rule, chosen here for a head alone
+    _fallback: UpdateRule | None = None
+    _for_a_head = False  # whether the rule was chosen here, for a head alone
 
     def __init__(
         self,
@@ -103,51 +119,40 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
-        chosen = shipped_rule(_choosing(self.param_groups)) if rule is None else rule
+        chosen = shipped_rule(trainable_or_all(self.param_groups)) if rule is None else rule
         self._for_a_head = rule is None and chosen == SHIPPED_HEAD_RULE
-        self.rule = _resolve_rule(chosen)
-        self.state_dtype = _checked_state_dtype(self.rule, state_dtype)
+        self.rule = resolve_rule(chosen)
+        check_state_dtype(self.rule, state_dtype)
+        self.state_dtype = state_dtype
         self.fused = fused
         self.guard = guard
-        if rule is not self.rule:  # loaded here, so ours to move: or each step would copy it
-            self.rule.to(_first_device(self.param_groups))  # type: ignore[attr-defined]
+        if rule is not self.rule:  # loaded here: moved once, or each step would copy its weights
+            self.rule.to(first_device(self.param_groups))  # type: ignore[attr-defined]
         if fused:
             self._kernel(self.rule)
         if guard and not isinstance(self.rule, GuardedRule):
             raise RuntimeError(
-                f"guard=True, but {type(self.rule).__name__} knows no careful rule to hand over to "
-                "(it has no method `careful`); leave guard out"
+                f"guard=True, but {type(self.rule).__name__} has no fallback (no method "
+                "`fallback`); leave guard out"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, with this class's checks on values and dtypes."""
+        """As in torch, with this class's checks on values and dtypes.
+
+        Raises:
+            ValueError: see the class.
+            TypeError: see the class.
+        """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            for name in ("lr", "weight_decay"):
-                if not 0 <= float(group[name]) < float("inf"):
-                    raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
-            if 0 < float(group["lr"]) < _LEAST_LR:
-                warnings.warn(
-                    f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
-                    "with this one next to nothing is learned; leave lr out",
-                    stacklevel=4,
-                )
-            if len(set(group["params"])) < len(group["params"]):
-                raise ValueError("a parameter stands in this group twice: give each once")
-            for param in group["params"]:
-                if not param.is_floating_point():
-                    raise TypeError(
-                        f"a parameter of dtype {param.dtype} and shape {tuple(param.shape)}: only "
-                        "real floating-point parameters can be adapted; leave it out of params"
-                    )
+            check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     @property
     def undone(self) -> int:
-        """How many steps were undone since they made the loss climb; kept in state_dict."""
+        """How many steps the guard has undone; kept in state_dict."""
         return max(int(group["undone"]) for group in self.param_groups)
 
     @overload
@@ -167,12 +172,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            TypeError: a gradient is sparse; no parameter has been changed then.
-            RuntimeError: a CUDA graph is being captured: its replay would not advance the memory.
+            TypeError: a gradient is sparse; then no parameter has been changed.
+            RuntimeError: a CUDA graph is being captured: its replay would not update the state.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "LearnedOptimizer.step in a CUDA graph: its replay would not advance the memory; "
+                "LearnedOptimizer.step in a CUDA graph: its replay would not advance the state; "
                 "capture forward and backward, and step outside of the graph"
             )
         loss = None
@@ -199,116 +204,125 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _guards(self) -> bool:
-        watched = self.guard is not False and isinstance(self.rule, GuardedRule)
-        return watched and not torch.compiler.is_compiling()
+        guarded = self.guard is not False and isinstance(self.rule, GuardedRule)
+        return guarded and not torch.compiler.is_compiling()
 
     def _guarded_step(self, work: Work) -> None:
-        _refuse_sparse(work)
-        states = [self._memory(param) for _, param, _ in work]
+        refuse_sparse(work)
+        states = [self._state_of(param) for _, param, _ in work]
         for (_, param, _), state in zip(work, states):
-            if LAST not in state:
+            if LAST_STEP not in state:
                 with torch.inference_mode(False):
-                    state.update(init_memory(param))
-        (risen, finite), first = rise(work, states), self.param_groups[0]
-        # One batch without a finite gradient says nothing of the step before it: it is passed
-        # over. A second one in a row says that the step left none.
-        lost = math.isinf(risen) and not first["lost"]
-        climbed = first["climbed"] if lost else max(0.0, first["climbed"] + risen)
-        ruined = climbed > MOST_RISE
+                    state.update(init_guard_state(param))
+        (rise, finite), group = loss_rise(work, states), self.param_groups[0]
+        # One batch without a finite gradient may be the data's fault and is skipped. A second one
+        # in a row is the fault of the step before them.
+        skipped = math.isinf(rise) and not group["skipped"]
+        total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
+        ruined = total > MAX_RISE
         for group in self.param_groups:
-            group["climbed"] = 0.0 if ruined else climbed
+            group["loss_rise"] = 0.0 if ruined else total
             group["undone"] += ruined
-            group["lost"] = lost
+            group["skipped"] = skipped
         if ruined:
-            for param, state in self._remembered():
+            for param, state in self._guarded_states():
                 undo(param, state)
-        if ruined or lost:
+        if ruined or skipped:
             return
         before = [local(param).clone() for _, param, _ in work]
         self.apply(work)
         remember(work, states, before, finite)
         stepped = {param for _, param, _ in work}
-        for param, state in self._remembered():
-            if param not in stepped:  # what it did is no part of this step
+        for param, state in self._guarded_states():
+            if param not in stepped:  # its last step is not part of this one
                 forget(state)
 
-    def _remembered(self) -> list[tuple[Tensor, State]]:
-        """Parameters of which the guard keeps a step, with their memory."""
-        return [(param, state) for param, state in self.state.items() if LAST in state]
+    def _guarded_states(self) -> list[tuple[Tensor, State]]:
+        """Parameters that have a guard's state, with their state."""
+        return [(param, state) for param, state in self.state.items() if LAST_STEP in state]
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
-        """One step with gradients that are handed in: by the kernel at once, or one by one.
+        """One step with the gradients given, by the kernel where it can, without the guard.
 
         Args:
             work: (param group, parameter, its gradient).
 
         Returns:
-            What the rule knew of each tensor as a whole, see `rnnopt.rules.protocol.related`.
+            The context of each tensor, see `rnnopt.rules.protocol.cross_tensor_context`.
 
         Raises:
-            TypeError: a gradient is sparse; no parameter has been changed then.
+            TypeError: a gradient is sparse; then no parameter has been changed.
         """
-        _refuse_sparse(work)
-        rule, trust = self._acting()
-        pieces = [self._piece(rule, *item, trust) for item in work]
+        refuse_sparse(work)
+        rule, multiplier = self._active_rule()
+        pieces = [self._piece(rule, *item, multiplier) for item in work]
         kernel = self._kernel(rule)
         batches: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, piece in enumerate(pieces):
-            if kernel is not None and kernel.takes(piece):
+            if kernel is not None and kernel.supports(piece):
                 batches.setdefault(piece.dtypes, []).append(i)
         measured = [
             (batch, cast(FusedStep, kernel).measure([pieces[i] for i in batch]))
             for batch in batches.values()
         ]
-        sums: dict[int, Tensor | None] = {
-            i: row for batch, found in measured for i, row in zip(batch, found.sums)
+        statistics: dict[int, Tensor | None] = {
+            i: row for batch, found in measured for i, row in zip(batch, found.statistics)
         }
-        plain = [i for i in range(len(work)) if i not in sums]
+        plain = [i for i in range(len(work)) if i not in statistics]
         for i in plain:
-            sums[i] = sums_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
-        # by whichever way each is stepped here: other processes may choose otherwise
-        known = related(
-            rule,
-            add_up([sums[i] for i in range(len(work))], [param for _, param, _ in work]),
+            statistics[i] = statistics_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
+        # all tensors in order: another process may divide them otherwise between kernel and rule
+        rows = [statistics[i] for i in range(len(work))]
+        contexts = cross_tensor_context(
+            rule, sum_over_shards(rows, [param for _, param, _ in work])
         )
         for batch, found in measured:
-            rows = torch.stack([cast(Tensor, known[i]) for i in batch])
-            cast(FusedStep, kernel).take(found, rows)
+            context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
+            cast(FusedStep, kernel).step(found, context)
         for i in plain:
-            self.state[work[i][1]].update(_take_plainly(rule, pieces[i], known[i]))
-        return known
+            self.state[work[i][1]].update(_plain_step(rule, pieces[i], contexts[i]))
+        return contexts
 
-    def _acting(self) -> tuple[UpdateRule, float]:
-        """The rule that steps now, and what it is trusted with."""
+    def _active_rule(self) -> tuple[UpdateRule, float]:
+        """The rule that steps now, and the guard's multiplier of its lr."""
         if not self.undone or not isinstance(self.rule, GuardedRule):
             return self.rule, 1.0
-        if self._careful is None:
-            self._careful = self.rule.careful()
-        return self._careful, 0.5 ** (self.undone - 1)
+        if self._fallback is None:
+            self._fallback = self.rule.fallback()
+        return self._fallback, 0.5 ** (self.undone - 1)
 
-    def _memory(self, param: Tensor) -> State:
-        """A parameter's memory, made if there is none."""
+    def _state_of(self, param: Tensor) -> State:
+        """A parameter's state, initialised if it has none."""
         if not self.state[param]:
-            with torch.inference_mode(False):  # or no later step outside could write to it
+            with torch.inference_mode(False):  # or no later step outside of it could write to it
                 self.state[param] = self.init_state(param)
-        memory: State = self.state[param]
-        return memory
+        state: State = self.state[param]
+        return state
 
     def _piece(
-        self, rule: UpdateRule, group: dict[str, Any], param: Tensor, grad: Tensor, trust: float
+        self,
+        rule: UpdateRule,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        multiplier: float,
     ) -> Piece:
-        """This process's part of a parameter, as a step sees it."""
-        memory = self._memory(param)
-        known = {name: leaf for name, leaf in memory.items() if name not in (LAST, SLOPE)}
+        """This process's shard of a parameter, with all that a step needs."""
+        state = {
+            name: leaf
+            for name, leaf in self._state_of(param).items()
+            if name not in (LAST_STEP, LAST_SLOPE)
+        }
         return Piece(
-            local(param), local_gradient(grad, param), known, trust * group["lr"],
-            group["weight_decay"], of_whole(turn_of(rule, param), param), not is_sharded(param),
+            local(param), local_gradient(grad, param), state, multiplier * group["lr"],
+            group["weight_decay"], on_shards(matrix_transform(rule, param), param),
+            not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
-        """The fast path of a rule, if there is one and it is wanted."""
-        # what is compiled would hold on to the tables of this step
+        """The fused step of a rule, if there is one and it is wanted."""
+        # compiled code would keep the tables of this step
         if self.fused is False or torch.compiler.is_compiling():
             return None
         kernel = fused_step(rule)
@@ -321,123 +335,46 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return kernel
 
     def init_state(self, param: Tensor) -> State:
-        """The rule's memory for a parameter, or for this process's shard of it."""
-        known: dict[str, Any] = {}
+        """The rule's state for a parameter, or for this process's shard of it."""
+        options: dict[str, Any] = {}
         if self.state_dtype is not None:
-            known["memory_dtype"] = self.state_dtype
-        if is_sharded(param) and isinstance(self.rule, TurningRule):
-            known["shape"] = param.shape
-        return self.rule.init_state(local(param), **known)
+            options["state_dtype"] = self.state_dtype
+        if is_sharded(param) and isinstance(self.rule, MatrixRule):
+            options["shape"] = param.shape
+        return self.rule.init_state(local(param), **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the rule's memory keeps its dtype and is checked against the rule.
-
-        torch casts floating state to the parameter's dtype, which would cut the float32 memory of
-        a bfloat16 parameter: an exact resume needs the leaves as they were saved.
+        """As in torch, but the state keeps its dtype and is checked against the rule.
 
         Raises:
-            ValueError: groups or memory are those of other parameters or of another rule; the
-                optimizer is unchanged then.
+            ValueError: the groups are those of another optimizer, or a state is that of another
+                parameter or rule; then this optimizer is unchanged.
         """
-        for group in state_dict["param_groups"]:
-            if missing := {"lr", "weight_decay", *_GUARD} - group.keys():
-                raise ValueError(
-                    f"a saved group has {sorted(group)} and no {sorted(missing)}: it is not of a "
-                    "LearnedOptimizer of this version; load the state of one"
-                )
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [param for group in self.param_groups for param in group["params"]]
-        memories = {
-            param: _matching_memory(self, param, state_dict["state"][index])
-            for index, param in zip(saved, own)
-            if state_dict["state"].get(index)
-        }
+        check_groups(state_dict, {"lr", "weight_decay", *_GUARD})
+        states = saved_states(state_dict, self.param_groups, self.init_state)
         super().load_state_dict(state_dict)
-        self.state.update(memories)
+        self.state.update(states)
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
-        kept = ("rule", "state_dtype", "fused", "guard", "_careful", "_for_a_head")
+        kept = ("rule", "state_dtype", "fused", "guard", "_fallback", "_for_a_head")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 
-def _refuse_sparse(work: Work) -> None:
-    for _, param, grad in work:
-        if grad.is_sparse:
-            raise TypeError(
-                f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
-                "needs dense gradients; build the embedding with sparse=False"
-            )
-
-
-def _take_plainly(rule: UpdateRule, piece: Piece, sums: Tensor | None) -> State:
+def _plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State:
+    """Step one piece by the rule itself; returns its next state."""
     param, grad = piece.param, piece.grad
-    if not piece.whole:  # a shard's own shape says nothing of the tensor's
+    if not piece.whole:  # a shard's own shape is not the tensor's
         param, grad = param.reshape(-1), grad.reshape(-1)
     delta, state = advance(
-        rule, param, grad, piece.state, piece.lr, piece.weight_decay, sums, piece.turn
+        rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
     )
     piece.param.add_(delta.view(piece.param.shape))
     return state
 
 
-def _first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
-    """Of the first parameter that has memory; a rule's weights must not go where they are lost."""
-    devices = [param.device for group in groups for param in group["params"]]
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-
-def _choosing(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """What trains, by which the shipped rule is chosen; everything where nothing does yet."""
-    params = [param for group in groups for param in group["params"]]
-    return [param for param in params if param.requires_grad] or params
-
-
-def _resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
-    if isinstance(rule, (str, os.PathLike)):
-        return load_rule(rule)
-    if isinstance(rule, float | int):
-        raise TypeError(
-            f"rule={rule!r}: the second argument is a rule; the multiplier of its steps is "
-            f"lr={rule!r}, and 1.0, the default, is as meta-trained"
-        )
-    if not isinstance(rule, UpdateRule):
-        raise TypeError(
-            f"rule={rule!r}: expected an UpdateRule (step_size, init_state, __call__), the path of "
-            "a rule file, or None for the rule that ships with rnnopt"
-        )
-    return rule
-
-
-def _checked_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    if not dtype.is_floating_point:
-        raise TypeError(f"state_dtype={dtype}: a floating-point dtype, such as torch.bfloat16")
-    if "memory_dtype" not in inspect.signature(rule.init_state).parameters:
-        raise TypeError(
-            f"state_dtype={dtype}, but {type(rule).__name__} keeps its memory in one precision "
-            "only (its init_state takes no memory_dtype); leave state_dtype out"
-        )
-    return dtype
-
-
-def _matching_memory(optimizer: LearnedOptimizer, param: Tensor, saved: State) -> State:
-    """The saved memory on the parameter's device, if it is this rule's for this parameter."""
-    expected = {name: tuple(leaf.shape) for name, leaf in optimizer.init_state(param).items()}
-    if LAST in saved:
-        expected |= {name: tuple(leaf.shape) for name, leaf in init_memory(param).items()}
-    found = {name: tuple(leaf.shape) for name, leaf in saved.items()}
-    if expected != found:
-        raise ValueError(
-            f"the saved state of a parameter of shape {tuple(param.shape)} is {found}, but this "
-            f"optimizer's rule keeps {expected}; load it with the rule that it was saved with"
-        )
-    return {name: leaf.to(param.device, copy=True) for name, leaf in saved.items()}
-
-
 def trainable(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, Any], Tensor]]:
-    """The optimizer's groups and parameters that take a gradient, in order."""
+    """The optimizer's (param group, parameter) pairs that require a gradient, in order."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.requires_grad:

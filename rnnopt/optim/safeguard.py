@@ -1,8 +1,9 @@
-"""A sense of its own limits: undo a step that ruined the model, and go on carefully.
+"""The guard: undo a step that ruined the model, and continue with a fallback rule.
 
-A torch optimizer does not see the loss, but it sees the gradient at both ends of a step, and so
-how far the loss fell or rose on the way, by the trapezoidal rule:
-``(g_before + g_after) . step / 2``, exact where the loss is a parabola.
+Learned optimizers with a guard and a fallback: Prémont-Schwarz et al. 2022, arXiv:2201.12426. That
+guard compares losses, which a torch optimizer does not see. It sees the gradient before and after
+a step, and so the change of the loss by the trapezoidal rule,
+``(g_before + g_after) . step / 2``, which is exact for a quadratic loss.
 """
 
 from __future__ import annotations
@@ -14,99 +15,104 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from rnnopt.optim.sharding import add_up, local, local_gradient
+from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
 from rnnopt.rules.protocol import State, UpdateRule
 
-# Nats that the loss may rise above its lowest. Where a rule works it rises by less than half of
-# that on Hugging Face encoders, where it ruins the model by 3 to 30.
-MOST_RISE = 1.0
-# Kept for each parameter: the last step, (N,), and the gradient's slope along it where it began.
-# Going back by it need not be exact.
-LAST, SLOPE = "last", "slope"
-_LAST_DTYPE = torch.bfloat16
+# Nats that the loss may rise above its minimum. On Hugging Face encoders it rises by less than
+# half of that where a rule works, and by 3 to 30 where a rule ruins the model.
+MAX_RISE = 1.0
+# The guard's state of each parameter: the last step, (N,), and the directional derivative of the
+# loss along it at its start. Undoing a step need not be exact.
+LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
+_STEP_DTYPE = torch.bfloat16
 
-Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]
+Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
 
 @runtime_checkable
 class GuardedRule(UpdateRule, Protocol):
-    """A rule that knows a careful one to hand over to."""
+    """A rule that has a fallback, and so can be guarded."""
 
-    def careful(self) -> UpdateRule:
-        """A rule with the same memory whose steps are bounded, such as Adam's."""
+    def fallback(self) -> UpdateRule:
+        """A rule with the same state whose steps are bounded, such as Adam's."""
         ...
 
 
-def init_memory(param: Tensor) -> State:
-    """No step yet, for this process's part of a parameter."""
+def init_guard_state(param: Tensor) -> State:
+    """The guard's state before the first step, for this process's shard of a parameter.
+
+    ``last_step`` (N,), bfloat16; ``last_slope`` 0-d, float32. Both are zero.
+    """
     part = local(param)
     return {
-        LAST: torch.zeros(part.numel(), dtype=_LAST_DTYPE, device=part.device),
-        SLOPE: torch.zeros((), dtype=torch.float32, device=part.device),
+        LAST_STEP: torch.zeros(part.numel(), dtype=_STEP_DTYPE, device=part.device),
+        LAST_SLOPE: torch.zeros((), dtype=torch.float32, device=part.device),
     }
 
 
-def rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
-    """Nats that the loss rose in the last step; waits for the device.
+def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
+    """Nats by which the loss rose in the last step. Waits for the device.
 
     Args:
-        work: (param group, parameter, its gradient after that step).
-        states: each parameter's memory, with the last step in it.
+        work: (param group, parameter, its gradient after the last step).
+        states: each parameter's state, with the last step in it.
 
     Returns:
-        An estimate, infinity if the step left no gradient that is finite; and whether each
-        coordinate's is.
+        The estimate, infinite if no gradient is finite after the step; and whether the gradient is
+        finite in every coordinate.
     """
     items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
     params = [param for _, param, _ in work]
-    ends = [_slope(grad, state[LAST]) for grad, state in items]
-    rows = [((state[SLOPE] + end) / 2).float().reshape(1) for (_, state), end in zip(items, ends)]
-    (change,) = _total(add_up(rows, params))
-    if math.isfinite(change):  # one coordinate that is not would have made the total so
+    ends = [_slope(grad, state[LAST_STEP]) for grad, state in items]
+    rows = [
+        ((state[LAST_SLOPE] + end) / 2).float().reshape(1) for (_, state), end in zip(items, ends)
+    ]
+    (change,) = _total(sum_over_shards(rows, params))
+    if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
         return change, True
     rows = []
     for grad, state in items:
-        end = _slope(grad, state[LAST], masked=True)
-        counts = state[LAST].count_nonzero(), torch.isfinite(grad).count_nonzero()
-        rows.append(torch.stack([x.float() for x in ((state[SLOPE] + end) / 2, *counts)]))
-    change, moved, finite_left = _total(add_up(rows, params))
-    return math.inf if moved and not finite_left else change, False
+        end = _slope(grad, state[LAST_STEP], masked=True)
+        counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
+        rows.append(torch.stack([x.float() for x in ((state[LAST_SLOPE] + end) / 2, *counts)]))
+    change, moved, finite = _total(sum_over_shards(rows, params))
+    return math.inf if moved and not finite else change, False
 
 
 @torch.no_grad()
 def undo(param: Tensor, state: State) -> None:
-    """Take a parameter's last step back, and forget it."""
+    """Subtract the last step from a parameter, and clear the guard's state."""
     part = local(param)
-    part.sub_(state[LAST].view_as(part).to(part.dtype))
+    part.sub_(state[LAST_STEP].view_as(part).to(part.dtype))
     forget(state)
 
 
 def forget(state: State) -> None:
-    """No step any more."""
-    state[LAST].zero_()
-    state[SLOPE].zero_()
+    """Clear the guard's state: no step can be undone now."""
+    state[LAST_STEP].zero_()
+    state[LAST_SLOPE].zero_()
 
 
 @torch.no_grad()
 def remember(work: Work, states: Sequence[State], before: Sequence[Tensor], finite: bool) -> None:
-    """Keep the step that led from `before` to here.
+    """Store the step from `before` to the current values in the guard's state.
 
     Args:
-        work: (param group, parameter, the gradient that it was made of).
-        states: each parameter's memory.
-        before: copies of the parameters' local parts; overwritten.
-        finite: whether every coordinate's gradient is known to be.
+        work: (param group, parameter, the gradient before the step).
+        states: each parameter's state.
+        before: copies of the local shards before the step; overwritten.
+        finite: whether the gradient is known to be finite in every coordinate.
     """
     for (_, param, grad), state, old in zip(work, states, before):
         torch.sub(local(param), old, out=old)
-        state[LAST].copy_(old.reshape(-1))
-        state[SLOPE].copy_(_slope(local_gradient(grad, param), old, masked=not finite))
+        state[LAST_STEP].copy_(old.reshape(-1))
+        state[LAST_SLOPE].copy_(_slope(local_gradient(grad, param), old, masked=not finite))
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
-    """Of the loss along a step, 0-d, float32 or wider.
+    """``g . step``, 0-d, float32 or wider.
 
-    Masked it is that of the coordinates whose gradient is finite, which takes several passes.
+    Masked, it is over the coordinates with a finite gradient, which takes several passes.
     """
     flat = grad.reshape(-1)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -116,7 +122,7 @@ def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
 
 
 def _total(rows: Sequence[Tensor | None]) -> list[float]:
-    """The sum of all rows; waits once for each device that holds some."""
+    """The sum of all rows. Waits once for each device that holds some."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for row in rows:
         by_device.setdefault(cast(Tensor, row).device, []).append(cast(Tensor, row))

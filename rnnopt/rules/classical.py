@@ -1,7 +1,7 @@
 """Classical optimizers as update rules: controls with a known answer, and fair baselines.
 
-They obey the same contract as the learned rule (see `rnnopt.rules.protocol` for shapes), so any test, plot
-or unroll can swap one for the other.
+They obey the protocol of the learned rule (see `rnnopt.rules.protocol` for shapes), so any test,
+plot or unroll can exchange one for another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SGD(nn.Module):
 
     Args:
         step_size: the learning rate.
-        momentum: 0 keeps no memory.
+        momentum: decay rate of the velocity; 0 keeps no state.
     """
 
     def __init__(self, step_size: float, momentum: float = 0.0) -> None:
@@ -103,14 +103,14 @@ class Adam(AdamW):
 
 
 def init_moments(param: Tensor, dtype: torch.dtype) -> State:
-    """Adam's memory before the first step: ``m``, ``v`` (N,) and ``step`` (0-d)."""
+    """Adam's state before the first step: ``m``, ``v`` (N,) and ``step`` (0-d), all zero."""
     zeros = torch.zeros(param.numel(), dtype=dtype, device=param.device)
     step = torch.zeros((), dtype=torch.float32, device=param.device)
     return {"m": zeros, "v": zeros.clone(), "step": step}
 
 
 def next_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> State:
-    """Exponential averages of the gradient and of its square, not yet debiased."""
+    """Exponential averages of the gradient and of its square, before bias correction."""
     return {
         "m": torch.lerp(state["m"], grad, 1 - betas[0]),
         # not lerp: where a gradient's square overflows it makes NaN of an infinite v
@@ -120,14 +120,14 @@ def next_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> Stat
 
 
 def debias(state: State, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """``m_hat`` and ``sqrt(v_hat)``, (N,) each; Kingma & Ba 2015, algorithm 1.
+    """Bias-corrected ``m_hat`` and ``sqrt(v_hat)``, (N,) each; Kingma & Ba 2015, algorithm 1.
 
-    Where v is zero the root is zero and so is its derivative: the derivative of a root at zero
-    is infinite and would make a second-order meta-gradient NaN at every untouched coordinate.
+    Where v is zero the root is zero and so is its derivative. The true derivative is infinite
+    there and would make a second-order meta-gradient NaN at every coordinate without a gradient.
     """
     # 1 - beta**step as expm1: in float32 the plain difference is off by 1e-5 at the first step,
     # and fetching the step to the host would make the GPU wait
-    m_debt, v_debt = (-torch.expm1(state["step"] * math.log(beta)) for beta in betas)
+    m_correction, v_correction = (-torch.expm1(state["step"] * math.log(beta)) for beta in betas)
     touched = state["v"] > 0
-    root = torch.where(touched, torch.sqrt(torch.where(touched, state["v"] / v_debt, 1)), 0)
-    return state["m"] / m_debt, root
+    root = torch.where(touched, torch.sqrt(torch.where(touched, state["v"] / v_correction, 1)), 0)
+    return state["m"] / m_correction, root

@@ -24,8 +24,12 @@ SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
 # The rules that a file can hold. A number rises when a rule's arithmetic changes.
 SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
-    "rnnopt.CoordinateLSTM.7": CoordinateLSTM,
+    "rnnopt.CoordinateLSTM.8": CoordinateLSTM,
     **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
+}
+# Older formats with the same arithmetic: the current name of each argument that was renamed.
+_RENAMED = {
+    "rnnopt.CoordinateLSTM.7": {"reach": "initial_decrease", "growth_unit": "growth_threshold"}
 }
 
 
@@ -80,18 +84,21 @@ def load_rule(path: str | os.PathLike[str]) -> SavedRule:
     """
     file = rule_path(path)
     tensors, about = read_tensors(file)
-    if about.get("format") not in _KINDS:
+    renamed = _RENAMED.get(str(about.get("format")), {})
+    format_ = "rnnopt.CoordinateLSTM.8" if renamed else about.get("format")
+    if format_ not in _KINDS:
         raise InputError(
             f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected "
             f"{' or '.join(map(repr, _KINDS))}; name a file that `rnnopt meta-train` wrote with "
             "this version"
         )
     try:
-        rule = _KINDS[about["format"]](**about["config"])
+        config = {renamed.get(name, name): value for name, value in about["config"].items()}
+        rule = _KINDS[format_](**config)
         for dtype in {leaf.dtype for leaf in tensors.values()}:
             rule.to(dtype)
         rule.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{file}: weights and config do not fit together ({str(error).splitlines()[0]}); the "
             "file was altered or made by another version: meta-train again"

@@ -20,48 +20,46 @@ from rnnopt.rules.classical import debias, init_moments, next_moments
 from rnnopt.rules.features import (
     CONTEXT_FEATURES,
     COORDINATE_FEATURES,
-    Peaks,
+    RunningMaxima,
+    context_features,
     coordinate_features,
-    growth_request,
-    haste,
-    model_sums,
+    growth_multiplier,
+    matrix_gain,
+    model_statistics,
     orthogonalized,
+    radial_gate,
     root_mean_squares,
     step_scale,
-    stretch,
-    tensor_context,
-    tensor_sums,
+    tensor_statistics,
 )
-from rnnopt.rules.protocol import State, Turn
+from rnnopt.rules.protocol import MatrixTransform, State
 
 # The learned factor on the step size stays within exp(-4) .. exp(4), about 1/55 .. 55.
 LOG_FACTOR_BOUND = 4.0
 # Larger gradients overflow float32 once squared and summed over a large tensor.
 GRADIENT_BOUND = 1e15
-# Coordinates worked on at once: their gates stay in a core's cache, and the memory of a step does
-# not grow with the largest tensor.
+# Coordinates per chunk: their gates fit a core's cache, and a step's memory does not grow with the
+# largest tensor.
 CHUNK = 16_384
 OUTPUTS = 3
-# The learned growth of a tensor by itself is a factor of exp(-1) .. exp(1) a step, where the
-# gradient asks for nothing else; and none after so many steps, unless a rule says otherwise: what a
-# fresh head needs is done by then, and what is left would compound.
+# Learned growth is a factor of exp(-1) .. exp(1) a step if the gradient is radial only.
 LOG_GROWTH_BOUND = 1.0
+# Default of `growth_steps`: a new head has grown enough by then, and further growth compounds.
 GROWTH_STEPS = 8
-# Rows or columns of a matrix that `orthogonalize` takes: LoRA factors and heads of up to so many
-# classes, where it costs next to nothing; in an encoder's own it would cost as much as a gradient.
+# Rows or columns up to which `orthogonalize` applies: LoRA factors and heads of as many classes.
+# For an encoder's own matrices it would cost as much as a gradient.
 NARROW = 64
-MOST_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
+MAX_UNITS = 1024  # far beyond use; keeps a typing error from asking for terabytes
 
 
-def before_turning(outputs: Tensor, step: Tensor) -> Tensor:
-    """The shifts of s, k and a for a tensor whose direction is turned as a whole.
+def matrix_output_shifts(outputs: Tensor, step: Tensor) -> Tensor:
+    """Output shifts of a tensor whose direction is orthogonalised: at the first step a gradient.
 
-    At the first step Adam's direction is no more than the gradient's sign, and what a coordinate's
-    size tells is lost on the singular vectors: there it is the plain gradient's that is turned, as
-    long as Adam's would be.
+    At the first step Adam's direction is the sign of the gradient, which hides the relative size
+    of the coordinates and so the singular vectors. k - 1 and a + 1 replace it by ``g / RMS(g)``.
 
     Args:
-        outputs: (..., 3), see `CoordinateLSTM.shifts`.
+        outputs: shifts of s, k and a, (..., 3), see `CoordinateLSTM.context_shifts`.
         step: (...), 1 at the first step.
 
     Returns:
@@ -72,91 +70,99 @@ def before_turning(outputs: Tensor, step: Tensor) -> Tensor:
 
 
 class CoordinateLSTM(nn.Module):
-    """A small LSTM that runs on every coordinate with shared weights and a state of its own.
+    """A small LSTM that runs on every coordinate, with shared weights and parameter-wise state.
 
-    It steers Adam's direction rather than replacing it (source: Andrychowicz et al. 2016,
-    arXiv:1606.04474, for the coordinate-wise LSTM; Kingma & Ba 2015 for m and v)::
+    It modulates Adam's direction (Kingma & Ba 2015) instead of replacing it; the coordinate-wise
+    LSTM is that of Andrychowicz et al. 2016, arXiv:1606.04474::
 
         update = (exp(w) - 1) * p
-            - reach * scale * exp(s) * ((1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g))
+            - initial_decrease * scale * exp(s) * (
+                (1 + k) * m_hat / (sqrt(v_hat) + eps) + a * g / RMS(g)
+            )
 
-    where (s, k, a) are linear in the hidden state and in a small layer over the tensor's context,
-    w in that layer alone; s and w are bounded smoothly by `LOG_FACTOR_BOUND` and
-    `LOG_GROWTH_BOUND`, w is weighed by `rnnopt.rules.features.growth_request` and 0 beyond
-    `growth_steps`, and scale is the tensor's, see
-    `rnnopt.rules.features.step_scale`: it makes a head alone, LoRA factors and a whole encoder begin
-    with steps that suit each. It can go Adam's way (k = a = 0), that of gradient descent (k = -1,
-    a = 1), or any between and beyond.
+    - scale is the tensor's step size from its gradients, `rnnopt.rules.features.step_scale`. One
+      formula gives a head alone, LoRA factors and a whole encoder suitable first steps.
+    - s, k and a are linear in the hidden state and in a small layer over the tensor's context. s is
+      bounded smoothly by `LOG_FACTOR_BOUND`. The direction is Adam's for k = a = 0, the gradient's
+      for k = -1, a = 1.
+    - w is the log growth of the tensor, linear in that layer, bounded smoothly by
+      `LOG_GROWTH_BOUND`, multiplied by `rnnopt.rules.features.radial_gate`, and 0 after
+      `growth_steps`.
 
-    Growth, the first term, parts how sure a classifier is from what it tells apart. While a head is
-    small the encoder below it has to move far to fit the support set, which is how it learns
-    features that carry over (the rich regime of Chizat et al. 2019, arXiv:1812.07956); a head that
-    is large at once fits it with the features that there are. So a head may stay small while the
-    encoder learns, and then grow in the direction that it has, which hardly changes a prediction.
+    Growth is a radial update, along the parameter itself. It separates the confidence of a
+    classifier from its direction. While a head is small, the encoder below it has to move far to
+    fit the support set, and learns features that transfer (the rich regime of Chizat et al. 2019,
+    arXiv:1812.07956); a large head fits the support set with the features that exist. So a rule
+    can keep the head small while the encoder learns, and grow it afterwards, which hardly changes
+    a prediction.
 
-    With the output weights at zero, as they are initialised, the rule *is* Adam with learning rate
-    reach * scale, but where `orthogonalize` turns its direction, see `before_turning`, and goes up
-    to twice as far, see `rnnopt.rules.features.stretch`. A coordinate that never had a gradient keeps a
-    zero state and gets a zero update.
+    With zero output weights, the initial values, the rule is Adam with learning rate
+    ``initial_decrease * scale``; with `orthogonalize` its direction is orthogonalised and up to
+    twice as long (`matrix_output_shifts`, `rnnopt.rules.features.matrix_gain`). A coordinate that
+    never had a gradient keeps zero state and gets a zero update.
 
     The arithmetic runs in the dtype of the rule's weights, on the parameter's device.
 
     Args:
-        hidden_size: H; state per coordinate is 2 H + 2 numbers. 0 for none, where what a tensor's
-            context tells is enough: Adam's state then.
+        hidden_size: H; the state has 2 H + 2 numbers per coordinate. With 0 there is no LSTM: s, k
+            and a depend on the tensor's context only, and the state is Adam's.
         context_size: K.
-        reach: nats by which the loss would fall in the first step at zero output, were it linear.
+        initial_decrease: first-order decrease of the loss in the first step at zero output, in
+            nats: a step size that does not depend on the model.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
-        orthogonalize: in matrices of at most `NARROW` rows or columns, such as LoRA factors, go
-            along all singular directions alike, see `rnnopt.rules.features.orthogonalized`; let what
-            gradients were before anything was learned fade, see `rnnopt.rules.features.Peaks`; and let
-            only what asks for growth come to rest, see `rnnopt.rules.features.step_scale`. For models
-            that learn below their head.
-        growth_steps: so many steps from the first on a tensor may grow by itself.
-        growth_unit: in nats: where growth promises more, see `rnnopt.rules.features.haste`, w is larger
-            by as much; None: w is as learned.
+        orthogonalize: for models that learn below their head. In matrices of at most `NARROW` rows
+            or columns, such as LoRA factors, the direction is orthogonalised
+            (`rnnopt.rules.features.orthogonalized`); running maxima decay until there is evidence
+            of learning (`rnnopt.rules.features.RunningMaxima`); and only tensors with a radial
+            gradient are annealed (`rnnopt.rules.features.step_scale`).
+        growth_steps: a tensor may grow in this many first steps.
+        growth_threshold: in nats. Where the radial derivative is larger, w is multiplied by their
+            ratio, at most 5 (`rnnopt.rules.features.growth_multiplier`). None: w is not multiplied.
 
     Raises:
-        InputError: a size, reach, eps, beta or number of steps out of range.
+        InputError: a size, initial_decrease, eps, a beta, growth_steps or growth_threshold is out
+            of range.
     """
 
-    # The unit of weight decay only: about the learning rate that suits all weights of an encoder.
+    # Only the unit of weight decay: about the learning rate that suits all weights of an encoder.
     step_size = 1e-3
 
     def __init__(
         self,
         hidden_size: int = 8,
         context_size: int = 16,
-        reach: float = 0.75,
+        initial_decrease: float = 0.75,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         orthogonalize: bool = False,
         growth_steps: int = GROWTH_STEPS,
-        growth_unit: float | None = None,
+        growth_threshold: float | None = None,
     ) -> None:
         super().__init__()
         sizes = (("hidden_size", hidden_size, 0), ("context_size", context_size, 1))
         for name, size, least in sizes:
-            if not least <= size <= MOST_UNITS:
-                raise InputError(f"{name}={size}: must lie between {least} and {MOST_UNITS}")
-        for name, value in (("reach", reach), ("eps", eps)):
+            if not least <= size <= MAX_UNITS:
+                raise InputError(f"{name}={size}: must lie between {least} and {MAX_UNITS}")
+        for name, value in (("initial_decrease", initial_decrease), ("eps", eps)):
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be positive and finite")
         if len(betas) != 2 or not all(0 < beta < 1 for beta in betas):
             raise InputError(f"betas={betas}: two numbers strictly between 0 and 1")
         if growth_steps < 0:
             raise InputError(f"growth_steps={growth_steps}: must be 0 or more")
-        if growth_unit is not None and not 0 < growth_unit < math.inf:
-            raise InputError(f"growth_unit={growth_unit}: must be positive and finite, or None")
+        if growth_threshold is not None and not 0 < growth_threshold < math.inf:
+            raise InputError(
+                f"growth_threshold={growth_threshold}: must be positive and finite, or None"
+            )
         self.hidden_size = hidden_size
         self.context_size = context_size
-        self.reach = reach
+        self.initial_decrease = initial_decrease
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = eps
         self.orthogonalize = orthogonalize
         self.growth_steps = growth_steps
-        self.growth_unit = growth_unit
+        self.growth_threshold = growth_threshold
         H, K = hidden_size, context_size
         self.context_weight = nn.Parameter(torch.empty(K, CONTEXT_FEATURES))
         self.context_bias = nn.Parameter(torch.empty(K))
@@ -183,19 +189,19 @@ class CoordinateLSTM(nn.Module):
 
     @torch.no_grad()
     def zero_output(self) -> None:
-        """Make the rule exactly Adam with learning rate reach * scale."""
+        """Make the rule Adam with learning rate ``initial_decrease * scale``."""
         for name, parameter in self.named_parameters():
             if name.startswith(("output_", "growth_")):
                 parameter.zero_()
 
     @torch.no_grad()
-    def growth_alone(self, **changes: Any) -> CoordinateLSTM:
-        """A rule that grows tensors as this one does, with Adam's directions, step sizes and state.
+    def growth_only(self, **changes: Any) -> CoordinateLSTM:
+        """A rule with this rule's growth, and Adam's directions, step sizes and state.
 
-        Growth, with the context that decides it, is all that is left to learn.
+        Only growth and the context layer that it depends on remain trainable.
 
         Args:
-            changes: of `config`.
+            changes: entries of `config` that differ from this rule's.
         """
         with torch.random.fork_rng(devices=[]):
             rule = CoordinateLSTM(**{**self.config, "hidden_size": 0, **changes})
@@ -207,8 +213,8 @@ class CoordinateLSTM(nn.Module):
                 parameter.requires_grad_(False)
         return rule
 
-    def careful(self) -> CoordinateLSTM:
-        """See `rnnopt.optim.safeguard.GuardedRule.careful`: Adam, which this is with its output at zero."""
+    def fallback(self) -> CoordinateLSTM:
+        """Adam at the model's scale, see `rnnopt.optim.safeguard.GuardedRule.fallback`."""
         twin = copy.deepcopy(self)
         twin.zero_output()
         twin.orthogonalize = False
@@ -220,12 +226,12 @@ class CoordinateLSTM(nn.Module):
         others = {
             "orthogonalize": (self.orthogonalize, False),
             "growth_steps": (self.growth_steps, GROWTH_STEPS),
-            "growth_unit": (self.growth_unit, None),
+            "growth_threshold": (self.growth_threshold, None),
         }
         return {
             "hidden_size": self.hidden_size,
             "context_size": self.context_size,
-            "reach": self.reach,
+            "initial_decrease": self.initial_decrease,
             "betas": list(self.betas),
             "eps": self.eps,
             **{name: value for name, (value, default) in others.items() if value != default},
@@ -234,47 +240,56 @@ class CoordinateLSTM(nn.Module):
     def init_state(
         self,
         param: Tensor,
-        memory_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         shape: Sequence[int] | None = None,
     ) -> State:
-        """Zeros. See `rnnopt.rules.protocol.TurningRule.init_state` for the shape.
+        """The state before the first step. All leaves but ``matrix`` are zero.
 
-        ``m``, ``v`` (N,): Adam's moments; ``hidden``, ``cell`` (H, N): the LSTM's; ``step`` 0-d:
-        steps taken; ``matrix`` 0-d: 0 for a vector, 1 for a tensor of two dimensions or more, 2
-        for one that is wide, with more than `NARROW` rows and as many columns; and 0-d each what
-        `rnnopt.rules.features.Peaks` holds. All in the dtype of the rule's weights, but for the LSTM's
-        if `memory_dtype` says otherwise: it bears rounding, which Adam's moments, slow averages,
-        do not.
+        - ``m``, ``v`` (N,): Adam's moments.
+        - ``hidden``, ``cell`` (H, N): the LSTM's state.
+        - ``step`` 0-d: steps taken.
+        - ``matrix`` 0-d: 0 for a vector, 1 for a tensor of two or more dimensions, 2 for a wide
+          one, whose rows and columns are both more than `NARROW`.
+        - 0-d each: the fields of `rnnopt.rules.features.RunningMaxima`.
+
+        Args:
+            param: the parameter, or a shard of it, (N,) when flat.
+            state_dtype: of ``hidden`` and ``cell``, which tolerate rounding; Adam's moments, being
+                slow averages, do not. None: the dtype of the rule's weights, as all other leaves.
+            shape: of the whole tensor, if param is a shard.
         """
         dtype = self.gate_weight.dtype
         size = (self.hidden_size, param.numel())
-        memory = torch.zeros(size, dtype=memory_dtype or dtype, device=param.device)
+        hidden = torch.zeros(size, dtype=state_dtype or dtype, device=param.device)
         shape = param.shape if shape is None else shape
         wide = len(shape) > 1 and min(shape[0], math.prod(shape[1:])) > NARROW
         matrix = float(len(shape) > 1) + float(wide)
         return {
             **init_moments(param, dtype),
-            "hidden": memory,
-            "cell": memory.clone(),
+            "hidden": hidden,
+            "cell": hidden.clone(),
             "matrix": torch.tensor(matrix, dtype=dtype, device=param.device),
-            **{name: torch.zeros((), dtype=dtype, device=param.device) for name in Peaks._fields},
+            **{
+                name: torch.zeros((), dtype=dtype, device=param.device)
+                for name in RunningMaxima._fields
+            },
         }
 
-    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TensorWideRule.sums`."""
+    def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(9,), see `rnnopt.rules.features.tensor_statistics`."""
         param = param.to(self.gate_weight.dtype)
-        return tensor_sums(self._bounded(grad), state["m"], param, state["matrix"])
+        return tensor_statistics(self._bounded(grad), state["m"], param, state["matrix"])
 
-    def related(self, sums: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TensorWideRule.related`."""
-        return model_sums(sums, fading=self.orthogonalize)
+    def cross_tensor_context(self, statistics: Tensor) -> Tensor:
+        """(P, 9) -> (P, 18), see `rnnopt.rules.features.model_statistics`."""
+        return model_statistics(statistics, decaying=self.orthogonalize)
 
-    def turns(self, shape: Sequence[int]) -> bool:
-        """See `rnnopt.rules.protocol.TurningRule.turns`."""
+    def treats_as_matrix(self, shape: Sequence[int]) -> bool:
+        """Whether `orthogonalize` applies to a tensor of this shape."""
         return self.orthogonalize and len(shape) == 2 and 0 < min(shape) <= NARROW
 
-    def turned(self, direction: Tensor) -> Tensor:
-        """See `rnnopt.rules.protocol.TurningRule.turned`."""
+    def transform_matrix(self, direction: Tensor) -> Tensor:
+        """Orthogonalised directions, (..., R, C), see `rnnopt.rules.features.orthogonalized`."""
         return orthogonalized(direction)
 
     def forward(
@@ -282,33 +297,33 @@ class CoordinateLSTM(nn.Module):
         grad: Tensor,
         state: State,
         param: Tensor,
-        sums: Tensor | None = None,
-        turn: Turn | None = None,
+        context: Tensor | None = None,
+        transform: MatrixTransform | None = None,
     ) -> tuple[Tensor, State]:
-        """See `rnnopt.rules.protocol.TurningRule.__call__`."""
-        if sums is None:
-            sums = self.related(self.sums(grad, state, param).unsqueeze(0))[0]
+        """See `rnnopt.rules.protocol.MatrixRule.__call__`."""
+        if context is None:
+            context = self.cross_tensor_context(self.statistics(grad, state, param).unsqueeze(0))[0]
         grad, param = self._bounded(grad), param.to(self.gate_weight.dtype)
         moments = next_moments(grad, state, self.betas)
         m_hat, root = debias(moments, self.betas)
-        grad_rms, param_rms = root_mean_squares(sums)
-        peaks = Peaks(*(state[name] for name in Peaks._fields))
-        gates, outputs, growth = self.shifts(sums, peaks, moments["step"])
-        if turn is not None:
-            outputs = before_turning(outputs, moments["step"])
+        grad_rms, param_rms = root_mean_squares(context)
+        maxima = RunningMaxima(*(state[name] for name in RunningMaxima._fields))
+        gates, outputs, growth = self.context_shifts(context, maxima, moments["step"])
+        if transform is not None:
+            outputs = matrix_output_shifts(outputs, moments["step"])
         scale = root + self.eps
         adam, relative = m_hat / scale, grad / grad_rms
         features = coordinate_features(adam, grad / scale, relative, param / param_rms)
-        live = (moments["v"] > 0).to(grad.dtype)
+        live = (moments["v"] > 0).to(grad.dtype)  # coordinates that have had a gradient
         directions = torch.stack([adam, relative, live])
-        memory = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
+        lstm_state = tuple(state[name].to(grad.dtype) for name in ("hidden", "cell"))
         shifts = gates.unsqueeze(1), outputs.unsqueeze(1)
-        direction, hidden, cell = self._run_cell(shifts, (features, directions, *memory))
-        after = peaks.after(sums, moments["step"])
-        if turn is not None:
-            longer = stretch(after.request_peak, moments["step"])
-            direction = longer * turn(direction) * live
-        length = self.reach * step_scale(sums, peaks, after, self.orthogonalize)
+        direction, hidden, cell = self._run_cell(shifts, (features, directions, *lstm_state))
+        after = maxima.updated(context, moments["step"])
+        if transform is not None:
+            gain = matrix_gain(after.radial_gate_max, moments["step"])
+            direction = gain * transform(direction) * live
+        length = self.initial_decrease * step_scale(context, maxima, after, self.orthogonalize)
         update = growth * (param * live) - length * direction
         return update, {
             **moments,
@@ -321,37 +336,40 @@ class CoordinateLSTM(nn.Module):
     def _bounded(self, grad: Tensor) -> Tensor:
         return grad.to(self.gate_weight.dtype).clamp(-GRADIENT_BOUND, GRADIENT_BOUND)
 
-    def shifts(self, sums: Tensor, peaks: Peaks, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a tensor's context adds to each of its coordinates.
+    def context_shifts(
+        self, context: Tensor, maxima: RunningMaxima, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a tensor's context adds to the LSTM of each of its coordinates, and its growth.
 
         Args:
-            sums: see `rnnopt.rules.features.tensor_context`.
-            peaks: see there.
-            step: see there.
+            context: see `rnnopt.rules.features.context_features`, (..., 18).
+            maxima: before this step.
+            step: (...), 1 at the first step.
 
         Returns:
-            To the gates (..., 4 H) and to the outputs (..., 3); and of its own value, (...).
+            Shifts of the gates, (..., 4 H), and of the outputs s, k, a, (..., 3); and the growth
+            exp(w) - 1, (...).
         """
-        context = tensor_context(sums, peaks, step)
-        device = context.device  # parameters of one model may live on several
+        features = context_features(context, maxima, step)
+        device = features.device  # parameters of one model may live on several
         weights = {name: weight.to(device) for name, weight in self.named_parameters()}
-        view = torch.tanh(
-            linear(context, weights["context_weight"], weights["context_bias"])
+        layer = torch.tanh(
+            linear(features, weights["context_weight"], weights["context_bias"])
         )  # (..., K)
-        growth = view @ weights["growth_context"] + weights["growth_bias"]
-        if self.growth_unit is not None:
-            growth = growth * haste(sums, self.growth_unit)
-        growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * growth_request(sums)
+        growth = layer @ weights["growth_context"] + weights["growth_bias"]
+        if self.growth_threshold is not None:
+            growth = growth * growth_multiplier(context, self.growth_threshold)
+        growth = LOG_GROWTH_BOUND * torch.tanh(growth / LOG_GROWTH_BOUND) * radial_gate(context)
         return (
-            linear(view, weights["gate_context"], weights["gate_bias"]),
-            linear(view, weights["output_context"], weights["output_bias"]),
+            linear(layer, weights["gate_context"], weights["gate_bias"]),
+            linear(layer, weights["output_context"], weights["output_bias"]),
             torch.where(step <= self.growth_steps, torch.expm1(growth), 0),
         )
 
     def _run_cell(
         self, shifts: tuple[Tensor, Tensor], arrays: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The coordinate-wise part, chunk by chunk: coordinates do not interact in it."""
+        """The coordinate-wise part, chunk by chunk; coordinates do not interact in it."""
         size = arrays[0].shape[1]
         if size <= CHUNK:
             return self._cell(shifts, arrays)
@@ -366,12 +384,12 @@ class CoordinateLSTM(nn.Module):
         """One LSTM step for n coordinates, gates as in Gers et al. 2000.
 
         Args:
-            shifts: what `shifts` returned, as columns (4 H, 1) and (3, 1).
-            arrays: features (F, n), directions (3, n), hidden and cell state (H, n).
+            shifts: of gates and outputs, (4 H, 1) and (3, 1), see `context_shifts`.
+            arrays: features (F, n); Adam's direction, g / RMS(g) and whether the coordinate has
+                had a gradient, (3, n); hidden and cell state, (H, n) each.
 
         Returns:
-            The direction (n,), which scale turns into an update, and the next hidden and cell
-            state.
+            The direction before scaling, (n,), and the next hidden and cell state, (H, n).
         """
         x, directions, h, c = arrays
         adam, relative, live = directions

@@ -23,15 +23,15 @@ class MetaSGD(nn.Module):
     arXiv:1707.09835) learn a rate of any sign for each coordinate; one positive rate a tensor, as
     in Antoniou et al. 2019 (arXiv:1810.09502), takes M numbers instead of as many as the model has.
 
-    A rule doesn't see which tensor it steps, so the tensor's number is part of the memory: `assign`
-    puts it there. A tensor without a number takes the geometric mean of all rates.
+    A rule is not told which tensor it steps, so the tensor's index is part of its state; `assign`
+    writes it. A tensor without an index takes the geometric mean of all rates.
 
     Args:
-        names: of the M tensors.
-        step_size: the learning rate of all of them at first.
+        names: the names of the M tensors.
+        step_size: the initial learning rate of all of them.
 
     Raises:
-        InputError: no names, or the step size is out of range.
+        InputError: there are no names, or the step size is not positive and finite.
     """
 
     def __init__(self, names: Sequence[str], step_size: float = 0.1) -> None:
@@ -50,14 +50,14 @@ class MetaSGD(nn.Module):
         return {"names": self.names, "step_size": self.step_size}
 
     def assign(self, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> None:
-        """Tell an optimizer that has taken no step which of its tensors is which.
+        """Write each tensor's index to the state of an optimizer that has taken no step.
 
         Args:
             optimizer: a `LearnedOptimizer` with this rule.
             params: its parameters by name.
 
         Raises:
-            InputError: a name that this rule has no rate for.
+            InputError: this rule has no rate for one of the names.
         """
         foreign = [name for name in params if name not in self.names]
         if foreign:
@@ -71,7 +71,7 @@ class MetaSGD(nn.Module):
             optimizer.state[param] = {"number": _number(self.names.index(name), param)}
 
     def init_state(self, param: Tensor) -> State:
-        """``number``: 0-d float32, whole; M, that of none of the names, before `assign`."""
+        """``number``: the tensor's index, 0-d float32; before `assign` it is M, no tensor's."""
         return {"number": _number(len(self.names), param)}
 
     def forward(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
@@ -84,5 +84,5 @@ class MetaSGD(nn.Module):
 
 
 def _number(number: int, param: Tensor) -> Tensor:
-    """A float like every other memory of a rule."""
+    """A float, as all state of a rule is."""
     return torch.tensor(float(number), dtype=torch.float32, device=param.device)

@@ -1,10 +1,10 @@
-"""What an update rule is, and the one place where a rule meets a parameter.
+"""The update-rule protocol, and `advance`, which applies a rule to one parameter tensor.
 
-Shapes: N is the number of coordinates (scalars) of one parameter tensor. Rules see a parameter
-and its gradient as flat vectors (N,), and every state leaf that belongs to coordinates *ends*
-with N: ``(N,)`` or ``(H, N)``. Feature-major memory keeps the coordinates of one feature side by
-side, which is what makes the matrix products and the elementwise passes fast. A 0-d leaf belongs
-to the tensor as a whole (its step count, say).
+Shapes: N coordinates (scalars) of one parameter tensor, M statistics of it, K numbers of context.
+A rule sees the parameter and its gradient as flat vectors (N,). Parameter-wise state has shape
+(N,) or (H, N), with N last; the coordinates of one feature are then contiguous in memory, which
+makes matrix products and elementwise operations fast. Tensor-wise state, such as the step count,
+is 0-d.
 
 Sign: an update is *added* to the parameter.
 """
@@ -18,33 +18,33 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Turn = Callable[[Tensor], Tensor]  # of a direction, (N,) -> (N,)
+MatrixTransform = Callable[[Tensor], Tensor]  # of a flat direction, (N,) -> (N,)
 
 
 @runtime_checkable
 class UpdateRule(Protocol):
-    """The pure function ``(gradient, state, parameter) -> (update, state)``.
+    """A pure function ``(gradient, state, parameter) -> (update, state)``.
 
-    A rule writes to none of its inputs. What it computes for one tensor depends on that tensor
-    alone, but for what `TensorWideRule.related` tells it of the others.
+    A rule writes to none of its inputs. Its result for one tensor depends on that tensor alone;
+    a `TensorAwareRule` may also depend on the other tensors through `cross_tensor_context`.
 
     Attributes:
-        step_size: what a classical optimizer calls its learning rate; the unit in which decoupled
-            weight decay is counted, so that a rule that is Adam makes the optimizer AdamW.
+        step_size: the learning rate of a classical rule. Decoupled weight decay is multiplied by
+            it, so that a rule that is Adam makes the optimizer AdamW.
     """
 
     step_size: float
 
     def init_state(self, param: Tensor) -> State:
-        """The state before the first step: flat, leaves ``(..., N)`` or 0-d, on param's device."""
+        """The state before the first step: leaves (..., N) or 0-d, on the parameter's device."""
         ...
 
     def __call__(self, grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
         """One step for one tensor.
 
         Args:
-            grad: finite gradient, (N,).
-            state: what `init_state` or the previous step returned.
+            grad: the gradient, (N,), finite.
+            state: the result of `init_state` or of the previous step.
             param: the parameter's value, (N,).
 
         Returns:
@@ -54,69 +54,68 @@ class UpdateRule(Protocol):
 
 
 @runtime_checkable
-class TensorWideRule(UpdateRule, Protocol):
-    """A rule in which coordinates of one tensor feel one another, but only through sums.
+class TensorAwareRule(UpdateRule, Protocol):
+    """A rule whose coordinates interact, but only through sums over the tensor.
 
-    Where a caller holds a piece of the tensor only (a shard, a sample of the coordinates), it
-    passes the sums of the whole. Tensors that are stepped together may feel one another as well,
-    through `related`. A rule without `sums` is taken to treat each coordinate by itself.
+    A caller that holds only part of a tensor (a shard, or a sample of its coordinates) passes the
+    context of the whole tensor. A rule without `statistics` treats every coordinate separately.
     """
 
-    def sums(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
-        """Sums over this piece, (M,): those of all pieces add up to the tensor's.
+    def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """Sums over the coordinates given, (M,). Those of all shards add up to the tensor's.
 
-        Arguments as in `__call__`.
+        Args:
+            grad: see `UpdateRule.__call__`.
+            state: see `UpdateRule.__call__`.
+            param: see `UpdateRule.__call__`.
         """
         ...
 
-    def related(self, sums: Tensor) -> Tensor:
-        """What each tensor is told, of itself and of those that are stepped together with it.
+    def cross_tensor_context(self, statistics: Tensor) -> Tensor:
+        """Each tensor's context, computed from all tensors that are stepped together.
 
         Args:
-            sums: of P whole tensors, (P, M).
+            statistics: of P whole tensors, (P, M).
 
         Returns:
-            (P, K), a row for each; the sums themselves where tensors do not feel one another.
+            (P, K), a row for each tensor; the statistics themselves if tensors do not interact.
         """
         ...
 
     def __call__(
-        self, grad: Tensor, state: State, param: Tensor, sums: Tensor | None = None
+        self, grad: Tensor, state: State, param: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As `UpdateRule.__call__`.
 
         Args:
-            grad: finite gradient, (N,).
-            state: what `init_state` or the previous step returned.
-            param: the parameter's value, (N,).
-            sums: this tensor's row of `related`, (K,); None if what is given is the whole tensor,
-                and no other is stepped.
+            grad: see `UpdateRule.__call__`.
+            state: see `UpdateRule.__call__`.
+            param: see `UpdateRule.__call__`.
+            context: this tensor's row of `cross_tensor_context`, (K,). None if the arguments are
+                the whole tensor and it is the only one.
         """
         ...
 
 
 @runtime_checkable
-class TurningRule(TensorWideRule, Protocol):
-    """A rule that turns the direction of some matrices as a whole, before it goes there.
-
-    There coordinates feel one another through more than sums.
-    """
+class MatrixRule(TensorAwareRule, Protocol):
+    """A rule that transforms the direction of some matrices as a whole, as Muon does."""
 
     def init_state(self, param: Tensor, *, shape: Sequence[int] | None = None) -> State:
         """As `UpdateRule.init_state`.
 
         Args:
-            param: see there.
-            shape: of the whole tensor, where param is a shard of it.
+            param: the parameter, or a shard of it.
+            shape: of the whole tensor, if param is a shard.
         """
         ...
 
-    def turns(self, shape: Sequence[int]) -> bool:
-        """Whether it does so to a tensor of this shape."""
+    def treats_as_matrix(self, shape: Sequence[int]) -> bool:
+        """Whether the rule transforms directions of this shape."""
         ...
 
-    def turned(self, direction: Tensor) -> Tensor:
-        """What becomes of directions, (..., R, C)."""
+    def transform_matrix(self, direction: Tensor) -> Tensor:
+        """The transformed directions, (..., R, C) -> (..., R, C)."""
         ...
 
     def __call__(
@@ -124,30 +123,29 @@ class TurningRule(TensorWideRule, Protocol):
         grad: Tensor,
         state: State,
         param: Tensor,
-        sums: Tensor | None = None,
-        turn: Turn | None = None,
+        context: Tensor | None = None,
+        transform: MatrixTransform | None = None,
     ) -> tuple[Tensor, State]:
-        """As `TensorWideRule.__call__`.
+        """As `TensorAwareRule.__call__`.
 
         Args:
-            grad: see there.
-            state: see there.
-            param: see there.
-            sums: see there.
-            turn: what `turn_of` returned for the tensor.
+            grad: see `UpdateRule.__call__`.
+            state: see `UpdateRule.__call__`.
+            param: see `UpdateRule.__call__`.
+            context: see `TensorAwareRule.__call__`.
+            transform: the result of `matrix_transform` for this tensor.
         """
         ...
 
 
-def turn_of(rule: UpdateRule, param: Tensor) -> Turn | None:
-    """The rule's `turned` for flat directions of this parameter; None if it leaves them alone."""
-    turns = getattr(
-        rule, "turns", None
-    )  # isinstance, of a protocol, takes longer than a small step
-    if turns is None or not turns(param.shape):
+def matrix_transform(rule: UpdateRule, param: Tensor) -> MatrixTransform | None:
+    """`MatrixRule.transform_matrix` for flat directions of param; None if it does not apply."""
+    # getattr, because isinstance with a protocol takes longer than a small step
+    applies = getattr(rule, "treats_as_matrix", None)
+    if applies is None or not applies(param.shape):
         return None
-    turned, shape = cast(TurningRule, rule).turned, param.shape
-    return lambda direction: turned(direction.view(shape)).reshape(-1)
+    transform, shape = cast(MatrixRule, rule).transform_matrix, param.shape
+    return lambda direction: transform(direction.view(shape)).reshape(-1)
 
 
 def advance(
@@ -157,39 +155,40 @@ def advance(
     state: State,
     lr: float,
     weight_decay: float,
-    sums: Tensor | None = None,
-    turn: Turn | None = None,
+    context: Tensor | None = None,
+    transform: MatrixTransform | None = None,
 ) -> tuple[Tensor, State]:
-    """Apply a rule to one parameter tensor, whatever its shape and layout.
+    """Apply a rule to one parameter tensor of any shape and memory layout.
 
     ``delta = lr * (rule(grad) - step_size * weight_decay * param)``; the decay is decoupled as in
     Loshchilov & Hutter 2019, arXiv:1711.05101. A coordinate whose gradient is NaN or infinite
-    stays as it is, and so does its memory; the test is a mask on the device, so nothing waits
-    for the GPU.
+    keeps its value and its state. The test is a mask on the device, so nothing waits for the GPU.
 
     Args:
         rule: the update rule.
         param: the parameter, any shape.
         grad: its gradient, same shape.
-        state: the rule's memory for this tensor.
+        state: the rule's state for this tensor.
         lr: multiplies the whole change; dimensionless, 1.0 = as meta-trained.
         weight_decay: decay per step in units of ``lr * rule.step_size``.
-        sums: for a `TensorWideRule` what `related` tells this tensor; None if it is alone.
-        turn: `turn_of` the tensor of which param, flat, is a piece; None if it is the whole tensor.
+        context: for a `TensorAwareRule` this tensor's row of `cross_tensor_context`, (K,). None if
+            it is the only tensor.
+        transform: the result of `matrix_transform` for the tensor of which param is a flat shard.
+            None if param is the whole tensor.
 
     Returns:
         The change to add, in param's shape, and the next state. Differentiable in everything.
     """
-    if turn is None:
-        turn = turn_of(rule, param)
-    if param.numel() == 0 and turn is None:
+    if transform is None:
+        transform = matrix_transform(rule, param)
+    if param.numel() == 0 and transform is None:
         return torch.zeros_like(param), state
     flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
     finite = torch.isfinite(flat_grad)
-    known: dict[str, Any] = {} if sums is None else {"sums": sums}
-    if turn is not None:
-        known["turn"] = lambda direction: turn(torch.where(finite, direction, 0))
-    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, **known)
+    options: dict[str, Any] = {} if context is None else {"context": context}
+    if transform is not None:
+        options["transform"] = lambda direction: transform(torch.where(finite, direction, 0))
+    update, new_state = rule(torch.where(finite, flat_grad, 0), state, flat_param, **options)
     if weight_decay:
         update = update - (rule.step_size * weight_decay) * flat_param
     delta = lr * torch.where(finite, update, 0)
@@ -200,32 +199,34 @@ def advance(
     return delta.reshape(param.shape), new_state
 
 
-def related(rule: UpdateRule, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What `advance` wants for each of the tensors that are stepped together.
+def cross_tensor_context(
+    rule: UpdateRule, statistics: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The `context` argument of `advance` for each of the tensors that are stepped together.
 
     Args:
         rule: the rule.
-        sums: what `sums_of` returned for each, added up over its pieces.
+        statistics: the result of `statistics_of` for each tensor, summed over its shards.
 
     Returns:
-        (K,) for each, on the device of its sums; None where the rule needs none.
+        (K,) for each tensor, on the device of its statistics; None for a rule that needs none.
     """
-    if not isinstance(rule, TensorWideRule) or not sums:
-        return list(sums)
-    rows = [cast(Tensor, row) for row in sums]
-    told = rule.related(torch.stack([row.to(rows[0]) for row in rows]))
-    return [new.to(row) for row, new in zip(rows, told)]
+    if not isinstance(rule, TensorAwareRule) or not statistics:
+        return list(statistics)
+    rows = [cast(Tensor, row) for row in statistics]
+    context = rule.cross_tensor_context(torch.stack([row.to(rows[0]) for row in rows]))
+    return [new.to(row) for row, new in zip(rows, context)]
 
 
-def sums_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
-    """The sums over a piece of this parameter; None if the rule needs none."""
-    if not isinstance(rule, TensorWideRule):
+def statistics_of(rule: UpdateRule, param: Tensor, grad: Tensor, state: State) -> Tensor | None:
+    """`TensorAwareRule.statistics` of a parameter or a shard, (M,); None if the rule needs none."""
+    if not isinstance(rule, TensorAwareRule):
         return None
     flat_grad = grad.reshape(-1)
     finite = torch.where(torch.isfinite(flat_grad), flat_grad, 0)
-    return rule.sums(finite, state, param.reshape(-1))
+    return rule.statistics(finite, state, param.reshape(-1))
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
-    """At least float32: half-precision parameters keep their memory in full precision."""
+    """At least float32: the state of a half-precision parameter has full precision."""
     return torch.promote_types(param.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What a confusion matrix says of a classifier.
+"""Metrics of a classifier, from its confusion matrix.
 
 Shapes: B texts, C classes.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Metrics:
-    """Accuracy, and precision, recall and F1 averaged over classes, each class alike (macro)."""
+    """Accuracy, and the macro averages over classes of precision, recall and F1."""
 
     accuracy: float
     precision: float
@@ -21,28 +21,36 @@ class Metrics:
 
 
 def confusion_matrix(predicted: np.ndarray, actual: np.ndarray, classes: int) -> np.ndarray:
-    """Counts of texts [actual, predicted], (classes, classes) int64."""
-    confusion = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(confusion, (actual, predicted), 1)
-    return confusion
+    """Count the texts of each pair of an actual and a predicted class.
+
+    Args:
+        predicted: (B,), the predicted classes, 0 to C - 1.
+        actual: (B,), the true classes.
+        classes: C.
+
+    Returns:
+        (C, C) int64, indexed [actual, predicted].
+    """
+    # scikit-learn's function takes a hundred times as long, and this runs after every few steps.
+    cells = np.bincount(classes * actual + predicted, minlength=classes**2)
+    return cells.reshape(classes, classes)
 
 
 def classification_metrics(confusion: np.ndarray) -> Metrics:
-    """Metrics as scikit-learn defines them with ``average="macro", zero_division=0``.
+    """Accuracy and macro averages by scikit-learn.
+
+    The precision of a class that is never predicted is 0, and so is the recall of an absent one.
 
     Args:
-        confusion: (C, C), counts of texts [actual, predicted]; classes in neither are left out of
-            the averages.
+        confusion: (C, C), counts of texts [actual, predicted]. A class without a text that is
+            also never predicted is left out of the averages.
     """
-    hits = np.diag(confusion).astype(float)
-    claimed, present = confusion.sum(axis=0), confusion.sum(axis=1)
-    seen = (claimed + present) > 0
-    precision = hits[seen] / np.maximum(claimed[seen], 1)
-    recall = hits[seen] / np.maximum(present[seen], 1)
-    f1 = 2 * hits[seen] / (claimed + present)[seen]
-    return Metrics(
-        accuracy=float(hits.sum() / confusion.sum()),
-        precision=float(precision.mean()),
-        recall=float(recall.mean()),
-        f1=float(f1.mean()),
+    from sklearn.metrics import precision_recall_fscore_support
+
+    actual, predicted = np.nonzero(confusion)
+    counts = confusion[actual, predicted]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        actual, predicted, sample_weight=counts, average="macro", zero_division=0
     )
+    accuracy = counts[actual == predicted].sum() / counts.sum()
+    return Metrics(float(accuracy), float(precision), float(recall), float(f1))

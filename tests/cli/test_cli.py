@@ -1,6 +1,5 @@
 """The command, as a user types it: real files in, real files out, and clear words for mistakes."""
 
-import argparse
 import json
 import os
 import re
@@ -13,7 +12,8 @@ from rule_table import random_lstm
 
 from rnnopt import Adam, load_rule, save_rule
 from rnnopt.cli.main import main
-from rnnopt.cli.options import load_kinds
+from rnnopt.cli.settings.commands import MetaTrain
+from rnnopt.cli.settings.loading import load_kinds
 from rnnopt.data.splits import class_sketches, read_splits
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, read_training
 from rnnopt.storage.files import read_tensors
@@ -110,12 +110,11 @@ def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_pat
 
 
 def test_the_kinds_are_all_combinations_each_loaded_once(encoder):
-    options = argparse.Namespace(
-        encoder=encoder, tune=["head", "lora", "lora"], lora_rank=[2, 4], top_layers=None,
-        pooling=["model"], ways=[3], order=1, exact=["lora"], max_length=32, seed=0,
-        precision="fp32",
+    settings = MetaTrain(
+        data=["stdlib"], output="run", encoder=encoder, tune=["head", "lora", "lora"],
+        lora_rank=[2, 4], ways=[3], exact=["lora"], max_length=32, precision="fp32",
     )  # fmt: skip
-    kinds = load_kinds(options, torch.device("cpu"))
+    kinds = load_kinds(settings, torch.device("cpu"))
     assert len(kinds) == 6
     sizes = [sum(param.numel() for _, param in kind.trainable()) for kind in kinds]
     head, small, large = sorted(set(sizes))
@@ -200,7 +199,7 @@ def test_compare_writes_the_figures_and_the_picture(csv_file, encoder, rule_file
     assert set(result["methods"]) == {"learned", "adamw", "sgd"}
     assert set(result["methods"]["learned"]["accuracy"]) == {"1", "2"}
     assert plot.read_bytes().startswith(PNG)
-    assert "| learned |" in capsys.readouterr().out
+    assert "| learned " in capsys.readouterr().out
 
 
 def test_compare_by_classes_fewer_than_ways_says_so(csv_file, encoder, rule_file, tmp_path, capsys):
@@ -345,12 +344,12 @@ def test_a_result_of_another_setting_is_not_overwritten(
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    def bare(options):
-        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+    def bare(settings):
+        raise ModuleNotFoundError("No module named 'rich'", name="rich")
 
-    monkeypatch.setattr("rnnopt.cli.main._demo", bare)
+    monkeypatch.setattr("rnnopt.cli.demo.run", bare)
     assert main(["demo"]) == 2
-    assert 'tqdm is missing: pip install "rnnopt[meta]"' in capsys.readouterr().err
+    assert 'rich is missing: pip install "rnnopt[meta]"' in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model(csv_file, tmp_path, capsys):
@@ -379,10 +378,10 @@ def test_cuda_where_there_is_none(csv_file, encoder, tmp_path, capsys):
 
 
 def test_ctrl_c_exits_with_130(monkeypatch, capsys):
-    def interrupted(options):
+    def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rnnopt.cli.main._demo", interrupted)
+    monkeypatch.setattr("rnnopt.cli.demo.run", interrupted)
     assert main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

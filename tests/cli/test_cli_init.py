@@ -1,16 +1,16 @@
 """Initial values through the command, as a user types it."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
 from rule_table import random_lstm
-from test_processes import checkpoint, free_port, furthest, results, start
+from test_processes import init_command as meta_train
 
 from rnnopt import SGD, MetaSGD, load_rule, save_rule
 from rnnopt.cli.main import main
-from rnnopt.cli.options import choose_start
+from rnnopt.cli.settings.groups import RuleSettings
+from rnnopt.cli.settings.loading import choose_start
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import TextStart
@@ -22,14 +22,6 @@ def run(command, *more):
 
 def options(csv_file, encoder):
     return f"--data {csv_file} --encoder {encoder} --lora-rank 2 "
-
-
-def meta_train(csv_file, encoder, folder, more=""):
-    return (
-        f"meta-train {options(csv_file, encoder)} --ways 2 --shots 2 --queries 3 --steps 2 "
-        f"--meta-steps 4 --validate-every 2 --validation-tasks 2 --device cpu --init maml "
-        f"--init-lr 1e-3 --output {folder} {more}"
-    )
 
 
 def fails(command, capsys):
@@ -118,10 +110,9 @@ def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(en
     start = TextStart("prototype", "head", classifier.initial_values)
     save_init(tmp_path / "init", classifier, start, {})
     for head, expected in ((None, "prototype"), ("zero", "zero")):
-        chosen = Namespace(init=tmp_path, head=head, adapt_only=None)
-        found = choose_start(chosen, classifier)
+        found = choose_start(RuleSettings(init=tmp_path, head=head), classifier)
         assert (found.head, found.adapted) == (expected, "head")
-    assert choose_start(Namespace(init=None, head=None, adapt_only=None), classifier) == TextStart()
+    assert choose_start(RuleSettings(), classifier) == TextStart()
 
 
 def test_compare_refuses_classes_that_the_initial_values_have_seen(
@@ -179,19 +170,6 @@ def test_learned_rates_for_other_tensors_are_refused(
 def test_bad_options_of_meta_train(csv_file, encoder, tmp_path, capsys, more, message):
     assert message in fails(meta_train(csv_file, encoder, tmp_path / "out", more), capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_processes_learn_the_values_of_one(csv_file, encoder, tmp_path):
-    folders, port = [tmp_path / name for name in ("one", "two", "elsewhere")], free_port()
-    more = "--tasks 3 --inner meta-sgd --head prototype --shortest 1"
-    commands = [meta_train(csv_file, encoder, folder, more).split() for folder in folders]
-    members = [start(rank, [(port, commands[1 + rank])]) for rank in (0, 1)]
-    assert main(commands[0]) == 0
-    assert [results(member)[0] for member in members] == [[0], [0]]
-    assert any(name.startswith("init.") for name in checkpoint(folders[0]))
-    assert furthest(*folders[:2]) < 1e-5  # Adam divides by the root of small second moments
-    assert (folders[1] / "init" / "init.json").exists()
-    assert not folders[2].exists()
 
 
 @pytest.mark.parametrize("make", [SGD, lambda lr: MetaSGD(["a", "b"], lr)])

@@ -1,11 +1,10 @@
 """Whose classes tune and whose judge: the options of a comparison that say it."""
 
-import argparse
-
 import pytest
 
 from rnnopt import InputError
-from rnnopt.cli.held_out import comparison_data, comparison_sampler
+from rnnopt.cli.compare import comparison_data, comparison_sampler
+from rnnopt.cli.settings.commands import Compare
 from rnnopt.data.splits import read_splits
 
 NOUNS = ("rain", "song", "bank", "soup", "train", "alarm", "pill", "goal")
@@ -32,12 +31,8 @@ def whole(tmp_path):
 
 
 def options(data, **more):
-    given = {
-        "data": [data], "tuning_data": None, "report_on": "test", "fewer_ways": False, "seed": 0,
-        "text_column": "text", "label_column": "label", "domain_column": None,
-        "allow_overlap": False, "ways": 2, "shots": 2, "queries": 2, **more,
-    }  # fmt: skip
-    return argparse.Namespace(**given)
+    given = {"ways": 2, "shots": 2, "queries": 2, **more}
+    return Compare(data=[data], encoder="encoder", json="result.json", **given)
 
 
 def labels(corpus):

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from rnnopt import InputError
 from rnnopt.cli.main import main
-from rnnopt.cli.options import own_device
+from rnnopt.cli.settings.loading import own_device
 from rnnopt.meta.processes import Team
 
-META_STEPS = 20
+META_STEPS = 12
+INIT = "--tasks 3 --inner meta-sgd --head prototype --shortest 1"
+ALONE = "WORLD_SIZE=2: only meta-train runs in several"
 # Runs commands one after another, each at a rendezvous of its own.
 MEMBER = """
 import json, os, sys
@@ -46,6 +48,15 @@ def meta_train(csv_file, encoder, folder, *more):
     return [str(option) for option in options]
 
 
+def init_command(csv_file, encoder, folder, more=""):
+    """Initial values are learned too."""
+    return (
+        f"meta-train --data {csv_file} --encoder {encoder} --lora-rank 2 --ways 2 --shots 2 "
+        f"--queries 3 --steps 2 --meta-steps 4 --validate-every 2 --validation-tasks 2 "
+        f"--device cpu --init maml --init-lr 1e-3 --output {folder} {more}"
+    )
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,7 +78,7 @@ def start(rank, commands):
 def results(member):
     """The exit codes of a process's commands, and what each printed to stderr."""
     try:
-        out, errors = member.communicate(timeout=120)
+        out, errors = member.communicate(timeout=600)
     finally:
         member.kill()
     codes = [int(line.split()[-1]) for line in out.splitlines() if line.startswith("exit code")]
@@ -125,7 +136,7 @@ def cut(csv_file, encoder, tmp_path_factory):
     survivor, victim = (
         start(rank, [(port, meta_train(csv_file, encoder, folder))]) for rank in (0, 1)
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint.safetensors").exists():
         assert survivor.poll() is victim.poll() is None
         assert time.monotonic() < deadline
@@ -173,29 +184,75 @@ def mistakes(csv_file, folder):
     ]
 
 
-def test_two_processes_go_on_and_mistakes_are_told_once(whole, cut, csv_file, encoder, tmp_path):
-    """One behaviour each, but the same two processes, which take long to start."""
-    shutil.copytree(cut[0], tmp_path / "run")
-    cases = mistakes(csv_file, tmp_path)
-    ports = [free_port() for _ in range(len(cases) + 1)]
-    members = []
+@pytest.fixture(scope="module")
+def both(cut, csv_file, encoder, tmp_path_factory):
+    """What two processes did with one command after another; they take long to start.
+
+    Returns:
+        The folder of it all; for ranks 0 and 1 the exit codes and what was printed to stderr, by
+        the name of the command; and what each mistake is told as.
+    """
+    folder = tmp_path_factory.mktemp("both")
+    shutil.copytree(cut[0], folder / "run")
+    cases = mistakes(csv_file, folder)
+    found = []
     for rank in (0, 1):
-        # only rank 0 has the folder
-        output = tmp_path / ("run" if rank == 0 else "elsewhere")
-        commands = [meta_train(csv_file, encoder, output, "--resume")]
-        commands += [meta_train(case[rank], encoder, case[3], *case[2]) for case in cases]
-        commands = [*zip(ports, commands), (0, ["demo", "--output", str(tmp_path / "new")])]
-        members.append(start(rank, commands))
-    (codes, told), (other_codes, untold) = map(results, members)
-    assert codes == other_codes == [0, 2, 2, 2, 2, 2, 2]
-    assert furthest(whole, tmp_path / "run") < 1e-6
-    messages = [*(case[4] for case in cases), "WORLD_SIZE=2: only meta-train runs in several"]
-    for errors, message in zip(told[1:], messages, strict=True):
-        (line,) = [line for line in errors.splitlines() if "error: " in line]
+        # only rank 0 has the folders
+        here = folder if rank == 0 else folder / "elsewhere"
+        met = meta_train(csv_file, encoder, here / "until", "--until", "loss<1000")
+        more = ["--resume", "--meta-steps", "2", "--until", "accuracy>=1"]
+        init = init_command(csv_file, encoder, here / "init", INIT).split()
+        found.append(
+            {
+                "go on": meta_train(csv_file, encoder, here / "run", "--resume"),
+                **{case[4]: meta_train(case[rank], encoder, case[3], *case[2]) for case in cases},
+                "met": met,
+                "still met": [*met, "--resume"],
+                "not met": meta_train(csv_file, encoder, here / "until", *more),
+                "init": init,
+                "alone": ["demo", "--output", str(folder / "new")],
+            }
+        )
+    ports = [free_port() for _ in found[0]]
+    members = [start(rank, list(zip(ports, found[rank].values()))) for rank in (0, 1)]
+    told = [dict(zip(found[0], zip(*results(member)), strict=True)) for member in members]
+    return folder, *told, [case[4] for case in cases]
+
+
+def test_two_processes_go_on(whole, both):
+    folder, first, second, _ = both
+    assert first["go on"][0] == second["go on"][0] == 0
+    assert furthest(whole, folder / "run") < 1e-6
+
+
+def test_mistakes_are_told_once(both):
+    folder, first, second, messages = both
+    said = {**{name: name for name in messages}, "alone": ALONE}
+    for name, message in said.items():
+        assert (first[name][0], second[name][0]) == (2, 2)
+        (line,) = [line for line in first[name][1].splitlines() if "error: " in line]
         assert message in line
-    assert not any("error" in errors for errors in untold)
-    assert not (tmp_path / "new").exists()
-    assert not (tmp_path / "elsewhere").exists()
+    assert not any("error" in errors for _, errors in second.values())
+    assert not (folder / "new").exists()
+    assert not (folder / "elsewhere").exists()
+
+
+def test_two_processes_stop_together_where_a_requirement_is_met(both):
+    folder, *members, _ = both
+    codes = [[told[name][0] for name in ("met", "still met", "not met")] for told in members]
+    # only the first says that it was not met: torchrun would end it where another one fails
+    assert codes == [[0, 0, 3], [0, 0, 0]]
+    assert [line["meta_step"] for line in records(folder / "until")] == [0, 1, 2]
+
+
+def test_two_processes_learn_the_initial_values_of_one(both, csv_file, encoder, tmp_path):
+    folder, first, second, _ = both
+    assert first["init"][0] == second["init"][0] == 0
+    assert main(init_command(csv_file, encoder, tmp_path / "one", INIT).split()) == 0
+    assert any(name.startswith("init.") for name in checkpoint(tmp_path / "one"))
+    # Adam divides by the root of small second moments
+    assert furthest(tmp_path / "one", folder / "init") < 1e-5
+    assert (folder / "init" / "init" / "init.json").exists()
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused():
@@ -227,19 +284,3 @@ def test_a_team_of_one_needs_nobody(monkeypatch):
         assert team.gather("mine") == ["mine"]
         assert team.first(lambda: 1) == team.together(lambda: 1) == 1
         assert team.sum(torch.ones(2)).tolist() == [1, 1]
-
-
-def test_two_processes_stop_together_where_a_requirement_is_met(csv_file, encoder, tmp_path):
-    ports = [free_port() for _ in range(3)]
-    members = []
-    for rank in (0, 1):
-        folder = tmp_path / ("run" if rank == 0 else "elsewhere")
-        met = meta_train(csv_file, encoder, folder, "--until", "loss<1000")
-        more = ["--resume", "--meta-steps", "2", "--until", "accuracy>=1"]
-        commands = [met, [*met, "--resume"], meta_train(csv_file, encoder, folder, *more)]
-        members.append(start(rank, list(zip(ports, commands))))
-    (codes, _), (other_codes, _) = map(results, members)
-    # only the first says that it was not met: torchrun would end it where another one fails
-    assert (codes, other_codes) == ([0, 0, 3], [0, 0, 0])
-    assert [line["meta_step"] for line in records(tmp_path / "run")] == [0, 1, 2]
-    assert not (tmp_path / "elsewhere").exists()

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnnopt import InputError
-from rnnopt.data.sources import describe, overlap_lines, parse_sources, sources_table, weigh
+from rnnopt.data.sources import describe, overlap_lines, parse_sources, weigh
 from rnnopt.data.splits import read_splits
+from rnnopt.evaluation.report.tables import sources_table
 from rnnopt.tasks.episodes import EpisodeSampler
 
 names = st.text(string.ascii_letters + "/._-", min_size=1, max_size=10).filter(

@@ -14,7 +14,7 @@ from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.tables import comparison_table
-from rnnopt.evaluation.statistics import interval, student_quantile
+from rnnopt.evaluation.statistics import interval
 from rnnopt.tasks.adaptation import Adaptation
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
@@ -170,7 +170,7 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
 class Rash(Adam):
     """Adam that must be taken back, once."""
 
-    def careful(self):
+    def fallback(self):
         return Adam(1e-5)
 
 
@@ -237,13 +237,15 @@ def test_no_steps_are_refused():
         default_budgets(0)
 
 
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    # any table of Student's t, two-sided 95 %
-    [(1, 12.7062), (3, 3.1824), (4, 2.7764), (5, 2.5706), (9, 2.2622), (39, 2.0227), (99, 1.9842)],
-)
-def test_student_quantile(freedom, quantile):
-    assert student_quantile(freedom) == pytest.approx(quantile, rel=2e-3)
+def test_an_interval_is_that_of_a_textbook():
+    """10 figures, mean 5.5, deviation 3.028; the quantile for 9 degrees of freedom is 2.262."""
+    cell = interval(np.arange(1.0, 11.0))
+    assert cell["mean"] == 5.5
+    assert cell["ci95"] == pytest.approx(2.262157 * 3.027650 / math.sqrt(10), rel=1e-6)
+
+
+def test_equal_figures_have_an_interval_of_no_width():
+    assert interval(np.full(5, 0.25)) == {"mean": 0.25, "ci95": 0.0}
 
 
 def test_an_interval_covers_the_mean_95_times_in_100():

@@ -44,7 +44,7 @@ def uneven_rates():
 INNER = {
     "sgd": lambda: SGD(RATE),
     "meta-sgd": uneven_rates,
-    "lstm": lambda: random_lstm(torch.float64, reach=0.1),
+    "lstm": lambda: random_lstm(torch.float64, initial_decrease=0.1),
 }
 
 
@@ -273,11 +273,10 @@ def test_maml_of_a_classifier_equals_central_differences_whatever_the_head(
 ):
     """With a prototype head the initial values also act through the head."""
     values = values_of(classifier)
-    start = TextStart(head, adapted, values.values())
+    start = TextStart(adapted, values.values(), head)
     result = meta_loss(classifier, task, start, replace(MAML, support_weight=0.0))
     values.add(result.initial)
-    if head == "prototype":
-        values.add_through_head(result.initial, classifier, task)
+    values.add(start.gradient_through(classifier, task, result.initial))
     gradient = torch.cat([value.grad.flatten() for value in values.parameters()])
     before = torch.nn.utils.parameters_to_vector(values.parameters()).detach().clone()
 

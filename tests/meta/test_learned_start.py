@@ -186,7 +186,7 @@ def test_the_run_folder_holds_the_inner_rule(sources, tmp_path, inner, kind):
     training(sources, tmp_path, chosen).run()
     rule = load_rule(tmp_path)
     assert type(rule) is kind
-    assert (rule.reach if kind is CoordinateLSTM else rule.step_size) == 0.02
+    assert (rule.initial_decrease if kind is CoordinateLSTM else rule.step_size) == 0.02
 
 
 def test_a_crash_between_the_old_init_and_the_new_one_is_mended(sources, tmp_path):
@@ -206,7 +206,7 @@ def test_one_run_leaves_the_classifier_to_the_next(sources, tmp_path):
     after = sources[0].classifier.initial_values
     assert all(torch.equal(before[key], after[key]) for key in before)
     task = sources[0].load(0)
-    TextStart().begin(sources[0].classifier, task.support, task.ways, seed=0)
+    TextStart().begin(sources[0].classifier, task, seed=0)
     params = dict(sources[0].classifier.trainable())
     assert all(torch.equal(params[key], before[key]) for key in before)
 

@@ -12,7 +12,7 @@ from rule_table import random_lstm
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt.optim.kernels.choice import c_kernel
-from rnnopt.rules.features import Peaks
+from rnnopt.rules.features import RunningMaxima
 
 needs_compiler = pytest.mark.skipif(c_kernel(8) is None, reason="no C compiler on this machine")
 SHAPES = [(37, 53), (5,), (1,), (16,), (0,), (3, 11_000)]
@@ -71,7 +71,7 @@ def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, option
         if not ours.numel():
             continue
         one, other = fused.state[ours], plain.state[theirs]
-        for name in ("m", "v", "step", *Peaks._fields):
+        for name in ("m", "v", "step", *RunningMaxima._fields):
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-9)
 
 
@@ -148,7 +148,7 @@ def test_bfloat16_memory_takes_40_bytes_a_coordinate_and_follows_the_plain_rule(
     walk((fused, plain, exact))
     (param,) = params_of(fused)
     leaves = fused.state[param].items()
-    size = sum(leaf.nbytes for name, leaf in leaves if leaf.dim() and name != "last")
+    size = sum(leaf.nbytes for name, leaf in leaves if leaf.dim() and name != "last_step")
     assert size == 40 * param.numel()
     (theirs,), (full) = params_of(plain), params_of(exact)[0]
     off = (param - theirs).norm() / (theirs - full).norm()
@@ -332,7 +332,7 @@ def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatc
     def stopped(self, direction):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CoordinateLSTM, "turned", stopped)
+    monkeypatch.setattr(CoordinateLSTM, "transform_matrix", stopped)
     with pytest.raises(KeyboardInterrupt):
         walk((fused,), steps=1)
     assert all(map(torch.equal, params_of(fused), start))

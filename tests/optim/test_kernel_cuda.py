@@ -18,7 +18,7 @@ from rnnopt import LearnedOptimizer
 from rnnopt.optim import optimizer
 from rnnopt.optim.kernels import choice as kernels
 from rnnopt.optim.kernels import fused
-from rnnopt.rules.features import Peaks, tensor_sums
+from rnnopt.rules.features import RunningMaxima, tensor_statistics
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,7 +46,7 @@ def triton_step(monkeypatch):
     """Optimizers with `fused` take the Triton step, though their tensors are on the CPU."""
     from triton.runtime import interpreter
 
-    from rnnopt.optim.kernels import cuda as fused_cuda
+    from rnnopt.optim.kernels import cuda
 
     exact = interpreter._convert_float
 
@@ -57,9 +57,9 @@ def triton_step(monkeypatch):
         rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view("uint16")
 
-    monkeypatch.setattr(optimizer, "fused_step", fused_cuda.TritonStep)
+    monkeypatch.setattr(optimizer, "fused_step", cuda.TritonStep)
     monkeypatch.setattr(interpreter, "_convert_float", rounded_to_nearest)
-    return fused_cuda
+    return cuda
 
 
 @interpreted
@@ -82,7 +82,7 @@ def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, st
     moved = [(p - q).abs().max() for p, q in zip(params_of(plain), start) if p.numel()]
     assert min(moved) > 3e-5 * steps
     for one, other in zip(params_of(ours)[:2], params_of(plain)[:2]):
-        for name in ("m", "v", "step", *Peaks._fields):
+        for name in ("m", "v", "step", *RunningMaxima._fields):
             torch.testing.assert_close(
                 ours.state[one][name], plain.state[other][name], rtol=1e-4, atol=1e-9
             )
@@ -175,7 +175,7 @@ def test_half_precision_parameters_are_rounded_once(triton_step, dtype):
 
 
 @interpreted
-def test_sums_are_right_and_the_same_bits_every_time(triton_step):
+def test_statistics_are_right_and_the_same_bits_every_time(triton_step):
     ours, _ = twins([(3, 1500), (0,), (40,)], random_lstm(hidden_size=2))
     walk((ours,), 1)
     states = [ours.state[param] for param in params_of(ours)]
@@ -184,15 +184,15 @@ def test_sums_are_right_and_the_same_bits_every_time(triton_step):
         for param, state in zip(params_of(ours), states)
     ]
     table = torch.from_numpy(
-        fused.describe(
-            ours.rule, pieces, [piece.grad for piece in pieces], triton_step._LAYOUT
+        fused.tensor_table(
+            ours.rule, pieces, [piece.grad for piece in pieces], triton_step.LAYOUT
         ).view("int64")
     )
-    counts, types = (4500, 0, 40), [triton_step.tl.float32] * 3
-    first, second = (triton_step._sums(table, counts, types) for _ in range(2))
+    counts, types = (4500, 0, 40), [triton_step.TYPES[torch.float32]] * 3
+    first, second = (triton_step._statistics(table, counts, types) for _ in range(2))
     expected = torch.stack(
         [
-            tensor_sums(
+            tensor_statistics(
                 piece.grad.flatten(),
                 piece.state["m"],
                 piece.param.flatten(),
@@ -218,7 +218,7 @@ def test_without_triton_it_says_so_once_and_there_is_no_kernel(monkeypatch):
     import rnnopt
 
     monkeypatch.setitem(sys.modules, "rnnopt.optim.kernels.cuda", None)
-    monkeypatch.delattr(rnnopt, "fused_cuda", raising=False)
+    monkeypatch.delattr(rnnopt.optim.kernels, "cuda", raising=False)
     kernels._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="could not be compiled.*; install triton") as seen:
         assert kernels._triton_step(random_lstm()) is None

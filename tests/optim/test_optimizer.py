@@ -132,23 +132,23 @@ def test_resume_is_exact_in_the_middle_of_an_adaptation(make, dtype):
     train(net, optimizer, range(3, 6))
 
     buffer.seek(0)
-    weights, memory = torch.load(buffer, weights_only=True)
+    weights, state = torch.load(buffer, weights_only=True)
     resumed = model(dtype)
     resumed.load_state_dict(weights)
     fresh = LearnedOptimizer(resumed.parameters(), make())
-    fresh.load_state_dict(memory)
+    fresh.load_state_dict(state)
     train(resumed, fresh, range(3, 6))
     assert all(map(torch.equal, values(net), values(resumed)))
 
 
-def test_loading_keeps_the_dtype_of_the_memory():
+def test_loading_keeps_the_dtype_of_the_state():
     net = model(torch.bfloat16)
     optimizer = LearnedOptimizer(net.parameters(), random_lstm())
     train(net, optimizer, range(1))
     fresh = LearnedOptimizer(net.parameters(), random_lstm())
     fresh.load_state_dict(optimizer.state_dict())
     for state in fresh.state.values():
-        assert state.pop("last").dtype == torch.bfloat16  # the guard's
+        assert state.pop("last_step").dtype == torch.bfloat16  # the guard's
     assert {leaf.dtype for state in fresh.state.values() for leaf in state.values()} == {
         torch.float32
     }
@@ -165,7 +165,7 @@ def test_a_loaded_state_shares_no_memory_with_its_source():
     assert not (fresh.state[net[0].weight]["m"] == 7).any()
 
 
-def test_the_memory_of_another_rule_is_refused_and_nothing_changes():
+def test_the_state_of_another_rule_is_refused_and_nothing_changes():
     net = model()
     small = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=4))
     train(net, small, range(1))
@@ -178,7 +178,7 @@ def test_the_memory_of_another_rule_is_refused_and_nothing_changes():
 def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
     net = model()
     ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
-    with pytest.raises(ValueError, match=r"no \['climbed', 'lost', 'undone'\].*of a Learned"):
+    with pytest.raises(ValueError, match=r"no \['loss_rise', 'skipped', 'undone'\].*of a Learned"):
         ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
     assert ours.param_groups[0]["lr"] == 0.5
     train(net, ours, range(1))
@@ -203,7 +203,7 @@ def test_the_rule_is_the_object_that_was_given_and_not_in_param_groups():
     rule = random_lstm()
     optimizer = LearnedOptimizer(model().parameters(), rule)
     assert optimizer.rule is rule
-    counts = "undone", "climbed", "lost"  # plain values
+    counts = "undone", "loss_rise", "skipped"  # plain values
     assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *counts}
 
 

@@ -1,4 +1,4 @@
-"""The guard: steps that overshoot are undone, and a careful rule takes over."""
+"""The guard: steps that overshoot are undone, and the fallback takes over."""
 
 import copy
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from rule_table import random_lstm
 
 from rnnopt import Adam, LearnedOptimizer
-from rnnopt.optim.safeguard import rise
+from rnnopt.optim.safeguard import loss_rise
 
 
-class Rash(Adam):
-    """Adam at a rate that ruins anything; careful, it is Adam at one that does not."""
+class TooLongSteps(Adam):
+    """Adam at a learning rate that ruins the model; its fallback has one that does not."""
 
-    def careful(self):
+    def fallback(self):
         return Adam(self.step_size / 1000)
 
 
@@ -35,9 +35,9 @@ def descend(param, optimizer, steps, loss=bowl):
     return losses
 
 
-def test_a_step_that_overshot_is_undone_and_the_careful_rule_takes_over():
+def test_a_step_that_overshot_is_undone_and_the_fallback_takes_over():
     param = torch.zeros(1, requires_grad=True)
-    optimizer = LearnedOptimizer([param], Rash(100.0))
+    optimizer = LearnedOptimizer([param], TooLongSteps(100.0))
     losses = descend(param, optimizer, 2)
     assert losses == [50.0, pytest.approx(50 * 99**2, rel=1e-3)]
     assert optimizer.undone == 1
@@ -48,9 +48,9 @@ def test_a_step_that_overshot_is_undone_and_the_careful_rule_takes_over():
     assert optimizer.undone == 1
 
 
-def test_every_further_one_halves_the_step():
+def test_every_further_undone_step_halves_the_step():
     param = torch.zeros(1, requires_grad=True)
-    optimizer = LearnedOptimizer([param], Rash(1e6))
+    optimizer = LearnedOptimizer([param], TooLongSteps(1e6))
     moves = []
     for _ in range(60):
         before, undone = param.item(), optimizer.undone
@@ -67,15 +67,15 @@ def test_every_further_one_halves_the_step():
 
 def test_without_a_guard_nothing_is_undone():
     param = torch.zeros(1, requires_grad=True)
-    optimizer = LearnedOptimizer([param], Rash(100.0), guard=False)
+    optimizer = LearnedOptimizer([param], TooLongSteps(100.0), guard=False)
     descend(param, optimizer, 5)
     assert optimizer.undone == 0
-    assert "last" not in optimizer.state[param]
+    assert "last_step" not in optimizer.state[param]
 
 
 def test_a_step_after_which_no_gradient_is_finite_is_undone():
     param = torch.full((4,), 3.0, requires_grad=True)
-    optimizer = LearnedOptimizer([param], Rash(0.5))
+    optimizer = LearnedOptimizer([param], TooLongSteps(0.5))
     optimizer.zero_grad()
     param.grad = torch.ones(4)
     optimizer.step()
@@ -91,9 +91,12 @@ def test_a_step_after_which_no_gradient_is_finite_is_undone():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_lost_batch_is_passed_over_and_the_rule_goes_on(value):
+def test_a_batch_without_finite_gradient_is_skipped(value):
     param, twin = (torch.zeros(3, requires_grad=True) for _ in range(2))
-    ours, theirs = LearnedOptimizer([param], Rash(0.1)), LearnedOptimizer([twin], Rash(0.1))
+    ours, theirs = (
+        LearnedOptimizer([param], TooLongSteps(0.1)),
+        LearnedOptimizer([twin], TooLongSteps(0.1)),
+    )
     for _ in range(3):
         descend(param, ours, 1)
         descend(twin, theirs, 1)
@@ -103,18 +106,18 @@ def test_a_lost_batch_is_passed_over_and_the_rule_goes_on(value):
     assert torch.equal(param, twin)
 
 
-def test_one_lost_coordinate_undoes_nothing():
+def test_one_coordinate_without_finite_gradient_undoes_nothing():
     param = torch.full((4,), 3.0, requires_grad=True)
-    optimizer = LearnedOptimizer([param], Rash(0.5))
+    optimizer = LearnedOptimizer([param], TooLongSteps(0.5))
     for _ in range(3):
         param.grad = torch.tensor([float("nan"), 1.0, 1.0, 1.0])
         optimizer.step()
     assert optimizer.undone == 0
 
 
-def test_what_has_no_gradient_now_is_taken_back_too():
+def test_a_parameter_without_a_gradient_now_is_undone_too():
     first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
-    optimizer = LearnedOptimizer([first, second], Rash(100.0))
+    optimizer = LearnedOptimizer([first, second], TooLongSteps(100.0))
     (bowl(first) + bowl(second)).backward()
     optimizer.step()
     assert first.item() == second.item() > 90
@@ -125,10 +128,10 @@ def test_what_has_no_gradient_now_is_taken_back_too():
     assert max(abs(first.item()), abs(second.item())) < 0.01 * 100
 
 
-def test_a_step_of_long_ago_is_not_the_last_one():
+def test_only_the_last_step_of_a_parameter_counts():
     """A parameter whose gradient comes back."""
     first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))
-    optimizer = LearnedOptimizer([first, second], Rash(0.01))
+    optimizer = LearnedOptimizer([first, second], TooLongSteps(0.01))
     for grads in ((1.0, 1.0), *[(1.0, None)] * 3, (1.0, -1000.0)):
         for param, grad in zip((first, second), grads):
             param.grad = None if grad is None else torch.tensor([grad])
@@ -136,10 +139,10 @@ def test_a_step_of_long_ago_is_not_the_last_one():
     assert optimizer.undone == 0
 
 
-def test_a_rule_is_not_shown_what_the_guard_keeps():
+def test_a_rule_does_not_see_the_state_of_the_guard():
     seen = []
 
-    class Watched(Rash):
+    class Watched(TooLongSteps):
         def __call__(self, grad, state, param):
             seen.append(set(state))
             return super().__call__(grad, state, param)
@@ -149,41 +152,41 @@ def test_a_rule_is_not_shown_what_the_guard_keeps():
     assert seen == [{"m", "v", "step"}] * 3
 
 
-def test_a_guard_that_is_wanted_needs_a_rule_that_has_one():
+def test_a_required_guard_needs_a_rule_with_a_fallback():
     param = torch.zeros(1, requires_grad=True)
-    with pytest.raises(RuntimeError, match="guard=True, but Adam knows no careful rule"):
+    with pytest.raises(RuntimeError, match="guard=True, but Adam has no fallback"):
         LearnedOptimizer([param], Adam(0.1), guard=True)
     descend(param, LearnedOptimizer([param], Adam(0.1)), 1)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("masked", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_rise_is_that_of_a_parabola(dtype, lost):
+def test_the_rise_is_that_of_a_parabola(dtype, masked):
     """With a coordinate whose gradient is not finite, that of the others."""
     generator = torch.Generator().manual_seed(0)
     param = torch.randn(50, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    optimizer = LearnedOptimizer([param], Rash(0.25))
+    optimizer = LearnedOptimizer([param], TooLongSteps(0.25))
     values = []
     for _ in range(2):
         param.grad = param.detach().clone()
-        values.append(float(param.detach()[lost:].double().square().sum() / 2))
-        if lost:
+        values.append(float(param.detach()[masked:].double().square().sum() / 2))
+        if masked:
             param.grad[0] = float("nan")
         optimizer.step()
     param.grad = param.detach().clone()
-    if lost:
+    if masked:
         param.grad[0] = float("inf")
-    now = float(param.detach()[lost:].double().square().sum() / 2)
+    now = float(param.detach()[masked:].double().square().sum() / 2)
     work = [(optimizer.param_groups[0], param, param.grad)]
-    change, finite = rise(work, [optimizer.state[param]])
+    change, finite = loss_rise(work, [optimizer.state[param]])
     assert change == pytest.approx(now - values[1], rel=0.03 if dtype == torch.bfloat16 else 0.01)
-    assert finite == (not lost)
+    assert finite == (not masked)
 
 
 def test_a_resumed_run_undoes_what_the_first_would_have():
     def start():
         param = torch.zeros(3, requires_grad=True)
-        return param, LearnedOptimizer([param], Rash(100.0))
+        return param, LearnedOptimizer([param], TooLongSteps(100.0))
 
     param, optimizer = start()
     descend(param, optimizer, 1)
@@ -198,18 +201,18 @@ def test_a_resumed_run_undoes_what_the_first_would_have():
     assert torch.equal(fresh, param)
 
 
-def test_careful_is_adam_and_leaves_the_rule_as_it_is():
+def test_the_fallback_is_adam_and_leaves_the_rule_as_it_is():
     rule = random_lstm()
     weights = copy.deepcopy(rule.state_dict())
-    careful = rule.careful()
-    assert not careful.output_weight.any() and not careful.output_context.any()
-    assert not careful.output_bias.any()
+    fallback = rule.fallback()
+    assert not fallback.output_weight.any() and not fallback.output_context.any()
+    assert not fallback.output_bias.any()
     assert all(torch.equal(weights[name], leaf) for name, leaf in rule.state_dict().items())
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), steep=st.floats(0.1, 300), lr=st.sampled_from([0.5, 1.0, 30.0]))
-def test_no_rule_leaves_a_valley_far_behind(seed, steep, lr):
+def test_no_rule_ends_far_above_where_it_started(seed, steep, lr):
     """Whatever its weights: 40 steps end at most a nat above the start."""
     rule = random_lstm(seed=seed).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

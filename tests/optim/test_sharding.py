@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rnnopt.optim.sharding import add_up
+from rnnopt.optim.sharding import sum_over_shards
 
 SCRIPT = Path(__file__).parents[1] / "sharded_steps.py"
 
@@ -20,4 +20,4 @@ def test_two_processes_with_shards_step_as_one_with_the_whole():
 
 def test_ordinary_parameters_need_no_process_group():
     sums = [torch.rand(3), None]
-    assert add_up(sums, [torch.zeros(2), torch.zeros(3)]) == sums
+    assert sum_over_shards(sums, [torch.zeros(2), torch.zeros(3)]) == sums

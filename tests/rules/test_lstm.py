@@ -12,23 +12,30 @@ from rule_table import random_lstm
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt.rules import lstm as lstm_module
 from rnnopt.rules.features import (
-    BALANCE,
-    REST,
-    Peaks,
-    growth_request,
+    ANNEALING_EXPONENT,
+    SHARE_EXPONENT,
+    RunningMaxima,
+    context_features,
     orthogonalized,
+    radial_gate,
     step_scale,
-    tensor_context,
 )
-from rnnopt.rules.protocol import advance, related, sums_of
+from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 
 
-def peaks_of(state):
-    return Peaks(*(state[name] for name in Peaks._fields))
+def maxima_of(state):
+    return RunningMaxima(*(state[name] for name in RunningMaxima._fields))
 
 
-def scale_of(sums, peaks, step, going_on=False):
-    return float(step_scale(sums, peaks, peaks.after(sums, step), going_on))
+def context_of(rule, grad, state, param):
+    """Of a tensor that is stepped alone, (18,)."""
+    statistics = rule.statistics(grad.flatten(), state, param.flatten())
+    return rule.cross_tensor_context(statistics.unsqueeze(0))[0]
+
+
+def scale_of(context, maxima, step, gated_annealing=False):
+    after = maxima.updated(context, step)
+    return float(step_scale(context, maxima, after, gated_annealing))
 
 
 def cosine(one, other):
@@ -37,39 +44,38 @@ def cosine(one, other):
 
 @settings(max_examples=20, deadline=None)
 @given(hidden_size=st.integers(0, 12), seed=st.integers(0, 99))
-def test_zero_output_is_torch_adam_with_rates_of_the_models_scale(hidden_size, seed):
-    """reach (RMS / largest so far)^0.25 (largest RMS now / so far)^0.5 / (8 + largest promise so
-    far), worked out here."""
+def test_zero_output_is_torch_adam_with_step_scale_as_learning_rate(hidden_size, seed):
+    """The learning rate of `step_scale`, computed independently here."""
     generator = torch.Generator().manual_seed(seed)
-    rule = random_lstm(hidden_size=hidden_size, reach=0.01)
+    rule = random_lstm(hidden_size=hidden_size, initial_decrease=0.01)
     rule.zero_output()
     ours = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5, 10), (7,))]
     twins = [param.clone().requires_grad_() for param in ours]
     optimizer = LearnedOptimizer([param.requires_grad_() for param in ours], rule)
     reference = torch.optim.Adam([{"params": [twin]} for twin in twins])
-    largest, most, requests = 0.0, 0.0, [0.0, 0.0, 0.0]
+    largest, most, gates = 0.0, 0.0, [0.0, 0.0, 0.0]
     for step in range(20):
         for size, param, twin in zip((5.0, 0.3 + step, 20.0), ours, twins):
             param.grad = size * torch.randn(param.shape, generator=generator)
             twin.grad = param.grad.clone()
         sizes = [float(twin.grad.square().mean().sqrt()) for twin in twins]
         shares = [(size / max(sizes)) ** 0.25 for size in sizes]
-        promised = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
-        weights = [  # a vector's is nothing, however large its gradient
+        decrease = sum(s * float(twin.grad.abs().sum()) for s, twin in zip(shares, twins))
+        scores = [  # of a vector 0
             size**2 * twin.numel() ** 0.5 * (twin.dim() > 1) for size, twin in zip(sizes, twins)
         ]
-        asked = [
-            max(0.0, -cosine(twin, twin.grad)) * weight / max(weights)
-            for twin, weight in zip(twins, weights)
+        cosines = [
+            max(0.0, -cosine(twin, twin.grad)) * score / max(scores)
+            for twin, score in zip(twins, scores)
         ]
-        now = [share**2 / (share**2 + 0.15**2) for share in asked]
-        largest, most = max(largest, *sizes), max(most, promised)
-        rest = (max(sizes) / largest) ** 0.5
+        now = [x**2 / (x**2 + 0.15**2) for x in cosines]
+        largest, most = max(largest, *sizes), max(most, decrease)
+        annealing = (max(sizes) / largest) ** 0.5
         for i, (group, size, twin) in enumerate(zip(reference.param_groups, sizes, twins)):
-            memory = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
-            new = (1 - requests[i] * max(0.0, cosine(memory, twin.grad))) ** 2
-            group["lr"] = 0.01 * new * (size / largest) ** 0.25 * rest / (8 + most)
-            requests[i] = max(requests[i], now[i])
+            momentum = reference.state[twin].get("exp_avg", torch.zeros_like(twin))
+            new = (1 - gates[i] * max(0.0, cosine(momentum, twin.grad))) ** 2
+            group["lr"] = 0.01 * new * (size / largest) ** 0.25 * annealing / (8 + most)
+            gates[i] = max(gates[i], now[i])
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours, twins, rtol=0, atol=1e-6)
@@ -89,7 +95,7 @@ def test_state_is_18_numbers_a_coordinate_at_the_default_size():
     assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 18 * 100
 
 
-def test_a_coordinate_that_never_had_a_gradient_stays_and_keeps_no_memory():
+def test_a_coordinate_that_never_had_a_gradient_keeps_its_value_and_zero_state():
     rule, param = random_lstm(), torch.randn(4, 5)
     state = rule.init_state(param)
     for _ in range(3):
@@ -102,13 +108,13 @@ def test_a_coordinate_that_never_had_a_gradient_stays_and_keeps_no_memory():
         assert not state[name].reshape(-1, 4, 5)[:, 1].any()
 
 
-def test_untouched_rows_change_nothing_for_the_touched_ones_but_their_size():
-    """An embedding's gradient is as large in a small vocabulary as in a large one."""
+def test_rows_without_a_gradient_change_nothing_for_the_others():
+    """An embedding's gradient has the same RMS in a small vocabulary and in a large one."""
     rule = random_lstm()
     with torch.no_grad():
-        rule.context_weight.zero_()  # the context knows the tensor's size and RMS
+        rule.context_weight.zero_()  # the context has the tensor's size and RMS
         rule.context_bias.zero_()
-        rule.growth_bias.zero_()  # and growth goes by the whole tensor
+        rule.growth_bias.zero_()  # growth depends on the whole tensor
     grad = torch.randn(3, 5)
     small, _ = advance(rule, torch.ones(3, 5), grad, rule.init_state(grad), 1.0, 0.0)
     padded = torch.cat([grad, torch.zeros(100, 5)])
@@ -134,11 +140,11 @@ def test_chunks_change_nothing(monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(scale=st.sampled_from([0.1, 10.0, 1e3]), seed=st.integers(0, 9))
-def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale, seed):
+def test_without_context_the_scale_of_the_loss_changes_only_the_step_size(scale, seed):
     rule = random_lstm()
     with torch.no_grad():
-        rule.context_weight.zero_()  # the context does know the gradient's RMS
-        rule.growth_bias.zero_()  # growth is relative to the parameter
+        rule.context_weight.zero_()  # the context has the gradient's RMS
+        rule.growth_bias.zero_()  # growth is in units of the parameter
         rule.context_bias.zero_()
     generator = torch.Generator().manual_seed(seed)
     param, grad = (torch.randn(20, generator=generator) for _ in range(2))
@@ -149,7 +155,7 @@ def test_without_context_the_scale_of_the_loss_only_sets_how_far_a_nat_is(scale,
 
 
 def test_no_derivative_within_an_unroll_is_nan():
-    """Nor where it would be multiplied by nothing: anomaly detection is a researcher's tool."""
+    """Not even one that is multiplied by zero, or anomaly detection would stop there."""
     rule, start = random_lstm(), torch.randn(6)
     param, state = start, rule.init_state(start)
     with torch.autograd.set_detect_anomaly(True):
@@ -161,7 +167,7 @@ def test_no_derivative_within_an_unroll_is_nan():
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e12, 3e38])
-def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
+def test_updates_and_state_are_finite_for_every_size_of_gradient(scale):
     rule, param = random_lstm(), torch.randn(6)
     state = rule.init_state(param)
     for _ in range(3):
@@ -171,21 +177,21 @@ def test_no_size_of_gradient_makes_anything_that_is_not_finite(scale):
 
 
 @pytest.mark.parametrize(
-    "first, second, alike", [(15, 16, False), (16, 17, True), (16, 5000, True)]
+    "first, second, equal", [(15, 16, False), (16, 17, True), (16, 5000, True)]
 )
-def test_steps_beyond_the_sixteenth_look_like_it(first, second, alike):
-    """No meta-training goes far beyond: a rule must not go by what it never saw."""
+def test_steps_after_the_sixteenth_have_its_features(first, second, equal):
+    """Meta-training does not go far beyond it, and a rule must not extrapolate."""
     rule, param = random_lstm(), torch.linspace(-1, 1, 6)
     state = rule.init_state(param)
-    sums = rule.related(rule.sums(param, state, param).unsqueeze(0))[0]
-    peaks = peaks_of(state)
-    contexts = [tensor_context(sums, peaks, torch.tensor(float(n))) for n in (first, second)]
-    assert torch.equal(*contexts) == alike
+    context = context_of(rule, param, state, param)
+    maxima = maxima_of(state)
+    contexts = [context_features(context, maxima, torch.tensor(float(n))) for n in (first, second)]
+    assert torch.equal(*contexts) == equal
 
 
 @settings(max_examples=20, deadline=None)
 @given(raw=st.floats(-9, 9), seed=st.integers(0, 9), steps=st.sampled_from([8, 0, 9]))
-def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(raw, seed, steps):
+def test_a_tensor_grows_in_the_first_steps_as_far_as_its_gradient_is_radial(raw, seed, steps):
     rule = CoordinateLSTM(growth_steps=steps) if steps != 8 else CoordinateLSTM()
     still = CoordinateLSTM()
     with torch.no_grad():
@@ -194,19 +200,19 @@ def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(r
     param = torch.randn(4, 5, generator=generator)
     state = rule.init_state(param)
     for step in range(1, 11):
-        # as much against the parameter as across it, and beside a tensor of more weight
+        # partly radial, beside a tensor with a larger gradient score
         grad = torch.randn(4, 5, generator=generator) - param * (step % 2)
         grad[2] = 0
-        sums = rule.sums(grad.flatten(), state, param.flatten())
-        largest = torch.tensor([20.0, 1, 4 * float(sums[2]) / 15 * 20, 20, 0, 0, 1, 0, 20])
-        heavier = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
-        told = rule.related(torch.stack([sums, largest]))[0]
-        adam, _ = advance(still, param, grad, state, 0.5, 0.0, told)
-        delta, state = advance(rule, param, grad, state, 0.5, 0.0, told)
-        asked = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
-        asked = (asked / heavier) ** 2
-        granted = asked / (asked + 0.15**2) if step <= steps else 0.0
-        growth = math.expm1(math.tanh(raw) * granted)
+        statistics = rule.statistics(grad.flatten(), state, param.flatten())
+        largest = torch.tensor([20.0, 1, 4 * float(statistics[2]) / 15 * 20, 20, 0, 0, 1, 0, 20])
+        score_ratio = 4 * (20 / 15) ** 0.5  # twice the RMS, squared, and more coordinates
+        context = rule.cross_tensor_context(torch.stack([statistics, largest]))[0]
+        adam, _ = advance(still, param, grad, state, 0.5, 0.0, context)
+        delta, state = advance(rule, param, grad, state, 0.5, 0.0, context)
+        cosine = max(0.0, -float(torch.cosine_similarity(grad.flatten(), param.flatten(), dim=0)))
+        square = (cosine / score_ratio) ** 2
+        gate = square / (square + 0.15**2) if step <= steps else 0.0
+        growth = math.expm1(math.tanh(raw) * gate)
         grown = 0.5 * growth * param
         grown[2] = 0
         torch.testing.assert_close(delta, adam + grown, rtol=1e-4, atol=1e-5)
@@ -214,40 +220,44 @@ def test_a_tensor_grows_by_itself_for_some_steps_as_its_gradient_asks_for_that(r
 
 @settings(max_examples=30, deadline=None)
 @given(
-    units=st.floats(-1, 7).filter(lambda x: abs(x) > 0.01),
-    unit=st.floats(0.1, 2),
+    ratio=st.floats(-1, 7).filter(lambda x: abs(x) > 0.01),
+    threshold=st.floats(0.1, 2),
     raw=st.floats(-0.15, 0.15),
 )
-@example(units=0.5, unit=0.5, raw=0.1)
-@example(units=3.0, unit=0.5, raw=0.1)
-def test_growth_follows_what_it_promises_from_its_unit_to_five_times_that(units, unit, raw):
-    rules = CoordinateLSTM(growth_unit=unit), CoordinateLSTM()
-    param, pull = torch.randn(4, 5), units * unit
-    grad = -pull * param / (param * param).sum()  # along the parameter alone
+@example(ratio=0.5, threshold=0.5, raw=0.1)
+@example(ratio=3.0, threshold=0.5, raw=0.1)
+def test_log_growth_is_proportional_to_the_radial_derivative_from_the_threshold_to_five_times_it(
+    ratio, threshold, raw
+):
+    rules = CoordinateLSTM(growth_threshold=threshold), CoordinateLSTM()
+    param, radial = torch.randn(4, 5), ratio * threshold
+    grad = -radial * param / (param * param).sum()
     grown = []
     for rule in rules:
         with torch.no_grad():
             rule.growth_bias.fill_(raw)
         state = rule.init_state(param)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        grown.append(float(rule.shifts(sums, peaks_of(state), torch.tensor(1.0))[2].detach()))
-    granted = 1 / (1 + 0.15**2) if pull > 0 else 0.0
-    times = min(max(units, 1), 5)
-    for growth, speed in zip(grown, (times, 1)):
-        assert growth == pytest.approx(math.expm1(math.tanh(speed * raw) * granted), abs=1e-4)
+        context = context_of(rule, grad, state, param)
+        grown.append(
+            float(rule.context_shifts(context, maxima_of(state), torch.tensor(1.0))[2].detach())
+        )
+    gate = 1 / (1 + 0.15**2) if radial > 0 else 0.0
+    multiplier = min(max(ratio, 1), 5)
+    for growth, factor in zip(grown, (multiplier, 1)):
+        assert growth == pytest.approx(math.expm1(math.tanh(factor * raw) * gate), abs=1e-4)
 
 
-def test_the_context_knows_the_pull_and_how_far_the_gradient_asks_for_growth_alone():
+def test_the_context_features_have_the_radial_derivative_and_its_cosine():
     rule, param = CoordinateLSTM(), torch.tensor([3.0, 4.0])
     state = rule.init_state(param)
-    for grad, pull, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
-        sums = rule.related(rule.sums(torch.tensor(grad), state, param).unsqueeze(0))[0]
-        peaks = peaks_of(state)
-        found = tensor_context(sums, peaks, torch.tensor(1.0))[-2:].tolist()
-        assert found == pytest.approx([math.asinh(pull / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
+    for grad, radial, cosine in (([-0.3, -0.4], 2.5, 1.0), ([4.0, -3.0], 0.0, 0.0)):
+        context = context_of(rule, torch.tensor(grad), state, param)
+        maxima = maxima_of(state)
+        found = context_features(context, maxima, torch.tensor(1.0))[-2:].tolist()
+        assert found == pytest.approx([math.asinh(radial / 0.125) / 1.5, cosine / 0.5], abs=1e-5)
 
 
-def test_every_weight_of_the_rule_has_a_say():
+def test_every_weight_of_the_rule_gets_a_gradient():
     rule, param = random_lstm(), torch.randn(4, 5)
     state = rule.init_state(param)
     for _ in range(2):  # the recurrent weights act from the second step on
@@ -261,9 +271,9 @@ def test_every_weight_of_the_rule_has_a_say():
     ("options", "message"),
     [
         ({"hidden_size": -1}, "hidden_size=-1: must lie between 0 and 1024"),
-        ({"reach": 0.0}, "reach=0.0: must be positive and finite"),
+        ({"initial_decrease": 0.0}, "initial_decrease=0.0: must be positive and finite"),
         ({"growth_steps": -1}, "growth_steps=-1: must be 0 or more"),
-        ({"growth_unit": 0.0}, "growth_unit=0.0: must be positive and finite, or None"),
+        ({"growth_threshold": 0.0}, "growth_threshold=0.0: must be positive and finite, or None"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): two numbers strictly between 0 and 1"),
     ],
 )
@@ -272,44 +282,44 @@ def test_bad_settings_are_refused(options, message):
         CoordinateLSTM(**options)
 
 
-def test_a_vector_does_not_grow_and_does_not_keep_a_matrix_from_it():
-    """A bias that grew would bend every decision towards the classes that it favours."""
+def test_a_vector_does_not_grow_and_does_not_keep_a_matrix_from_growing():
+    """A bias that grew would favour some classes in every decision."""
     rule, head, bias = CoordinateLSTM(), torch.randn(5, 10), torch.randn(5)
     rows = []
-    for param, size in ((head, 1.0), (bias, 100.0)):  # both ask for growth, the bias for far more
+    for param, size in ((head, 1.0), (bias, 100.0)):  # both gradients are radial
         state = rule.init_state(param)
         flat = param.flatten()
-        rows.append(rule.sums(-size * flat, state, flat))
-    asked = growth_request(rule.related(torch.stack(rows)))
-    assert asked.tolist() == pytest.approx([1 / (1 + 0.15**2), 0], abs=1e-5)
-    assert growth_request(rule.related(rows[1].unsqueeze(0))).tolist() == [0]  # alone
+        rows.append(rule.statistics(-size * flat, state, flat))
+    gates = radial_gate(rule.cross_tensor_context(torch.stack(rows)))
+    assert gates.tolist() == pytest.approx([1 / (1 + 0.15**2), 0], abs=1e-5)
+    assert radial_gate(rule.cross_tensor_context(rows[1].unsqueeze(0))).tolist() == [0]  # alone
 
 
-def test_what_asked_for_growth_steps_by_what_is_new_in_its_gradient():
-    """In a full batch, whose gradient repeats, next to nothing; in one at right angles, as ever."""
+def test_after_a_radial_gradient_a_tensor_steps_by_what_is_new_in_its_gradient():
+    """Almost nothing if the gradient repeats, as in full batches; unchanged if it is orthogonal."""
     rule, param = CoordinateLSTM(), torch.randn(5, 10)
-    grad, other = -param, torch.randn(5, 10)  # the gradient asks the tensor to grow
+    grad, other = -param, torch.randn(5, 10)  # the gradient makes the tensor grow
     other -= grad * (other * grad).sum() / (grad * grad).sum()
     state = rule.init_state(param)
 
-    def scale(g, without_request=False):
-        sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        peaks = peaks_of(state)
-        if without_request:
-            peaks = peaks._replace(request_peak=torch.tensor(0.0))
-        return scale_of(sums, peaks, state["step"] + 1)
+    def scale(g, without_gate=False):
+        context = context_of(rule, g, state, param)
+        maxima = maxima_of(state)
+        if without_gate:
+            maxima = maxima._replace(radial_gate_max=torch.tensor(0.0))
+        return scale_of(context, maxima, state["step"] + 1)
 
-    assert scale(grad) == scale(grad, without_request=True) > 0
+    assert scale(grad) == scale(grad, without_gate=True) > 0
     _, state = advance(rule, param, grad, state, 1.0, 0.0)
-    request = 1 / (1 + 0.15**2)
-    assert scale(grad) == pytest.approx(scale(grad, True) * (1 - request) ** 2, rel=1e-4)
+    gate = 1 / (1 + 0.15**2)
+    assert scale(grad) == pytest.approx(scale(grad, True) * (1 - gate) ** 2, rel=1e-4)
     assert scale(other) == pytest.approx(scale(other, True), rel=1e-4)
-    assert scale(-grad) == scale(-grad, without_request=True)
+    assert scale(-grad) == scale(-grad, without_gate=True)
 
 
-def test_an_outlier_slows_what_follows_tenfold_at_most():
-    """A gradient a thousand, or a million, times as large, once; at the first steps it is taken as
-    it comes, and with an encoder below counts less and less until something asks for growth."""
+def test_an_outlier_slows_the_steps_after_it_tenfold_at_most():
+    """One gradient is a thousand, or a million, times as large. At the first steps it is not
+    limited; with `orthogonalize` running maxima decay until there is evidence of learning."""
     steps = 9
     param = torch.randn(5, 10)
 
@@ -318,80 +328,85 @@ def test_an_outlier_slows_what_follows_tenfold_at_most():
         state, found = rule.init_state(param), []
         for step in range(1, steps + 1):
             g = grad * (size if step == outlier_at else 1)
-            sums = rule.related(rule.sums(g.flatten(), state, param.flatten()).unsqueeze(0))[0]
-            peaks = peaks_of(state)
-            found.append(scale_of(sums, peaks, torch.tensor(float(step))))
+            context = context_of(rule, g, state, param)
+            maxima = maxima_of(state)
+            found.append(scale_of(context, maxima, torch.tensor(float(step))))
             _, state = advance(rule, param, g, state, 1.0, 0.0)
         return found
 
     plain, late, early = scales(None), scales(7), scales(2)
     assert late[:6] == plain[:6]
-    assert late[6] <= plain[6]  # the outlier's own step is no larger either
+    assert late[6] <= plain[6]  # nor is the outlier's own step larger
     assert scales(7, size=1e6)[6] <= plain[6]
-    assert plain[8] / late[8] < 4 ** (1 + BALANCE + REST) * 1.01
+    assert plain[8] / late[8] < 4 ** (1 + SHARE_EXPONENT + ANNEALING_EXPONENT) * 1.01
     assert plain[8] / early[8] > 500
-    unlearned = {"grad": param}  # the gradient asks the tensor to shrink
+    unlearned = {"grad": param}  # the gradient makes the tensor shrink
     head = {**unlearned, "orthogonalize": False}
     assert scales(None, **head)[8] / scales(2, **head)[8] > 500
     ratio = scales(None, **unlearned)[8] / scales(2, **unlearned)[8]
     left = 1e3 * 0.5**7
-    promise = scales(None, **unlearned)[0] ** -1 - 8  # of the gradient without the outlier
+    decrease = scales(None, **unlearned)[0] ** -1 - 8  # without the outlier
     assert ratio == pytest.approx(
-        left ** (BALANCE + REST) * (8 + left * promise) / (8 + promise), rel=1e-3
+        left ** (SHARE_EXPONENT + ANNEALING_EXPONENT) * (8 + left * decrease) / (8 + decrease),
+        rel=1e-3,
     )
 
 
-@pytest.mark.parametrize("pull, keep", [(0.0, 0.5), (1 / 16, 0.75), (1 / 8, 1.0), (1.0, 1.0)])
-def test_peaks_fade_until_growth_would_bring_an_eighth_of_a_nat(pull, keep):
-    """However much else the gradient asks for, as that of a head does that is too long."""
+@pytest.mark.parametrize("radial, keep", [(0.0, 0.5), (1 / 16, 0.75), (1 / 8, 1.0), (1.0, 1.0)])
+def test_running_maxima_decay_until_a_radial_derivative_of_an_eighth_of_a_nat(radial, keep):
+    """Whatever the rest of the gradient, such as that of a head that is too large."""
     param, other = torch.randn(5, 10), torch.randn(5, 10)
     other -= param * (other * param).sum() / (param * param).sum()
-    grad = 100 * other - pull * param / (param * param).sum()
+    grad = 100 * other - radial * param / (param * param).sum()
     for orthogonalize, kept in ((True, keep), (False, 1.0)):
         rule = CoordinateLSTM(hidden_size=0, orthogonalize=orthogonalize)
         state = rule.init_state(param)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        assert growth_request(sums) < 1e-3
-        for before, share in ((0.0, kept), (1.0, 1.0)):  # of the evidence; it is remembered
-            peaks = Peaks(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
-            for peak in peaks.after(sums, torch.tensor(9.0))[:3]:
-                assert float(peak) == pytest.approx(1e6 * share, rel=1e-3)
+        context = context_of(rule, grad, state, param)
+        assert radial_gate(context) < 1e-3
+        for before, share in ((0.0, kept), (1.0, 1.0)):  # evidence of learning, which is remembered
+            maxima = RunningMaxima(*map(torch.tensor, (1e6, 1e6, 1e6, 0.0, before)))
+            for maximum in maxima.updated(context, torch.tensor(9.0))[:3]:
+                assert float(maximum) == pytest.approx(1e6 * share, rel=1e-3)
 
 
-def test_when_gradients_vanish_what_asked_for_growth_rests_and_what_lies_below_it_goes_on():
+def test_when_gradients_vanish_a_radial_head_is_annealed_and_the_body_is_not():
     rule = CoordinateLSTM(hidden_size=0, orthogonalize=True).double()
     head, body = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 10), (10, 10)))
     params, grads = (head, body), (-head, torch.randn(10, 10, dtype=torch.float64))
     states = [rule.init_state(param) for param in params]
 
-    def scales(size, going_on):
+    def scales(size, gated_annealing):
         now = [(size * grad).flatten() for grad in grads]
-        told = related(rule, [sums_of(rule, *given) for given in zip(params, now, states)])
-        peaks = [peaks_of(state) for state in states]
+        contexts = cross_tensor_context(
+            rule, [statistics_of(rule, *given) for given in zip(params, now, states)]
+        )
+        maxima = [maxima_of(state) for state in states]
         step = states[0]["step"]
-        return [scale_of(*given, step, going_on) for given in zip(told, peaks)]
+        return [scale_of(*given, step, gated_annealing) for given in zip(contexts, maxima)]
 
     assert scales(1.0, True) == scales(1.0, False)
-    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
-    for i, (param, grad, sums) in enumerate(zip(params, grads, told)):
-        _, states[i] = advance(rule, param, grad, states[i], 1.0, 0.0, sums)
-    rested = [on / off for on, off in zip(scales(0.01, True), scales(0.01, False))]
-    for state, ratio in zip(states, rested):
-        request = float(state["request_peak"])
-        assert ratio == pytest.approx(0.01 ** (REST * (request - 1)), rel=1e-6)
-    assert rested[0] < 2 < 9 < rested[1]
+    contexts = cross_tensor_context(
+        rule, [statistics_of(rule, *given) for given in zip(params, grads, states)]
+    )
+    for i, (param, grad, context) in enumerate(zip(params, grads, contexts)):
+        _, states[i] = advance(rule, param, grad, states[i], 1.0, 0.0, context)
+    ratios = [on / off for on, off in zip(scales(0.01, True), scales(0.01, False))]
+    for state, ratio in zip(states, ratios):
+        gate = float(state["radial_gate_max"])
+        assert ratio == pytest.approx(0.01 ** (ANNEALING_EXPONENT * (gate - 1)), rel=1e-6)
+    assert ratios[0] < 2 < 9 < ratios[1]
 
 
-def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
-    """However little their gradients promise."""
+def test_the_number_of_coordinates_bounds_a_step():
+    """However small the first-order decrease is."""
     rule, param = CoordinateLSTM(hidden_size=0), torch.zeros(1000, 500)
     state = rule.init_state(param)
-    peaks = peaks_of(state)
-    for size, promised in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
+    maxima = maxima_of(state)
+    for size, decrease in ((1e-9, 500_000 / 45_000), (1e-3, 500.0)):
         grad = torch.full_like(param, size)
-        sums = rule.related(rule.sums(grad.flatten(), state, param.flatten()).unsqueeze(0))[0]
-        scale = scale_of(sums, peaks, torch.tensor(1.0))
-        assert scale == pytest.approx(1 / (8 + promised), rel=1e-4)
+        context = context_of(rule, grad, state, param)
+        scale = scale_of(context, maxima, torch.tensor(1.0))
+        assert scale == pytest.approx(1 / (8 + decrease), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -404,22 +419,24 @@ def test_a_step_is_bounded_by_how_many_coordinates_the_model_has():
     ],
 )
 @pytest.mark.parametrize("hidden", [0, 17])
-def test_a_step_is_bounded_by_the_wide_matrices_but_the_largest(shapes, counted, hidden):
-    """Of those coordinates that have a gradient."""
+def test_the_wide_matrices_but_the_largest_bound_a_step(shapes, counted, hidden):
+    """Only coordinates with a gradient count."""
     rule = CoordinateLSTM()
     params = [torch.zeros(shape) for shape in shapes]
     grads = [torch.full_like(param, 1e-9) for param in params]
     grads[0].view(-1)[:hidden] = 0
     states = [rule.init_state(param) for param in params]
-    told = related(rule, [sums_of(rule, *given) for given in zip(params, grads, states)])
+    contexts = cross_tensor_context(
+        rule, [statistics_of(rule, *given) for given in zip(params, grads, states)]
+    )
     bound = 2.29 * max(0, counted - hidden) ** (1 / 3)
     everything = sum(param.numel() for param in params) / 45_000
-    for sums, state in zip(told, states):
-        scale = scale_of(sums, peaks_of(state), torch.tensor(1.0))
+    for context, state in zip(contexts, states):
+        scale = scale_of(context, maxima_of(state), torch.tensor(1.0))
         assert scale == pytest.approx(1 / (8 + max(bound, everything)), rel=1e-4)
 
 
-def test_what_is_wide_is_known_of_a_shard_by_the_whole_tensors_shape():
+def test_the_shape_of_the_whole_tensor_says_whether_a_shard_is_wide():
     rule, shard = CoordinateLSTM(), torch.zeros(35, 80)
     assert float(rule.init_state(shard)["matrix"]) == 1
     assert float(rule.init_state(shard, shape=(70, 80))["matrix"]) == 2
@@ -427,18 +444,18 @@ def test_what_is_wide_is_known_of_a_shard_by_the_whole_tensors_shape():
 
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
-def test_an_orthogonalized_direction_has_like_singular_values_and_keeps_its_length(
+def test_an_orthogonalized_direction_has_equal_singular_values_and_keeps_its_norm(
     rows, columns, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     ours = orthogonalized(direction)
     left, sizes, right = torch.linalg.svd(direction, full_matrices=False)
-    known = sizes > 0.01 * direction.norm()  # the iterations have come to those
-    expected = left[:, known] @ right[known]
-    found = left[:, known].T @ ours @ right[known].T
+    converged = sizes > 0.01 * direction.norm()
+    expected = left[:, converged] @ right[converged]
+    found = left[:, converged].T @ ours @ right[converged].T
     torch.testing.assert_close(
-        found / found[0, 0], torch.eye(int(known.sum())).double(), atol=0.01, rtol=0
+        found / found[0, 0], torch.eye(int(converged.sum())).double(), atol=0.01, rtol=0
     )
     assert float((ours * expected).sum()) > 0
     torch.testing.assert_close(ours.norm(), direction.norm())
@@ -446,66 +463,66 @@ def test_an_orthogonalized_direction_has_like_singular_values_and_keeps_its_leng
     assert not orthogonalized(torch.zeros(rows, columns)).any()
 
 
-def test_what_is_nothing_in_a_matrix_stays_so_when_it_is_orthogonalized():
+def test_singular_values_of_zero_stay_zero_when_orthogonalized():
     ours = orthogonalized(torch.ones(3, 50) * torch.arange(50))
     torch.testing.assert_close(ours, torch.ones(3, 50) * torch.arange(50), rtol=1e-4, atol=1e-4)
 
 
-def test_narrow_matrices_go_along_all_singular_directions_twice_as_far_unless_they_ask_for_growth():
+def test_steps_of_narrow_matrices_are_orthogonalized_and_twice_as_long_unless_radial():
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 80), (80, 3), (65, 70), (9,))
     plain = CoordinateLSTM().double()
-    turning = copy.deepcopy(plain)
-    turning.orthogonalize = True
+    orthogonalizing = copy.deepcopy(plain)
+    orthogonalizing.orthogonalize = True
     params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     states = [plain.init_state(param) for param in params]
     for step in range(4):
         grads = [0.1 * torch.randn(param.shape, generator=generator) for param in params]
         grads = [grad.double() for grad in grads]
-        if step == 2:  # the first asks for growth, and is the heaviest
+        if step == 2:  # the gradient of the first is radial, with the largest score
             grads[0] = -10 * params[0]
-        sums = [sums_of(plain, *given) for given in zip(params, grads, states)]
-        told = related(plain, sums)
-        for i, (param, grad, known) in enumerate(zip(params, grads, told)):
-            delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, known)
-            turned, same = advance(turning, param, grad, states[i], 0.5, 0.1, known)
+        statistics = [statistics_of(plain, *given) for given in zip(params, grads, states)]
+        contexts = cross_tensor_context(plain, statistics)
+        for i, (param, grad, context) in enumerate(zip(params, grads, contexts)):
+            delta, after = advance(plain, param, grad, states[i], 0.5, 0.1, context)
+            orthogonal, same = advance(orthogonalizing, param, grad, states[i], 0.5, 0.1, context)
             assert all(torch.equal(after[name], same[name]) for name in after)
             decay = -0.5 * 0.1 * plain.step_size * param
-            peaks = peaks_of(states[i])
-            rests, goes_on = (scale_of(known, peaks, after["step"], on) for on in (False, True))
-            delta = decay + (delta - decay) * goes_on / rests
+            maxima = maxima_of(states[i])
+            annealed, gated = (scale_of(context, maxima, after["step"], on) for on in (False, True))
+            delta = decay + (delta - decay) * gated / annealed
             if i < 2:
-                request = max(float(growth_request(known)), float(states[i]["request_peak"]))
-                longer = 2 - request if step else 1
+                gate = max(float(radial_gate(context)), float(states[i]["radial_gate_max"]))
+                gain = 2 - gate if step else 1
                 direction = delta - decay
-                if step == 0:  # Adam's is no more than the sign
+                if step == 0:  # Adam's direction is only the sign
                     direction = -grad * direction.norm() / grad.norm()
-                delta = decay + longer * orthogonalized(direction)
-            torch.testing.assert_close(turned, delta)
+                delta = decay + gain * orthogonalized(direction)
+            torch.testing.assert_close(orthogonal, delta)
             states[i] = after
         if step == 2:
-            assert float(growth_request(told[0])) > 0.9 > 0.1 > float(growth_request(told[1]))
+            assert float(radial_gate(contexts[0])) > 0.9 > 0.1 > float(radial_gate(contexts[1]))
         if step == 3:  # it is remembered
-            assert float(growth_request(told[0])) < 0.1 < 0.9 < float(states[0]["request_peak"])
+            assert float(radial_gate(contexts[0])) < 0.1 < 0.9 < float(states[0]["radial_gate_max"])
 
 
-def test_a_rule_in_doubt_is_adam_and_orthogonalizes_nothing():
-    assert not random_lstm(orthogonalize=True).careful().turns((3, 80))
+def test_the_fallback_orthogonalizes_nothing():
+    assert not random_lstm(orthogonalize=True).fallback().treats_as_matrix((3, 80))
 
 
-def test_growth_alone_is_the_growth_of_the_rule_with_adams_directions():
+def test_growth_only_is_the_growth_of_the_rule_with_adams_directions():
     rule, param = random_lstm(), torch.randn(4, 5)
-    alone = rule.growth_alone()
-    grad = -param  # asks for nothing else
-    delta, _ = advance(alone, param, grad, alone.init_state(param), 1.0, 0.0)
-    twin = rule.careful()
+    growing = rule.growth_only()
+    grad = -param  # radial
+    delta, _ = advance(growing, param, grad, growing.init_state(param), 1.0, 0.0)
+    twin = rule.fallback()
     with torch.no_grad():
         for name in ("growth_context", "growth_bias"):
             twin.get_parameter(name).copy_(rule.get_parameter(name))
     expected, _ = advance(twin, param, grad, twin.init_state(param), 1.0, 0.0)
     torch.testing.assert_close(delta, expected)
-    state = alone.init_state(param)
+    state = growing.init_state(param)
     assert sum(leaf.numel() for leaf in state.values() if leaf.dim()) == 2 * param.numel()
-    assert {name for name, weight in alone.named_parameters() if weight.requires_grad} == {
+    assert {name for name, weight in growing.named_parameters() if weight.requires_grad} == {
         *("context_weight", "context_bias", "growth_context", "growth_bias")
     }

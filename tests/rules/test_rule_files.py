@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rnnopt import SGD, InputError, load_rule, save_rule
 from rnnopt.rules.files import read_training, rule_fingerprint
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import save_tensors, write_atomically
 
 
 def test_a_saved_rule_comes_back_the_same(tmp_path):
@@ -76,7 +76,7 @@ def damaged(tmp_path, name):
         ("cut in the header", "no complete safetensors file"),
         ("empty", "no complete safetensors file"),
         ("pickle", "no complete safetensors file"),
-        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.7'"),
+        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.8'"),
         ("other config", "weights and config do not fit together"),
         ("unknown option", "weights and config do not fit together"),
         ("not finite", "weights that are not finite"),
@@ -112,3 +112,18 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write"):
         write_atomically(tmp_path / "file" / "below", b"")
+
+
+def test_a_file_of_the_format_before_the_renaming_of_arguments_loads(tmp_path):
+    """Format 7 has the same arithmetic; two arguments had other names."""
+    rule = random_lstm(initial_decrease=0.5, growth_threshold=0.25)
+    config = rule.config
+    config["reach"], config["growth_unit"] = (
+        config.pop("initial_decrease"),
+        config.pop("growth_threshold"),
+    )
+    path = tmp_path / "rule.safetensors"
+    save_tensors(path, rule.state_dict(), {"format": "rnnopt.CoordinateLSTM.7", "config": config})
+    loaded = load_rule(path)
+    assert loaded.config == rule.config
+    assert all(map(torch.equal, rule.parameters(), loaded.parameters()))

@@ -30,6 +30,8 @@ def test_whole_numbers_are_their_own_places():
     assert names == ["-1", "0", "2", "9", "10", "11"]
     assert [names[i] for i in train] == numbers and test.tolist() == [5, 3]
     assert label_numbers(corpus("10", "9", "b"), corpus())[0] == ["10", "9", "b"]
+    decimals = [f"{i}.0" for i in range(12)]
+    assert label_numbers(corpus(*sorted(decimals)), corpus())[0] == decimals
 
 
 def test_metrics_of_a_known_case():

@@ -51,6 +51,21 @@ def test_logistic_regression_is_at_the_minimum_of_its_loss(seed):
     assert error.sum(dim=0).abs().max() < 1e-3
 
 
+def test_logistic_regression_of_two_classes_is_at_the_minimum_of_the_same_loss():
+    features, labels, _ = drawn(0, ways=2)
+    probes = torch.cat([torch.zeros(1, 5), torch.eye(5)]).double()
+    found = logistic(features, labels, probes, 2)
+    bias, weight = found[0], (found[1:] - found[0]).T
+    error = (features @ weight.T + bias).softmax(dim=1)
+    error[torch.arange(len(labels)), labels] -= 1
+    assert (error.T @ features + PENALTY * weight).abs().max() < 1e-3
+
+
+def test_logistic_regression_of_many_classes_with_one_text_each_is_quiet():
+    features, labels, centres = drawn(0, ways=25, shots=1, width=30)
+    assert logistic(features, labels, centres, 25).argmax(dim=1).tolist() == list(range(25))
+
+
 @pytest.mark.parametrize("name", FROZEN)
 @pytest.mark.parametrize("tune", ["head", "lora"])
 def test_a_task_is_judged_by_its_embeddings_and_nothing_is_changed(name, tune, encoder, csv_file):
@@ -65,7 +80,7 @@ def test_a_task_is_judged_by_its_embeddings_and_nothing_is_changed(name, tune, e
         assert torch.equal(value, before[key])
     assert 0 < score["loss"] < 2
     assert score["accuracy"] * 15 == pytest.approx(round(score["accuracy"] * 15))
-    seen = judge_frozen(name, classifier, TextTask(task.batches, task.support, 3))
+    seen = judge_frozen(name, classifier, TextTask(task.classifier, task.batches, task.support, 3))
     assert seen.accuracy > 0.6  # chance is 1 / 3
     assert seen.loss < score["loss"]
     assert all(param.grad is None for _, param in classifier.trainable())

@@ -15,7 +15,7 @@ from rnnopt.meta.learned import InitialValues
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init, read_init_training, save_init
 from rnnopt.tasks.text.start import TextStart
-from rnnopt.tasks.text.tasks import LabelledTexts
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 CPU = torch.device("cpu")
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2, 1]
@@ -38,7 +38,7 @@ def learned(classifier, seed=0):
 
 def begun(classifier, start):
     texts = LabelledTexts.read(classifier, TEXTS, LABELS)
-    start.begin(classifier, texts, 3, seed=0)
+    start.begin(classifier, TextTask(classifier, (texts,), texts, 3), seed=0)
     with torch.no_grad():
         return classifier.logits(classifier.batch(TEXTS))
 
@@ -90,7 +90,7 @@ def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
     save_init(tmp_path / "init", classifier, start, {})
     again = load(tmp_path / "init", tune="head", pooling="mean")
     torch.testing.assert_close(
-        begun(again, TextStart("zero")), begun(classifier, TextStart("zero"))
+        begun(again, TextStart(head="zero")), begun(classifier, TextStart(head="zero"))
     )
     body = dict(again.model.named_parameters())
     assert all(torch.equal(body[name], value) for name, value in start.values.items())
@@ -110,7 +110,7 @@ def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
 def test_values_head_and_what_is_adapted_come_back(tmp_path, options):
     encoder = tiny_bert(tmp_path / "bert")
     classifier = load(encoder, **options)
-    start = TextStart("prototype", "head", learned(classifier))
+    start = TextStart(head="prototype", adapted="head", values=learned(classifier))
     run = tmp_path / "run"
     run.mkdir()
     save_init(run / "init", classifier, start, {"note": 1})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rnnopt import SGD, InputError, MetaSGD
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.start import TextStart, prototype_head
-from rnnopt.tasks.text.tasks import LabelledTexts
+from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 CPU = torch.device("cpu")
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2, 1]
@@ -28,20 +28,24 @@ def support(classifier):
     return LabelledTexts.read(classifier, TEXTS, LABELS)
 
 
+def task_of(classifier, support):
+    return TextTask(classifier, (support,), support, 3)
+
+
 def logits(classifier):
     with torch.no_grad():
         return classifier.logits(classifier.batch(TEXTS))
 
 
 def test_a_random_head_is_that_of_reset(classifier, support):
-    TextStart().begin(classifier, support, 3, seed=5)
+    TextStart().begin(classifier, task_of(classifier, support), seed=5)
     ours = [param.detach().clone() for param in classifier.model.parameters()]
     classifier.reset(3, seed=5)
     assert all(map(torch.equal, ours, classifier.model.parameters()))
 
 
 def test_a_zero_head_says_nothing(classifier, support):
-    TextStart("zero").begin(classifier, support, 3, seed=5)
+    TextStart(head="zero").begin(classifier, task_of(classifier, support), seed=5)
     assert not logits(classifier).any()
 
 
@@ -50,7 +54,7 @@ def test_a_prototype_head_is_minus_the_squared_distance_from_the_class_means(tmp
     """By softmax; and s is the mean squared distance of the class means from their mean."""
     loaded = Classifier.load(tiny_bert(tmp_path), tune="full", pooling=pooling, ways=3, device=CPU)
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
-    TextStart("prototype").begin(loaded, texts, 3, seed=0)
+    TextStart(head="prototype").begin(loaded, task_of(loaded, texts), seed=0)
     with torch.no_grad():
         x = loaded.features(loaded.batch(TEXTS)).double()  # (B, H)
         means = torch.stack([x[torch.tensor(LABELS) == k].mean(dim=0) for k in range(3)])
@@ -85,7 +89,7 @@ def test_a_prototype_head_depends_on_no_scale_and_shift_of_the_features(scale, s
 
 def test_texts_that_are_all_alike_make_a_finite_head(classifier):
     alike = LabelledTexts.read(classifier, ["play a song"] * 4, [0, 1, 2, 0])
-    TextStart("prototype").begin(classifier, alike, 3, seed=0)
+    TextStart(head="prototype").begin(classifier, task_of(classifier, alike), seed=0)
     assert torch.isfinite(logits(classifier)).all()
 
 
@@ -95,7 +99,7 @@ def test_an_output_layer_without_bias_takes_no_prototypes(tmp_path):
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
     assert loaded.features(loaded.batch(TEXTS)).shape == (len(TEXTS), 32)
     with pytest.raises(InputError, match=r"output layer has no bias.*use --head zero or random"):
-        TextStart("prototype").begin(loaded, texts, 3, seed=0)
+        TextStart(head="prototype").begin(loaded, task_of(loaded, texts), seed=0)
 
 
 def test_learned_values_replace_the_pretrained_ones_at_every_beginning(tmp_path):
@@ -105,7 +109,7 @@ def test_learned_values_replace_the_pretrained_ones_at_every_beginning(tmp_path)
     values = {name: torch.randn_like(value) for name, value in loaded.initial_values.items()}
     texts = LabelledTexts.read(loaded, TEXTS, LABELS)
     for seed in (1, 2):
-        TextStart(values=values).begin(loaded, texts, 3, seed)
+        TextStart(values=values).begin(loaded, task_of(loaded, texts), seed)
         params = dict(loaded.trainable())
         assert all(torch.equal(params[name], value) for name, value in values.items())
         with torch.no_grad():
@@ -118,7 +122,7 @@ def test_learned_values_replace_the_pretrained_ones_at_every_beginning(tmp_path)
 
 def test_adapting_the_head_only_leaves_the_encoder(classifier, support):
     start = TextStart(adapted="head")
-    start.begin(classifier, support, 3, seed=0)
+    start.begin(classifier, task_of(classifier, support), seed=0)
     assert list(start.params(classifier)) == ["classifier.weight", "classifier.bias"]
     before = {name: param.detach().clone() for name, param in classifier.trainable()}
     optimizer = start.optimizer(classifier, SGD(0.5))
@@ -130,7 +134,7 @@ def test_adapting_the_head_only_leaves_the_encoder(classifier, support):
 
 def test_a_meta_sgd_is_told_the_names_and_the_multiplier(classifier, support):
     start = TextStart(adapted="head")
-    start.begin(classifier, support, 3, seed=0)
+    start.begin(classifier, task_of(classifier, support), seed=0)
     rule = MetaSGD(["classifier.bias", "classifier.weight"])
     optimizer = start.optimizer(classifier, rule, lr=0.5)
     assert [int(state["number"]) for state in optimizer.state.values()] == [1, 0]

@@ -147,7 +147,7 @@ def test_the_query_loss_mixes_both(classifier, task):
 
 def test_adaptation_tells_how_many_steps_were_undone(classifier, task):
     class Rash(Adam):
-        def careful(self):
+        def fallback(self):
             return Adam(1e-4)
 
     optimizer = LearnedOptimizer([p for _, p in classifier.trainable()], Rash(1.0))

@@ -1,1 +1,1 @@
-"""What a run tells: reports, figures, tables, provenance."""
+"""Reports, figures and tables of runs."""

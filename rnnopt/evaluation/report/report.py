@@ -1,4 +1,4 @@
-"""`report.md` and the pictures of a run, made of nothing but the files that the run left."""
+"""Reports of runs: `report.md` and its figures, written from the files in the run's folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 
 from rnnopt.data.overlap import seen_lines
-from rnnopt.data.sources import overlap_lines, sources_table
+from rnnopt.data.sources import overlap_lines
 from rnnopt.data.splits import class_pair
 from rnnopt.errors import InputError
-from rnnopt.evaluation.report.tables import NOT_FINITE, comparison_table, confusion_text, table
+from rnnopt.evaluation.report.tables import (
+    NOT_FINITE,
+    comparison_table,
+    confusion_text,
+    sources_table,
+    table,
+)
 from rnnopt.storage.files import write_atomically
 from rnnopt.storage.provenance import PROVENANCE_FILE, read_json
 from rnnopt.storage.run_folder import LOG_FILE, RUN_FILE
@@ -21,22 +27,23 @@ from rnnopt.tasks.requirement import Requirement
 
 REPORT_FILE = "report.md"
 ADAPT_FILE = "adapt.json"
-_CHECKS_SHOWN = 30  # lines of a table of checks; the files hold them all
+_CHECKS_SHOWN = 30  # rows of a table of checks at most; the run's files hold all checks
 
 
 def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
-    """Write the report of a run, again or for the first time.
+    """Write the report of a run. An older report of the run is replaced.
 
     Args:
         path: the folder of `rnnopt meta-train` or `rnnopt adapt`, or the JSON file of `rnnopt
             compare`.
-        say: prints a line where pictures can't be drawn.
+        say: is called with a message if figures can't be drawn.
 
     Returns:
-        The report: ``report.md`` in the folder; of ``result.json`` it is ``result.json.md``.
+        The path of the report: ``report.md`` in the folder, or ``result.json.md`` beside a
+        comparison's ``result.json``.
 
     Raises:
-        InputError: there is no such run, or its files are damaged.
+        InputError: there is no run at this path, or its files are damaged.
     """
     kinds: list[tuple[Path, Callable[[Path, Callable[[str], None]], list[str]]]] = [
         (path / RUN_FILE, _meta_training),
@@ -79,7 +86,7 @@ def _meta_training(folder: Path, say: Callable[[str], None]) -> list[str]:
         "## Validation classes\n\n" + _validation_table(run, checks),
         *_data_section(about),
         *_settings_section(about),
-        "## What the run is known by\n\nA resumed run must agree with these.\n\n"
+        "## Identity of the run\n\nA run that resumes this one must have the same values.\n\n"
         + table(["fact", "value"], [[name, _shown(value)] for name, value in run.items()]),
     ]
 
@@ -98,7 +105,7 @@ def _outcome(
     requirement = Requirement.parse(
         run["until"], ("accuracy", "loss"), len(last["validation"]["loss"])
     )
-    # not what the log says: the run that logged may have had another requirement, or none
+    # Computed anew, since an earlier part of the run may have had another requirement, or none.
     met = requirement.met(last["validation"]) and last["meta_step"] == done
     verdict = (
         f"**Met at meta-step {done}**, whose rule is kept"
@@ -149,7 +156,7 @@ def _adaptation(folder: Path, say: Callable[[str], None]) -> list[str]:
     sections += ["![training loss](loss.png)"] if drawn else []
     if test:
         sections.append(_judged("The test file, read when all else was done", test))
-    how = ", which also chose when to stop: a little too good" if watched else ""
+    how = " (slightly optimistic, since they also chose when to stop)" if watched else ""
     if "confusion" in result:
         sections.append(_judged(f"Texts held out{how}", result))
     if checks:
@@ -189,7 +196,7 @@ def _data_section(about: Mapping[str, Any]) -> list[str]:
     data = about.get("data", {})
     if "sources" not in data:
         facts = [[name, _shown(value)] for name, value in data.items()]
-        return ["## What it is made of\n\n" + table(["", "contents, fingerprint"], facts)]
+        return ["## Data\n\n" + table(["", "contents, fingerprint"], facts)]
     prints = [
         [source["source"], *source["fingerprints"].values()]
         for source in data["sources"]
@@ -240,7 +247,7 @@ def _picture(say: Callable[[str], None], draw: Callable[[Any], None]) -> bool:
 
 
 def _shortened(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table of evenly spaced rows where there are too many; first and last are among them."""
+    """A table, of evenly spaced rows if there are too many; the first and the last are kept."""
     if len(rows) <= _CHECKS_SHOWN:
         return table(header, rows)
     places = np.linspace(0, len(rows) - 1, _CHECKS_SHOWN).round().astype(int)

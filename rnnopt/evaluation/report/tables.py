@@ -1,24 +1,78 @@
-"""Tables that read well as they are and are Markdown too."""
+"""Tables: Markdown that is aligned for the eye, and the same drawn on a terminal by rich."""
 
 from __future__ import annotations
 
+import itertools
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# Labels beyond which a confusion matrix is too wide to read: then its largest entries are listed.
+from rnnopt.data.corpus import listed
+from rnnopt.data.splits import PART_NAMES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# A confusion matrix of more labels is too wide to read. Its largest errors are listed instead.
 WIDEST = 12
+WIDTH = 100  # columns that a printed table takes at most
 _LARGEST = 10
-NOT_FINITE = "not finite"  # what stands in a table for such a figure
+NOT_FINITE = "not finite"  # what stands in a table for NaN and infinity
+
+
+def show(text: str) -> None:
+    """Print text with Markdown tables in it. On a terminal the tables are drawn by rich.
+
+    A drawn table is at most 100 columns wide, or as wide as the terminal if that is narrower; long
+    cells take several lines. Where the output is a file or a pipe, the text stays as it is.
+
+    Args:
+        text: lines, of which those of a table begin with a bar.
+    """
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH)
+    for is_table, block in itertools.groupby(text.split("\n"), lambda line: line.startswith("|")):
+        lines = list(block)
+        if is_table:
+            console.print(_drawn(lines))
+        else:
+            console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _drawn(lines: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    header, rule, *rows = (
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+    )
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for name, dashes in zip(header, rule):
+        drawn.add_column(Text(name), justify="right" if dashes.endswith(":") else "left")
+    for row in rows:
+        name, *rest = row
+        emphasised = re.fullmatch(r"\*(.+)\*", name)
+        look = "italic" if emphasised else ""
+        drawn.add_row(Text(emphasised[1] if emphasised else name, look), *map(Text, rest))
+    return drawn
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, columns aligned, those of numbers to the right.
+    """A Markdown table with aligned columns. Columns of numbers are aligned to the right.
 
     Args:
-        header: the columns' names.
-        rows: a cell for each column.
+        header: the names of the columns.
+        rows: one cell per column, each.
     """
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
     columns = [_column(column) for column in zip(*cells)]
@@ -26,7 +80,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
-    """A confusion matrix for people; of many labels what is most often confused.
+    """A confusion matrix as a table, or with many labels a list of the most frequent errors.
 
     Args:
         labels: C names.
@@ -47,38 +101,65 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """Accuracy and loss of every method at every budget, and what the rule is ahead, as Markdown.
+    """Accuracy and loss of every method at every number of steps, and the paired differences.
 
     Args:
         result: what `rnnopt.evaluation.comparison.Comparison.run` returned.
+
+    Returns:
+        Markdown: a table of accuracy and a table of loss, means with the half-widths of their 95 %
+        intervals.
     """
-    lines = []
+    parts = []
     first = next(iter(result["methods"].values()))
-    for metric in [name for name in first if name in ("accuracy", "loss")]:
+    for metric in [name for name in ("accuracy", "loss") if name in first]:
         rows = {name: method[metric] for name, method in result["methods"].items()}
         for name, difference in result["paired"].items():
             rows[f"*learned - {name}, paired*"] = difference[metric]
         budgets = sorted({int(b) for row in rows.values() for b in row})
-        lines += [
-            f"| {metric} after | " + " | ".join(str(b) for b in budgets) + " |",
-            "|---|" + "---|" * len(budgets),
+        cells = [
+            [name, *(_with_interval(row.get(str(b)), name.startswith("*")) for b in budgets)]
+            for name, row in rows.items()
         ]
-        for name, row in rows.items():
-            sign = "+" if name.startswith("*") else ""
-            cells = (row.get(str(b)) for b in budgets)
-            figures = (
-                f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}" if cell else "" for cell in cells
-            )
-            lines.append(f"| {name} | " + " | ".join(figures) + " |")
-        lines.append("")
+        lines = [" | ".join(row) for row in ([f"{metric} after", *map(str, budgets)], *cells)]
+        lines = [f"| {line} |" for line in lines]
+        parts.append("\n".join([lines[0], "|---|" + "---:|" * len(budgets), *lines[1:]]))
     undone = result["methods"]["learned"].get("undone", 0)
     if undone:
-        lines += [f"Steps of the rule that its guard took back, in all episodes: {undone}.", ""]
-    return "\n".join(lines)
+        parts.append(f"Steps of the rule that its guard took back, in all episodes: {undone}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _with_interval(cell: Mapping[str, float] | None, signed: bool) -> str:
+    if cell is None:
+        return ""
+    sign = "+" if signed else ""
+    return f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}"
+
+
+def sources_table(description: Mapping[str, Any]) -> str:
+    """One row per source, in Markdown: its weight, domains, classes, texts and duplicates.
+
+    Args:
+        description: from `rnnopt.data.sources.describe`.
+    """
+    rows = [
+        [
+            source["source"],
+            "-" if source["weight"] is None else f"{source['weight']:g}",
+            listed(source["domains"], most=3),
+            " / ".join(str(source["classes"][part]) for part in PART_NAMES),
+            " / ".join(str(source["texts"][part]) for part in PART_NAMES),
+            source["duplicates"],
+        ]
+        for source in description["sources"]
+    ]
+    header = ["source", "weight", "domains", "classes", "texts", "duplicates dropped"]
+    return table(header, rows)
 
 
 def _column(cells: Sequence[str]) -> list[str]:
-    """Cells of one width, with the rule below the first."""
+    """The cells, padded to one width, with a line of dashes below the first."""
     width = max(3, *map(len, cells))
     if all(map(_is_number, cells[1:])):
         return [cells[0].rjust(width), "-" * (width - 1) + ":"] + [
@@ -96,5 +177,5 @@ def _is_number(cell: str) -> bool:
 
 
 def _cell(value: object) -> str:
-    """On one line, and without what ends a cell."""
+    """The value on one line, with bars escaped, since a bar ends a cell."""
     return " ".join(str(value).split()).replace("|", "\\|")

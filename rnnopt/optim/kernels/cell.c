@@ -1,6 +1,6 @@
-/* The step of `CoordinateLSTM` on a CPU: the arithmetic of lstm.py, preprocess.py and rule.advance
- * in one pass that reads and writes every number of state once. fused_cpu.py compiles and calls it;
- * the plain rule is what is true, and tests hold this to it.
+/* The step of `CoordinateLSTM` on a CPU: the arithmetic of rules/lstm.py, rules/features.py and
+ * rules/protocol.py (advance) in one pass that reads and writes every number of state once. cpu.py
+ * compiles and calls it. The plain rule defines the result, and tests compare this with it.
  *
  * Built with -DHIDDEN=H for H hidden units. All matrices are row-major, states feature-major (H, n).
  * Nothing here knows of torch: plain pointers in, no memory of its own, no threads, no errors.
@@ -11,8 +11,8 @@
 #define FEATURES 5
 #define INPUTS (FEATURES + HIDDEN)
 #define OUTPUTS 3
-#define SUMS 8
-/* One register's worth: halves of larger vectors would run out of registers, twice as slow. */
+#define STATISTICS 8
+/* One vector register: longer vectors would run out of registers and take twice as long. */
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -24,7 +24,7 @@ typedef int32_t bits __attribute__((vector_size(4 * LANES)));
 typedef uint32_t word __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half __attribute__((vector_size(2 * LANES)));
 
-/* One tensor. What is common to its coordinates has been worked out by the caller. */
+/* One tensor. The caller has computed what all its coordinates share. */
 typedef struct {
     float *param;
     const float *grad;
@@ -33,18 +33,18 @@ typedef struct {
     int64_t count;
     float gate_shift[4 * HIDDEN];
     float output_shift[OUTPUTS];
-    float m_debt, v_debt;      /* 1 - beta^t */
-    float grad_rms, param_rms; /* what features are relative to */
-    float scale;               /* reach * step_scale */
-    float growth;              /* of the parameter, relative to itself */
-    float keep;                /* 1; 0 leaves the change in the parameter's place */
-    float rate, decay;         /* lr, and lr * step_size * weight_decay */
+    float m_correction, v_correction; /* bias corrections 1 - beta^t */
+    float grad_rms, param_rms;        /* the units of the features */
+    float scale;                      /* initial_decrease * step_scale */
+    float growth;                     /* of the parameter, relative to itself */
+    float keep;                       /* 1; 0 overwrites the parameter with the change */
+    float rate, decay;                /* lr, and lr * step_size * weight_decay */
 } Tensor;
 
 typedef struct {
     float gate_weight[4 * HIDDEN][INPUTS];
     float output_weight[OUTPUTS][HIDDEN];
-    float beta1_rest, beta2, beta2_rest; /* rest: 1 - beta */
+    float beta1_complement, beta2, beta2_complement; /* complement: 1 - beta */
     float eps, log_bound, grad_bound, ratio_floor;
 } Rule;
 
@@ -76,14 +76,14 @@ INLINE void store(float *at, vec x, int count) {
     if (count == LANES) memcpy(at, &x, sizeof x);
     else memcpy(at, &x, sizeof(float) * count);
 }
-INLINE vec load_memory(const void *base, int64_t at, int count, int is_half) {
+INLINE vec load_state(const void *base, int64_t at, int count, int is_half) {
     if (!is_half) return load((const float *)base + at, count);
     half x = {};
     if (count == LANES) memcpy(&x, (const uint16_t *)base + at, sizeof x);
     else memcpy(&x, (const uint16_t *)base + at, sizeof(uint16_t) * count);
     return (vec)(__builtin_convertvector(x, word) << 16);
 }
-INLINE void store_memory(void *base, int64_t at, vec x, int count, int is_half) {
+INLINE void store_state(void *base, int64_t at, vec x, int count, int is_half) {
     if (!is_half) {
         store((float *)base + at, x, count);
         return;
@@ -144,7 +144,7 @@ INLINE vec arsinh(vec x) {
     return (vec)((bits)logarithm(size + root(size * size + 1.0f)) | sign);
 }
 
-/* -- the sums over a tensor, see preprocess.tensor_sums: all but the last */
+/* -- the statistics of a tensor, see features.tensor_statistics: all but the last */
 
 INLINE vec bounded(const Rule *rule, const float *at, int count, bits *finite) {
     vec g = load(at, count);
@@ -152,12 +152,12 @@ INLINE vec bounded(const Rule *rule, const float *at, int count, bits *finite) {
     return clamp((vec)((bits)g & *finite), -rule->grad_bound, rule->grad_bound);
 }
 
-/* partial: (blocks, SUMS), a row for each block from `first` up to `last` */
-void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, int64_t first,
-                 int64_t last, double *partial) {
+/* partial: (blocks, STATISTICS), a row for each block from `first` up to `last` */
+void rnnopt_statistics(const Rule *rule, const Tensor *tensors, const Block *blocks, int64_t first,
+                       int64_t last, double *partial) {
     for (int64_t k = first; k < last; k++) {
         const Tensor *t = &tensors[blocks[k].tensor];
-        vec pp = {}, gg = {}, mm = {}, mg = {}, pg = {}, size = {}, touched = {};
+        vec pp = {}, gg = {}, mm = {}, mg = {}, pg = {}, size = {}, nonzero = {};
         for (int64_t at = blocks[k].begin; at < blocks[k].end; at += LANES) {
             int64_t left = blocks[k].end - at;
             int count = left < LANES ? (int)left : LANES;
@@ -170,13 +170,13 @@ void rnnopt_sums(const Rule *rule, const Tensor *tensors, const Block *blocks, i
             mg += m * g;
             pg += p * g;
             size += (vec)((bits)g & INT32_MAX);
-            touched += (vec)((bits)splat(1.0f) & (g != 0.0f));
+            nonzero += (vec)((bits)splat(1.0f) & (g != 0.0f));
         }
-        double *out = partial + SUMS * k;
+        double *out = partial + STATISTICS * k;
         out[0] = (double)(blocks[k].end - blocks[k].begin);
         out[1] = total(pp);
         out[2] = total(gg);
-        out[3] = total(touched);
+        out[3] = total(nonzero);
         out[4] = total(mm);
         out[5] = total(mg);
         out[6] = total(size);
@@ -190,23 +190,23 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
     bits finite;
     vec g = bounded(rule, t->grad + at, count, &finite);
     vec p = load(t->param + at, count), v = load(t->v + at, count);
-    if (!any(((bits)g | (bits)v) & INT32_MAX)) { /* never had a gradient: no update, no memory */
+    if (!any(((bits)g | (bits)v) & INT32_MAX)) { /* never had a gradient: no update, zero state */
         if (t->decay) store(t->param + at, pick(finite, p - t->decay * p, p), count);
         return;
     }
     vec m = load(t->m + at, count);
-    vec next_m = m + rule->beta1_rest * (g - m);
-    vec next_v = rule->beta2 * v + rule->beta2_rest * (g * g);
+    vec next_m = m + rule->beta1_complement * (g - m);
+    vec next_v = rule->beta2 * v + rule->beta2_complement * (g * g);
     bits live = next_v > 0.0f;
-    vec scale = root(next_v / t->v_debt) + rule->eps;
-    vec adam = next_m / t->m_debt / scale, relative = g / t->grad_rms;
+    vec scale = root(next_v / t->v_correction) + rule->eps;
+    vec adam = next_m / t->m_correction / scale, relative = g / t->grad_rms;
 
     vec inputs[INPUTS] = {
         adam, g / scale, arsinh(relative),
         logarithm(relative * relative + rule->ratio_floor) / 6.0f, arsinh(p / t->param_rms),
     };
     for (int k = 0; k < HIDDEN; k++)
-        inputs[FEATURES + k] = load_memory(t->hidden, k * t->count + at, count, is_half);
+        inputs[FEATURES + k] = load_state(t->hidden, k * t->count + at, count, is_half);
     vec outputs[OUTPUTS];
     for (int j = 0; j < OUTPUTS; j++) outputs[j] = splat(t->output_shift[j]);
 
@@ -220,20 +220,20 @@ INLINE void step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count,
         }
         /* sigmoid(x) = 1 / (1 + e^-x) and tanh(x) = (1 - e^-2x) / (1 + e^-2x), over common
          * denominators: one division where there would be three. Beyond the bounds both are
-         * constant to 12 digits, within them the product of three does not overflow. */
+         * constant to 12 digits; within them the product of three does not overflow. */
         vec i = 1.0f + exponential(clamp(-gates[0], -28.0f, 28.0f));
         vec f = 1.0f + exponential(clamp(-gates[1], -28.0f, 28.0f));
         vec e = exponential(clamp(-2.0f * gates[2], -28.0f, 28.0f));
         vec o = 1.0f + exponential(clamp(-gates[3], -28.0f, 28.0f));
-        vec old = load_memory(t->cell, k * t->count + at, count, is_half);
+        vec old = load_state(t->cell, k * t->count + at, count, is_half);
         vec ig = i * (1.0f + e);
         vec c = (old * ig + (1.0f - e) * f) / (f * ig);
         c = (vec)((bits)c & live);
         vec ec = exponential(clamp(-2.0f * c, -28.0f, 28.0f));
         vec h = (1.0f - ec) / (o * (1.0f + ec));
         for (int j = 0; j < OUTPUTS; j++) outputs[j] += rule->output_weight[j][k] * h;
-        store_memory(t->cell, k * t->count + at, pick(finite, c, old), count, is_half);
-        store_memory(t->hidden, k * t->count + at, pick(finite, h, inputs[FEATURES + k]), count,
+        store_state(t->cell, k * t->count + at, pick(finite, c, old), count, is_half);
+        store_state(t->hidden, k * t->count + at, pick(finite, h, inputs[FEATURES + k]), count,
                      is_half);
     }
     float bound = rule->log_bound;

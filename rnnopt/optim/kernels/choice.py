@@ -15,10 +15,10 @@ from rnnopt.rules.lstm import CoordinateLSTM
 
 
 def fused_step(rule: object) -> FusedStep | None:
-    """The fast path of a rule, or None if it has none: another kind, dtype or device, no compiler.
+    """The fused step of a rule, or None if there is none for its class, dtype or device.
 
     Warns:
-        RuntimeWarning: once a process, where there is no compiler.
+        RuntimeWarning: once per process, if the kernel can't be compiled.
     """
     if type(rule) is not CoordinateLSTM:
         return None  # also of a subclass, whose arithmetic may differ
@@ -35,7 +35,7 @@ def fused_step(rule: object) -> FusedStep | None:
 
 @functools.cache
 def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
-    """The kernel for this many hidden units, or None where it can not be had."""
+    """The C kernel for this many hidden units, or None if it can't be compiled."""
     try:
         return build(hidden_size)
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
@@ -48,15 +48,15 @@ def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
 
 
 def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:
-    """Its module is imported here only: Triton takes a second to load, and may not be there."""
+    """Imports the kernel's module here: Triton takes a second to load, and may not be installed."""
     try:
-        from rnnopt.optim.kernels import cuda as fused_cuda
+        from rnnopt.optim.kernels import cuda
     except ImportError as error:
         _warn_once(str(error), "install triton")
         return None
-    problem = fused_cuda.problem(rule.hidden_size, rule.gate_weight.device)
+    problem = cuda.problem(rule.hidden_size, rule.gate_weight.device)
     if problem is None:
-        return fused_cuda.TritonStep(rule)
+        return cuda.TritonStep(rule)
     _warn_once(problem, "install a recent triton")
     return None
 

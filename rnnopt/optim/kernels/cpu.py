@@ -1,7 +1,7 @@
 """The fused step on a CPU, see cell.c.
 
-The machine's C compiler builds the kernel on first use, in about a second, and it is kept in the
-user's cache folder.
+The machine's C compiler builds the kernel on first use, in about a second. The shared library is
+kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,26 +24,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.optim.kernels.fused import TAKEN, FusedStep, Measured, Piece, describe, with_matrices
+from rnnopt.optim.kernels.fused import (
+    KERNEL_STATISTICS,
+    FusedStep,
+    Measured,
+    Piece,
+    append_matrix_statistic,
+    tensor_table,
+)
 from rnnopt.rules.features import RATIO_FLOOR
 from rnnopt.rules.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 
 SOURCE = Path(__file__).with_name("cell.c")
-# Coordinates to a block, what one thread takes at a time: its arrays (1.2 MB) stay in a core's
-# cache between the rows of the state.
+# Coordinates per block, the unit of work of a thread: its arrays (1.2 MB) stay in a core's cache
+# between the rows of the state.
 BLOCK = 16_384
 # Coordinates below which a second thread costs more than it saves.
-_WORTH_A_THREAD = 32_768
+_MIN_PER_THREAD = 32_768
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
 
 
 class CompiledStep(FusedStep):
-    """The step on a CPU.
+    """The fused step on a CPU.
 
     Args:
         rule: see `FusedStep`.
-        kernel: what `build` returned for its hidden size.
+        kernel: the result of `build` for its hidden size.
     """
 
     def __init__(self, rule: CoordinateLSTM, kernel: ctypes.CDLL) -> None:
@@ -52,27 +59,29 @@ class CompiledStep(FusedStep):
         self._layout = _tensor_layout(rule.hidden_size)
 
     def measure(self, pieces: Sequence[Piece]) -> Measured:
-        """See `FusedStep`."""
+        """See `FusedStep.measure`."""
         rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
-        grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the end of the step
-        tensors = describe(self._rule, pieces, grads, self._layout)
+        grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
+        tensors = tensor_table(self._rule, pieces, grads, self._layout)
         blocks = _blocks(tuple(piece.param.numel() for piece in pieces))
-        partial = np.zeros((len(blocks), TAKEN))
+        partial = np.zeros((len(blocks), KERNEL_STATISTICS))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         _share(
-            lambda first, last: self._kernel.rnnopt_sums(
+            lambda first, last: self._kernel.rnnopt_statistics(
                 *pointers, first, last, partial.ctypes.data
             ),
             blocks,
         )
-        sums = torch.zeros(len(pieces), TAKEN, dtype=torch.float64)
+        sums = torch.zeros(len(pieces), KERNEL_STATISTICS, dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
-        return Measured(pieces, with_matrices(sums.float(), pieces), (rule, tensors, blocks, grads))
+        return Measured(
+            pieces, append_matrix_statistic(sums.float(), pieces), (rule, tensors, blocks, grads)
+        )
 
-    def step(self, measured: Measured, context: dict[str, Tensor]) -> None:
-        """See `FusedStep`."""
+    def launch(self, measured: Measured, constants: dict[str, Tensor]) -> None:
+        """See `FusedStep.launch`."""
         pieces, (rule, tensors, blocks, _) = measured.pieces, measured.kept
-        for name, value in context.items():
+        for name, value in constants.items():
             tensors[name] = value.numpy()
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
@@ -82,24 +91,24 @@ class CompiledStep(FusedStep):
 
 
 def build(hidden_size: int) -> ctypes.CDLL:
-    """The kernel for this many hidden units, from the cache folder or compiled.
+    """Load the kernel for this many hidden units from the cache folder; compile it if necessary.
 
     Raises:
-        OSError: no compiler, or no place to keep the kernel.
-        RuntimeError: no home folder.
-        ValueError: the environment variable CC can't be read.
+        OSError: there is no compiler, or the cache folder can't be used.
+        RuntimeError: there is no home folder.
+        ValueError: the environment variable CC can't be parsed.
         subprocess.SubprocessError: the compiler failed.
     """
     return _load(_compiled(hidden_size), hidden_size)
 
 
 def _compiled(hidden_size: int) -> Path:
-    """The shared library's path; compiled if it is not there."""
+    """The path of the shared library, compiled if it does not exist."""
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     command = [*compiler, *_FLAGS, f"-DHIDDEN={hidden_size}"]
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler: {compiler[0]} is not there")
-    # -march=native: a home folder that several machines share must not mix them up
+    # -march=native: several machines may share a home folder
     identity = "\n".join([*command, _processor(), SOURCE.read_text()])
     name = f"cell-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
@@ -113,12 +122,12 @@ def _compiled(hidden_size: int) -> Path:
                 text=True,
                 timeout=_BUILD_SECONDS,
             )
-            os.replace(target, folder / name)  # two processes may build at once
+            os.replace(target, folder / name)  # two processes may compile at once
     return folder / name
 
 
 def _cache_folder() -> Path:
-    """The user's own: nobody else may put code there that we would run."""
+    """A folder of the user's own, so that nobody else can put code there that runs here."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "rnnopt"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,9 +147,9 @@ def _processor() -> str:
 def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.rnnopt_sums.argtypes = [pointer, pointer, pointer, number, number, pointer]
+    library.rnnopt_statistics.argtypes = [pointer, pointer, pointer, number, number, pointer]
     library.rnnopt_step.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_int]
-    library.rnnopt_sums.restype = library.rnnopt_step.restype = None
+    library.rnnopt_statistics.restype = library.rnnopt_step.restype = None
     library.rnnopt_tensor_size.restype = number
     if library.rnnopt_tensor_size() != _tensor_layout(hidden_size).itemsize:
         raise OSError(f"{path.name} lays out memory unlike numpy on this machine")
@@ -151,7 +160,8 @@ def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
 def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
     """`Tensor` of cell.c."""
     numbers = (
-        "m_debt", "v_debt", "grad_rms", "param_rms", "scale", "growth", "keep", "rate", "decay",
+        "m_correction", "v_correction", "grad_rms", "param_rms", "scale", "growth", "keep", "rate",
+        "decay",
     )  # fmt: skip
     return np.dtype(
         [
@@ -166,9 +176,9 @@ def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
 
 
 def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
-    """`Rule` of cell.c: float32 all through."""
+    """`Rule` of cell.c: float32 in every field."""
     constants = (
-        # 1 - beta in double: from a beta in float32 the difference would be off
+        # 1 - beta is computed in double: float32 would lose digits
         1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps,
         LOG_FACTOR_BOUND, GRADIENT_BOUND, RATIO_FLOOR**2,
     )  # fmt: skip
@@ -183,7 +193,7 @@ def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _blocks(counts: tuple[int, ...]) -> np.ndarray:
-    """`Block` of cell.c: every tensor in blocks of like length."""
+    """`Block` of cell.c: each tensor cut into blocks of `BLOCK` coordinates."""
     rows = [
         (index, begin, min(begin + BLOCK, count))
         for index, count in enumerate(counts)
@@ -193,18 +203,18 @@ def _blocks(counts: tuple[int, ...]) -> np.ndarray:
 
 
 def _share(work: Callable[[int, int], None], blocks: np.ndarray) -> None:
-    """Run work(first, last) over all blocks, on as many threads as torch uses."""
+    """Run work(first, last) over all blocks, on at most as many threads as torch uses."""
     coordinates = int((blocks["end"] - blocks["begin"]).sum())
-    threads = min(torch.get_num_threads(), coordinates // _WORTH_A_THREAD, len(blocks))
+    threads = min(torch.get_num_threads(), coordinates // _MIN_PER_THREAD, len(blocks))
     if threads <= 1:
         work(0, len(blocks))
         return
-    # several shares a thread, since untouched rows make some much cheaper than others
+    # several ranges per thread: blocks without a gradient are much cheaper than others
     edges = np.linspace(0, len(blocks), 8 * threads + 1).astype(int)
     list(_pool(os.getpid(), threads).map(work, edges[:-1].tolist(), edges[1:].tolist()))
 
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of its parent don't survive a fork."""
+    """A pool per process, because threads don't survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="rnnopt")

@@ -1,7 +1,9 @@
-"""The fast path of `CoordinateLSTM`: one compiled pass over all tensors.
+"""The fused step of `CoordinateLSTM`: one compiled pass over all tensors.
 
-What the kernels have in common. fused_cpu.py and fused_cuda.py have one each, kernels.py chooses.
-The plain rule in lstm.py is the source of truth; tests hold both kernels to it.
+This module has what the kernels share; `cpu` and `cuda` have one kernel each, `choice` selects one.
+`rnnopt.rules.lstm` defines the arithmetic, and tests compare both kernels with it.
+
+Shapes: P pieces, H hidden units.
 """
 
 from __future__ import annotations
@@ -15,26 +17,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.rules.features import SUMS, Peaks, root_mean_squares, step_scale, stretch
-from rnnopt.rules.lstm import CoordinateLSTM, before_turning
-from rnnopt.rules.protocol import State, Turn
+from rnnopt.rules.features import (
+    STATISTICS,
+    RunningMaxima,
+    matrix_gain,
+    root_mean_squares,
+    step_scale,
+)
+from rnnopt.rules.lstm import CoordinateLSTM, matrix_output_shifts
+from rnnopt.rules.protocol import MatrixTransform, State
 
-TAKEN = SUMS - 1  # by a kernel: the last is known beforehand, see `with_matrices`
-_FULL = ("m", "v", "matrix", *Peaks._fields)  # of the state, what is in float32
+KERNEL_STATISTICS = STATISTICS - 1  # the last is computed here, see `append_matrix_statistic`
+_FLOAT32_LEAVES = ("m", "v", "matrix", *RunningMaxima._fields)
 
 
 @dataclass
 class Piece:
-    """One tensor, or this process's shard of it, and what a step does to it.
+    """One tensor, or this process's shard of it, and the settings of its step.
 
     Attributes:
         param: the parameter, changed in place.
         grad: its gradient.
-        state: the rule's memory, changed in place.
+        state: the rule's state, changed in place.
         lr: multiplies the whole change.
         weight_decay: in units of lr * step_size.
-        turn: see `rnnopt.rules.protocol.turn_of`, of the tensor of which this is a piece.
-        whole: whether it is all of it.
+        transform: see `rnnopt.rules.protocol.matrix_transform`, for a direction of this piece.
+        whole: whether the piece is the whole tensor.
     """
 
     param: Tensor
@@ -42,27 +50,27 @@ class Piece:
     state: State
     lr: float
     weight_decay: float
-    turn: Turn | None = None
+    transform: MatrixTransform | None = None
     whole: bool = True
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-        """Of the parameter, of its gradient and of the LSTM's memory."""
+        """Of the parameter, of its gradient and of the LSTM's state."""
         return self.param.dtype, self.grad.dtype, self.state["hidden"].dtype
 
     def fits(self, device: torch.device, dtypes: Collection[torch.dtype]) -> bool:
-        """Whether a kernel can work on it: memory in order, all of it on that kernel's device.
+        """Whether a kernel can step this piece: its memory is contiguous and on the right device.
 
         Args:
             device: the kernel's.
-            dtypes: what it takes as parameter or gradient.
+            dtypes: that the kernel supports for parameter and gradient.
         """
         leaves, size = self.state.values(), self.param.numel()
         return (
             self.param.dtype in dtypes
-            # the parameter's place holds the direction, which is no matter for half precision
-            and (self.turn is None or (self.whole and self.param.dtype == torch.float32))
-            # a kernel trusts its pointers; where sizes differ the plain way raises
+            # the kernel writes the direction over the parameter, which half precision would round
+            and (self.transform is None or (self.whole and self.param.dtype == torch.float32))
+            # a kernel trusts its pointers; the plain rule raises where sizes differ
             and self.grad.shape == self.param.shape
             and all(leaf.dim() == 0 or leaf.shape[-1] == size for leaf in leaves)
             and self.grad.dtype in dtypes
@@ -70,18 +78,18 @@ class Piece:
             and all(tensor.is_contiguous() for tensor in (self.param, *leaves))
             and self.state["hidden"].dtype in (torch.float32, torch.bfloat16)
             and self.state["hidden"].dtype == self.state["cell"].dtype
-            and all(self.state[name].dtype == torch.float32 for name in _FULL)
+            and all(self.state[name].dtype == torch.float32 for name in _FLOAT32_LEAVES)
         )
 
 
 class FusedStep:
-    """A step of `rule` over many pieces at once, in place.
+    """A step of a rule over many pieces at once, in place.
 
     Attributes:
-        dtypes: what it takes as parameter or gradient.
+        dtypes: that the kernel supports for parameter and gradient.
 
     Args:
-        rule: its weights are read at every step; the step works on their device.
+        rule: its weights are read at every step; the step runs on their device.
     """
 
     dtypes: Collection[torch.dtype] = (torch.float32,)
@@ -89,110 +97,109 @@ class FusedStep:
     def __init__(self, rule: CoordinateLSTM) -> None:
         self._rule = rule
 
-    def takes(self, piece: Piece) -> bool:
-        """Whether this step can work on it."""
+    def supports(self, piece: Piece) -> bool:
+        """Whether the kernel can step this piece."""
         return piece.fits(self._rule.gate_weight.device, self.dtypes)
 
     def measure(self, pieces: Sequence[Piece]) -> Measured:
-        """Take the sums over each piece; nothing changes yet.
+        """Compute the statistics of each piece; changes nothing.
 
         Args:
-            pieces: `takes` each, and their `Piece.dtypes` are the same.
+            pieces: supported, and all of the same `Piece.dtypes`.
         """
         raise NotImplementedError
 
-    def take(self, measured: Measured, sums: Tensor) -> None:
+    def step(self, measured: Measured, context: Tensor) -> None:
         """Step all pieces.
 
         Args:
-            measured: what `measure` returned.
-            sums: what the rule's `related` tells each of the tensors that they are pieces of,
-                (pieces, 18).
+            measured: the result of `measure`.
+            context: of the tensors that the pieces belong to, (P, 18), see
+                `CoordinateLSTM.cross_tensor_context`.
         """
         pieces = measured.pieces
-        context, longer = contexts(self._rule, pieces, sums)
-        turning = _Turning(self._rule, pieces, context, longer)
+        constants, gain = tensor_constants(self._rule, pieces, context)
+        matrices = _TransformedPieces(self._rule, pieces, constants, gain)
         try:
-            self.step(measured, context)
-            turning.finish()
-        except BaseException:  # Ctrl-C too: what is in their place by now is no parameter
-            turning.restore()
+            self.launch(measured, constants)
+            matrices.apply()
+        except BaseException:  # Ctrl-C too: the kernel may have overwritten parameters
+            matrices.restore()
             raise
-        # what was written behind autograd's back, so that it refuses an older graph as ever
+        # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
-    def step(self, measured: Measured, context: dict[str, Tensor]) -> None:
-        """The compiled pass: all of a step but what is turned.
+    def launch(self, measured: Measured, constants: dict[str, Tensor]) -> None:
+        """Run the compiled pass: the whole step but for transformed directions.
 
         Args:
-            measured: see `take`.
-            context: see `contexts`.
+            measured: see `step`.
+            constants: see `tensor_constants`.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Pieces about to be stepped.
+    """Pieces that are about to be stepped.
 
     Attributes:
         pieces: P of them.
-        sums: over each piece, (P, 9).
-        kept: what the kernel will want again: its tables, and the gradients that they point to.
+        statistics: of each piece, (P, 9).
+        kept: what the kernel needs again: its tables, and the gradients that they point to.
     """
 
     pieces: Sequence[Piece]
-    sums: Tensor
+    statistics: Tensor
     kept: tuple[Any, ...]
 
 
-class _Turning:
-    """Pieces whose direction is turned as a whole, after a kernel has gone along it.
+class _TransformedPieces:
+    """Pieces whose direction is transformed as a whole, after the kernel has computed it.
 
-    A kernel leaves the direction, the other way round, in their parameter's place: growth, scale,
-    and what they were are taken from its table here, rate and decay by `describe`.
+    For these the kernel writes minus the direction over the parameter. Their constants for it are
+    growth 0, keep 0 and scale 1, and `tensor_table` gives it rate 1 and decay 0.
 
     Args:
-        rule: whose step it is.
+        rule: the rule.
         pieces: all that are stepped.
-        context: what `contexts` returned for them; of turning pieces growth and keep become 0, and
-            scale 1.
-        longer: how much longer their direction is once it is turned, (P,).
+        constants: the result of `tensor_constants`; changed here for the transformed pieces.
+        gain: factor on the length of the transformed directions, (P,).
     """
 
     def __init__(
         self,
         rule: CoordinateLSTM,
         pieces: Sequence[Piece],
-        context: dict[str, Tensor],
-        longer: Tensor,
+        constants: dict[str, Tensor],
+        gain: Tensor,
     ) -> None:
         self._rule = rule
-        growth, keep, scale = context["growth"], context["keep"], context["scale"]
+        growth, keep, scale = constants["growth"], constants["keep"], constants["scale"]
         self._groups: dict[tuple[int, ...], list[tuple[Piece, Tensor, Tensor, Tensor]]] = {}
         for i, piece in enumerate(pieces):
-            if piece.turn is not None:
-                along = scale[i] * longer[i]
-                kept = piece, piece.param.detach().clone(), growth[i].clone(), along
+            if piece.transform is not None:
+                length = scale[i] * gain[i]
+                kept = piece, piece.param.detach().clone(), growth[i].clone(), length
                 self._groups.setdefault(tuple(piece.param.shape), []).append(kept)
                 growth[i].zero_()
                 keep[i].zero_()
                 scale[i].fill_(1)
 
-    def finish(self) -> None:
-        """Turn the directions, all of a shape at once, and go there; grow and decay."""
+    def apply(self) -> None:
+        """Transform the directions, all of a shape at once, and write the next parameters."""
         for shape, kept in self._groups.items():
-            pieces, before, growth, along = zip(*kept)
+            pieces, before, growth, length = zip(*kept)
             start = torch.stack(before)  # (B, R, C)
             live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
             finite = torch.stack([piece.grad for piece in pieces]).isfinite()
-            left = torch.stack([piece.param.detach() for piece in pieces])
-            turned = self._rule.turned(torch.where(live & finite, left, 0))
-            grown, far = (
+            left = torch.stack([piece.param.detach() for piece in pieces])  # minus the direction
+            transformed = self._rule.transform_matrix(torch.where(live & finite, left, 0))
+            growths, lengths = (
                 torch.stack([piece.lr * each for piece, each in zip(pieces, values)]).view(-1, 1, 1)
-                for values in (growth, along)
+                for values in (growth, length)
             )
-            change = torch.where(live, grown * start + far * turned, 0)
+            change = torch.where(live, growths * start + lengths * transformed, 0)
             decays = [_decay(self._rule, piece) for piece in pieces]
             if any(decays):
                 change -= torch.stack([d * old for d, old in zip(decays, before)])
@@ -200,7 +207,7 @@ class _Turning:
             torch._foreach_copy_([piece.param.detach() for piece in pieces], list(end.unbind()))
 
     def restore(self) -> None:
-        """Put back what was there before the step."""
+        """Write back the parameters from before the step."""
         for kept in self._groups.values():
             for piece, before, *_ in kept:
                 piece.param.detach().copy_(before)
@@ -210,22 +217,25 @@ def _decay(rule: CoordinateLSTM, piece: Piece) -> float:
     return piece.lr * rule.step_size * piece.weight_decay
 
 
-def with_matrices(sums: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """Put the last of `rnnopt.rules.features.tensor_sums` beside those taken; (P, 8) -> (P, 9)."""
+def append_matrix_statistic(statistics: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Append the last of `rnnopt.rules.features.tensor_statistics`; (P, 8) -> (P, 9)."""
     matrix = torch.stack([piece.state["matrix"] for piece in pieces])
-    return torch.column_stack([sums, matrix * sums[:, 0]])
+    return torch.column_stack([statistics, matrix * statistics[:, 0]])
 
 
-def describe(
+def tensor_table(
     rule: CoordinateLSTM, pieces: Sequence[Piece], grads: Sequence[Tensor], layout: np.dtype[Any]
 ) -> np.ndarray:
-    """A kernel's table of tensors, as far as it is known before the sums.
+    """A kernel's table of tensors, with the fields that do not depend on statistics.
 
     Args:
-        rule: whose step it is.
-        pieces: what it steps.
-        grads: their gradients, in order.
-        layout: with fields pointers, count, rate and decay.
+        rule: the rule.
+        pieces: that are stepped.
+        grads: their gradients, contiguous.
+        layout: a dtype with fields pointers, count, rate and decay.
+
+    Returns:
+        (P,) of that dtype.
     """
     tensors = np.zeros(len(pieces), dtype=layout)
     tensors["pointers"] = [
@@ -237,49 +247,52 @@ def describe(
         for piece, grad in zip(pieces, grads)
     ]
     tensors["count"] = [piece.param.numel() for piece in pieces]
-    tensors["rate"] = [1.0 if piece.turn else piece.lr for piece in pieces]
-    tensors["decay"] = [0.0 if piece.turn else _decay(rule, piece) for piece in pieces]
+    tensors["rate"] = [1.0 if piece.transform else piece.lr for piece in pieces]
+    tensors["decay"] = [0.0 if piece.transform else _decay(rule, piece) for piece in pieces]
     return tensors
 
 
-def contexts(
-    rule: CoordinateLSTM, pieces: Sequence[Piece], sums: Tensor
+def tensor_constants(
+    rule: CoordinateLSTM, pieces: Sequence[Piece], context: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What is common to each tensor's coordinates, by the plain rule's functions; counts the step.
+    """What all coordinates of a tensor share, by the plain rule's functions.
+
+    Updates the tensor-wise state: the step count and the running maxima.
 
     Args:
-        rule: whose step it is.
+        rule: the rule.
         pieces: P of them.
-        sums: what the rule's `related` tells the tensors, (P, 18).
+        context: of their tensors, (P, 18).
 
     Returns:
-        gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: m_debt, v_debt, 1 - beta^t;
-        grad_rms, param_rms; scale; growth; keep, see `_Turning`. And (P,) of
-        `rnnopt.rules.features.stretch`.
+        A dict of gate_shift (P, 4 H), output_shift (P, 3), and (P,) each: the bias corrections
+        m_correction and v_correction, 1 - beta^t; grad_rms; param_rms; scale; growth; keep, 1, see
+        `_TransformedPieces`. And the factor `rnnopt.rules.features.matrix_gain`, (P,).
     """
-    steps = torch.stack([piece.state["step"] for piece in pieces]).to(sums.dtype) + 1
-    peaks = Peaks(*(torch.stack([piece.state[name] for piece in pieces]) for name in Peaks._fields))
-    grad_rms, param_rms = root_mean_squares(sums)
-    gates, outputs, growth = rule.shifts(sums, peaks, steps)
-    if any(piece.turn for piece in pieces):
-        to_turn = before_turning(outputs, steps)
-        rows = zip(pieces, outputs, to_turn)
-        outputs = torch.stack([new if piece.turn else old for piece, old, new in rows])
-    after = peaks.after(sums, steps)
-    scale = rule.reach * step_scale(sums, peaks, after, rule.orthogonalize)
+    steps = torch.stack([piece.state["step"] for piece in pieces]).to(context.dtype) + 1
+    maxima = RunningMaxima(
+        *(torch.stack([piece.state[name] for piece in pieces]) for name in RunningMaxima._fields)
+    )
+    grad_rms, param_rms = root_mean_squares(context)
+    gates, outputs, growth = rule.context_shifts(context, maxima, steps)
+    if any(piece.transform for piece in pieces):
+        rows = zip(pieces, outputs, matrix_output_shifts(outputs, steps))
+        outputs = torch.stack([new if piece.transform else old for piece, old, new in rows])
+    after = maxima.updated(context, steps)
+    scale = rule.initial_decrease * step_scale(context, maxima, after, rule.orthogonalize)
     # all at once: on a GPU every small operation costs as much as a large one
     torch._foreach_copy_([piece.state["step"] for piece in pieces], steps.unbind())
     for name, values in after._asdict().items():
         torch._foreach_copy_([piece.state[name] for piece in pieces], values.unbind())
-    context = {
+    constants = {
         "gate_shift": gates,
         "output_shift": outputs,
-        "m_debt": -torch.expm1(steps * math.log(rule.betas[0])),
-        "v_debt": -torch.expm1(steps * math.log(rule.betas[1])),
+        "m_correction": -torch.expm1(steps * math.log(rule.betas[0])),
+        "v_correction": -torch.expm1(steps * math.log(rule.betas[1])),
         "grad_rms": grad_rms,
         "param_rms": param_rms,
         "scale": scale,
         "growth": growth,
         "keep": torch.ones_like(growth),
     }
-    return context, stretch(after.request_peak, steps)
+    return constants, matrix_gain(after.radial_gate_max, steps)

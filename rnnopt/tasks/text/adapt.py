@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -24,14 +25,14 @@ from rnnopt.tasks.text.tasks import LabelledTexts
 def label_numbers(train: Corpus, test: Corpus) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The label names, sorted, and each text's label as its place among them.
 
-    Whole numbers are sorted as numbers, so that labels 0 to 11 are the places 0 to 11.
+    Numbers are sorted by value, so that labels 0 to 11, or 0.0 to 11.0, are the places 0 to 11.
 
     Raises:
         InputError: fewer than two labels, or a test label that training does not have.
     """
     names = sorted(set(train.labels))
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        names.sort(key=int)
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
+        names.sort(key=decimal.Decimal)
     if len(names) < 2:
         raise InputError(
             f"the training texts have {len(names)} label ({', '.join(names)}); a classifier needs "

@@ -1,9 +1,8 @@
-"""Command-line options as the objects that they describe."""
+"""What the settings name: data, episodes, classifiers, rules, devices."""
 
 from __future__ import annotations
 
 import itertools
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,95 +11,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnopt.cli.settings.commands import MetaTrain
+from rnnopt.cli.settings.groups import (
+    DataSettings,
+    EncoderSettings,
+    EpisodeSettings,
+    RuleSettings,
+    TaskSettings,
+)
+from rnnopt.cli.settings.parser import Settings
 from rnnopt.data.corpus import Corpus
 from rnnopt.data.embedded import stdlib_splits
 from rnnopt.data.sources import parse_sources, weigh
 from rnnopt.data.splits import Splits, read_splits
 from rnnopt.errors import InputError
-from rnnopt.rules.files import SavedRule, load_rule, shipped_rule
+from rnnopt.rules.files import SHIPPED_RULE, SavedRule, load_rule, read_training, shipped_rule
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import read_init
+from rnnopt.tasks.text.init_folder import read_init, read_init_training
 from rnnopt.tasks.text.start import TextStart
 
 EMBEDDED = "stdlib"
 
 
-def require_at_least(least: int, options: Namespace, *names: str) -> None:
-    """Refuse options below `least`."""
+def require_at_least(least: int, settings: Settings, *names: str) -> None:
+    """Refuse settings below `least`; None is none."""
     for name in names:
-        if getattr(options, name) < least:
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}"
-            )
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
-def read_data(options: Namespace, *, weighted: bool = False) -> Splits:
+def read_data(settings: DataSettings, *, weighted: bool = False) -> Splits:
     """The splits that --data names, with the weights of its domains.
+
+    Args:
+        settings: of the command.
+        weighted: whether domains may have weights.
 
     Raises:
         InputError: as `read_splits`; a weight that is none, or any where the command has no use
             for weights.
     """
-    paths, weights = parse_sources(options.data)
+    paths, weights = parse_sources(settings.data)
     if weights and not weighted:
         raise InputError(
-            f"--data {next(iter(weights))}=...: {options.command} draws from every domain alike; "
+            f"--data {next(iter(weights))}=...: {settings.command} draws from every domain alike; "
             "leave the weight out, only meta-train takes one"
         )
     if paths == [EMBEDDED]:
-        return stdlib_splits(options.seed)
+        return stdlib_splits(settings.seed)
     splits = read_splits(
         paths,
-        seed=options.seed,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        domain_column=options.domain_column,
-        allow_overlap=options.allow_overlap,
+        seed=settings.seed,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        domain_column=settings.domain_column,
+        allow_overlap=settings.allow_overlap,
     )
     return replace(splits, weights=weigh(splits, weights))
 
 
 def episode_sampler(
-    options: Namespace, corpus: Corpus, weights: Mapping[str, float] | None = None
+    settings: EpisodeSettings | TaskSettings,
+    corpus: Corpus,
+    weights: Mapping[str, float] | None = None,
+    ways: int | None = None,
 ) -> EpisodeSampler:
-    """The episodes that --ways, --shots, --queries, --seed and weights of domains describe."""
+    """The episodes that --ways, --shots, --queries and --seed describe.
+
+    Args:
+        settings: of the command.
+        corpus: what texts and classes are drawn from.
+        weights: of domains, others among them.
+        ways: instead of --ways.
+    """
     own = set(corpus.domains)
     return EpisodeSampler(
         corpus,
-        ways=options.ways,
-        shots=options.shots,
-        queries=options.queries,
-        seed=options.seed,
+        ways=settings.ways if ways is None else ways,
+        shots=settings.shots,
+        queries=settings.queries,
+        seed=settings.seed,
         domain_weights={name: weight for name, weight in (weights or {}).items() if name in own},
-        most_support=getattr(options, "most_support", None),
+        most_support=settings.most_support if isinstance(settings, TaskSettings) else None,
     )
 
 
-def load_classifier(options: Namespace, ways: int, device: torch.device, **more: Any) -> Classifier:
-    """The classifier that --encoder, --tune and the like describe.
+def load_classifier(
+    settings: EncoderSettings, ways: int, device: torch.device, kind: Mapping[str, Any], **more: Any
+) -> Classifier:
+    """The classifier that --encoder and its like describe.
 
     Args:
-        options: of the command.
+        settings: of the command.
         ways: classes of its first head.
         device: where it goes.
-        more: arguments of `Classifier.load` that stand in for options, or beside them.
+        kind: what trains, see `rnnopt.cli.settings.groups.TuneSettings`.
+        more: arguments of `Classifier.load` beside them.
     """
-    chosen = {
-        name: getattr(options, name) for name in ("tune", "lora_rank", "top_layers", "pooling")
-    }
     return Classifier.load(
-        options.encoder,
+        settings.encoder,
         ways=ways,
-        max_length=options.max_length,
+        max_length=settings.max_length,
         device=device,
-        seed=options.seed,
-        precision=options.precision,
-        **{**chosen, **more},
+        seed=settings.seed,
+        precision=settings.precision,
+        **kind,
+        **more,
     )
 
 
-def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
+def load_kinds(settings: MetaTrain, device: torch.device) -> list[Classifier]:
     """The classifiers that meta-training draws from: every combination of the values given.
 
     One for each combination, repeats included, so that a value that is given twice is drawn twice
@@ -110,26 +132,26 @@ def load_kinds(options: Namespace, device: torch.device) -> list[Classifier]:
     Raises:
         InputError: an exact kind that does not train.
     """
-    for tune in options.exact:
-        if tune not in options.tune:
+    for tune in settings.exact:
+        if tune not in settings.tune:
             raise InputError(
-                f"--exact {tune}: not among --tune {' '.join(options.tune)}, so no task is of "
+                f"--exact {tune}: not among --tune {' '.join(settings.tune)}, so no task is of "
                 "that kind; leave it out, or let it train"
             )
     loaded: dict[tuple[Any, ...], Classifier] = {}
     kinds = []
     for tune, rank, layers, pooling in itertools.product(
-        options.tune, options.lora_rank, options.top_layers or [None], options.pooling
+        settings.tune, settings.lora_rank, settings.top_layers or [None], settings.pooling
     ):
         kind = (tune, rank if tune == "lora" else 8, None if tune == "head" else layers, pooling)
         if kind not in loaded:
             names = ("tune", "lora_rank", "top_layers", "pooling")
             loaded[kind] = load_classifier(
-                options,
-                max(options.ways),
+                settings,
+                max(settings.ways),
                 device,
-                double_backward=options.order == 2 or tune in options.exact,
-                **dict(zip(names, kind)),
+                dict(zip(names, kind)),
+                double_backward=settings.order == 2 or tune in settings.exact,
             )
         kinds.append(loaded[kind])
     return kinds
@@ -144,26 +166,39 @@ def require_one_kind(kinds: Sequence[Classifier]) -> None:
         )
 
 
-def choose_start(options: Namespace, classifier: Classifier) -> TextStart:
+def choose_start(settings: RuleSettings, classifier: Classifier) -> TextStart:
     """Where tasks start: as --init was meta-trained, but for what --head and --adapt-only say."""
     start = TextStart()
-    if options.init:
-        start = read_init(options.init, classifier)
+    if settings.init:
+        start = read_init(settings.init, classifier)
     return replace(
         start,
-        head=options.head or start.head,
-        adapted=options.adapt_only or start.adapted,
+        head=settings.head or start.head,
+        adapted=settings.adapt_only or start.adapted,
     )
 
 
-def choose_rule(options: Namespace, params: Iterable[Tensor]) -> tuple[Path, SavedRule]:
+def known_to(settings: RuleSettings) -> list[dict[str, Any]]:
+    """What the files of the rule and of the initial values say of their meta-training.
+
+    Both rules that ship have seen the same.
+    """
+    known = [read_training(settings.rule or SHIPPED_RULE)]
+    return known + ([read_init_training(settings.init)] if settings.init else [])
+
+
+def choose_rule(rule: str | None, params: Iterable[Tensor]) -> tuple[Path, SavedRule]:
     """--rule, or the shipped one for what trains: its file, and itself on the parameters' device.
+
+    Args:
+        rule: a file or a folder; None for the one that ships.
+        params: what trains.
 
     Raises:
         InputError: the file can't be used.
     """
     tensors = list(params)
-    file = Path(options.rule) if options.rule else shipped_rule(tensors)
+    file = Path(rule) if rule else shipped_rule(tensors)
     return file, load_rule(file).to(tensors[0].device)
 
 

@@ -1,0 +1,229 @@
+"""`rnnopt adapt`: a labelled file in, the folder of a classifier out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rnnopt.cli.progress import progress_bar, waiting
+from rnnopt.cli.settings.commands import Adapt
+from rnnopt.cli.settings.files import SETTINGS_FILE, as_options, write_settings
+from rnnopt.cli.settings.loading import (
+    choose_device,
+    choose_rule,
+    choose_start,
+    known_to,
+    load_classifier,
+    require_at_least,
+)
+from rnnopt.cli.until import (
+    MOST_STEPS,
+    STEPS,
+    Watch,
+    adapt_requirement,
+    data_facts,
+    judge_unseen,
+    judged_facts,
+    judgement_line,
+    user_texts,
+)
+from rnnopt.data.corpus import Corpus, summary
+from rnnopt.data.overlap import require_transfer, seen_in
+from rnnopt.errors import InputError
+from rnnopt.evaluation.report.report import ADAPT_FILE, write_report
+from rnnopt.evaluation.report.tables import confusion_text
+from rnnopt.meta.training import finite_or_none
+from rnnopt.optim.optimizer import LearnedOptimizer
+from rnnopt.rules.files import rule_fingerprint
+from rnnopt.storage.files import claim_folder, write_atomically
+from rnnopt.storage.provenance import write_provenance
+from rnnopt.tasks.requirement import NOT_MET, Requirement
+from rnnopt.tasks.text.adapt import fit, in_batches, judge_texts, label_numbers
+from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.encoder.loading import encoder_name
+from rnnopt.tasks.text.tasks import TextTask
+
+
+@dataclass
+class _Job:
+    """What is adapted, on which texts.
+
+    Attributes:
+        classifier: with its first head.
+        optimizer: over what trains.
+        train, held_out: the user's texts.
+        labels, held_out_labels: (B,), their classes' numbers.
+        names: of the classes.
+        seen: what meta-training has seen of them.
+        rule: by what a report names it.
+    """
+
+    classifier: Classifier
+    optimizer: LearnedOptimizer
+    train: Corpus
+    held_out: Corpus
+    labels: np.ndarray
+    held_out_labels: np.ndarray
+    names: list[str]
+    seen: Any
+    rule: str
+
+
+def run(settings: Adapt) -> int:
+    """Adapt, judge, save.
+
+    Returns:
+        The exit code: 0, or `NOT_MET`.
+    """
+    requirement = adapt_requirement(settings)
+    steps = settings.steps
+    if steps is None:
+        steps = STEPS if requirement is None else MOST_STEPS
+    settings = replace(settings, steps=steps)
+    require_at_least(1, settings, "steps", "batch_size", "validate_every")
+    if not 0 < settings.lr < math.inf:
+        raise InputError(f"--lr {settings.lr}: must be positive and finite; 1 is as meta-trained")
+    with waiting("reading data and encoder"):
+        job = _job(settings)
+    folder = Path(settings.output)
+    claim_folder(folder)
+    print(f"training: {summary(job.train)}\nheld out: {summary(job.held_out)}")
+    losses, seconds, watch = _fit(settings, steps, job, requirement)
+    report = {
+        **_judge(job, losses),
+        "steps": len(losses),
+        "seconds": round(seconds, 2),
+        "losses": finite_or_none(losses),
+        "undone": job.optimizer.undone,
+        "seen": job.seen,
+    }
+    job.classifier.save(folder, job.names)
+    data = {
+        "training": data_facts(job.train),
+        "held out": data_facts(job.held_out),
+        "rule": job.rule,
+        "encoder": f"{encoder_name(settings.encoder)}, {job.classifier.fingerprint}",
+    }
+    if watch is not None:
+        report["requirement"] = watch.report()
+        print(confusion_text(job.names, np.array(report["confusion"])))
+        if settings.test:
+            _test(settings.test, folder, report, settings, data, job)
+    print(f"report: {_write(folder, report, settings, data)}")
+    print(f'load it with transformers.pipeline("text-classification", "{folder}")')
+    return NOT_MET if watch is not None and watch.met_step is None else 0
+
+
+def _job(settings: Adapt) -> _Job:
+    """Read and load all that adaptation needs; nothing is written yet."""
+    train, held_out = user_texts(settings)
+    names, labels, held_out_labels = label_numbers(train, held_out)
+    classes = {
+        name: sketch for facts in known_to(settings) for name, sketch in seen_in(facts).items()
+    }
+    seen = require_transfer({"classes": classes}, train, settings.data, settings.allow_overlap)
+    device = choose_device(settings.device)
+    classifier = load_classifier(settings, len(names), device, settings.kind)
+    start = choose_start(settings, classifier)
+    file, rule = choose_rule(settings.rule, start.params(classifier).values())
+    support = in_batches(classifier, train.texts, labels)
+    start.begin(classifier, TextTask(classifier, (support,), support, len(names)), settings.seed)
+    return _Job(
+        classifier,
+        start.optimizer(classifier, rule, lr=settings.lr),
+        train,
+        held_out,
+        labels,
+        held_out_labels,
+        names,
+        seen,
+        f"{file}, {rule_fingerprint(rule)}",
+    )
+
+
+def _fit(
+    settings: Adapt, steps: int, job: _Job, requirement: Requirement | None
+) -> tuple[list[float], float, Watch | None]:
+    """Adapt.
+
+    Returns:
+        (the loss before each step, the seconds, what watched the requirement).
+    """
+    if (most := steps * settings.batch_size) < len(job.train):
+        print(f"at most {most} of the {len(job.train)} training texts will be seen; raise --steps")
+    watch = None
+    if requirement is not None:
+        watch = Watch(
+            job.classifier, job.held_out, job.held_out_labels, requirement,
+            settings.validate_every, steps, print,
+        )  # fmt: skip
+    started = time.perf_counter()
+    with progress_bar("step", steps) as bar:
+
+        def tick(loss: float) -> bool:
+            bar.advance(note=f"loss {loss:.3f}")
+            return watch is not None and watch()
+
+        losses = fit(
+            job.classifier,
+            job.optimizer,
+            job.train.texts,
+            job.labels,
+            steps=steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            tick=tick,
+        )
+    seconds = time.perf_counter() - started
+    if watch is not None:
+        watch.restore()
+    return losses, seconds, watch
+
+
+def _judge(job: _Job, losses: list[float]) -> dict[str, Any]:
+    """Judge by the texts held out, and tell; the figures for a file."""
+    with waiting("judging"):
+        judged = judge_texts(job.classifier, job.held_out.texts, job.held_out_labels)
+    if job.optimizer.undone:
+        print(
+            f"{job.optimizer.undone} steps were undone, since they made the loss climb; Adam went "
+            "on in the rule's place"
+        )
+    print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
+    print(judgement_line(judged, "held out"))
+    return judged_facts(judged, job.names)
+
+
+def _test(
+    path: str,
+    folder: Path,
+    report: dict[str, Any],
+    settings: Adapt,
+    data: dict[str, Any],
+    job: _Job,
+) -> None:
+    """Add what the test file says to the report, now that all else is done and safe."""
+    _write(folder, report, settings, data)
+    try:
+        report["test"], data["test"] = judge_unseen(
+            settings, path, job.classifier, job.train, job.held_out
+        )
+    except InputError as error:
+        raise InputError(
+            f"{error}; the classifier is saved in {folder}, and its report beside it"
+        ) from error
+
+
+def _write(folder: Path, report: dict[str, Any], settings: Adapt, data: dict[str, Any]) -> Path:
+    """What adaptation found, into its folder; the report's path."""
+    content = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / ADAPT_FILE, content.encode())
+    write_settings(folder / SETTINGS_FILE, settings)
+    write_provenance(folder, as_options(settings), data)
+    return write_report(folder)

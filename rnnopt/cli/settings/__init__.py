@@ -1,0 +1,1 @@
+"""The settings of the commands: said once, as typed fields; options and files come from them."""

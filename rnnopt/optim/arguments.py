@@ -1,0 +1,118 @@
+"""Checks of the arguments of `LearnedOptimizer`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnopt.rules.files import load_rule
+from rnnopt.rules.protocol import UpdateRule
+
+# A smaller multiplier is a learning rate that was left over from another optimizer.
+_MIN_LR = 0.01
+
+
+def resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
+    """The rule itself, or the one in a file.
+
+    Raises:
+        TypeError: the argument is neither a rule nor a path.
+        InputError: the rule file can't be used.
+    """
+    if isinstance(rule, (str, os.PathLike)):
+        return load_rule(rule)
+    if isinstance(rule, float | int):
+        raise TypeError(
+            f"rule={rule!r}: the second argument is a rule; the multiplier of its steps is "
+            f"lr={rule!r}, and 1.0, the default, is as meta-trained"
+        )
+    if not isinstance(rule, UpdateRule):
+        raise TypeError(
+            f"rule={rule!r}: expected an UpdateRule (step_size, init_state, __call__), the path of "
+            "a rule file, or None for the rule that ships with rnnopt"
+        )
+    return rule
+
+
+def check_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> None:
+    """Check that the rule can keep its state in this dtype.
+
+    Raises:
+        TypeError: the dtype is not a floating-point one, or the rule has no `state_dtype`.
+    """
+    if dtype is None:
+        return
+    if not dtype.is_floating_point:
+        raise TypeError(f"state_dtype={dtype}: a floating-point dtype, such as torch.bfloat16")
+    if "state_dtype" not in inspect.signature(rule.init_state).parameters:
+        raise TypeError(
+            f"state_dtype={dtype}, but {type(rule).__name__} keeps its state in one precision "
+            "only (its init_state takes no state_dtype); leave state_dtype out"
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the values and the parameters of a param group.
+
+    Raises:
+        ValueError: lr or weight_decay is negative or not finite, or a parameter occurs twice.
+        TypeError: a parameter is complex or integer.
+
+    Warns:
+        UserWarning: lr looks like the learning rate of another optimizer.
+    """
+    for name in ("lr", "weight_decay"):
+        if not 0 <= float(group[name]) < float("inf"):
+            raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
+    if 0 < float(group["lr"]) < _MIN_LR:
+        warnings.warn(
+            f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
+            "with this one next to nothing is learned; leave lr out",
+            stacklevel=5,
+        )
+    if len(set(group["params"])) < len(group["params"]):
+        raise ValueError("a parameter stands in this group twice: give each once")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise TypeError(
+                f"a parameter of dtype {param.dtype} and shape {tuple(param.shape)}: only "
+                "real floating-point parameters can be adapted; leave it out of params"
+            )
+
+
+def refuse_sparse(work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
+    """Check that no gradient is sparse.
+
+    Args:
+        work: (param group, parameter, its gradient).
+
+    Raises:
+        TypeError: one is.
+    """
+    for _, param, grad in work:
+        if grad.is_sparse:
+            raise TypeError(
+                f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
+                "needs dense gradients; build the embedding with sparse=False"
+            )
+
+
+def first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
+    """The device of the first parameter that is not a meta tensor; the CPU if there is none."""
+    devices = [param.device for group in groups for param in group["params"]]
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def trainable_or_all(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that require a gradient, by which the shipped rule is chosen.
+
+    All parameters if none requires one yet.
+    """
+    params = [param for group in groups for param in group["params"]]
+    return [param for param in params if param.requires_grad] or params
