@@ -39,6 +39,24 @@ def test_the_test_above_can_fail():
     assert "transformers" in modules_after_importing("rnnopt.tasks.text.classifier")
 
 
+def test_help_and_version_load_no_torch():
+    code = (
+        "import sys; from rnnopt.cli.main import main\ntry: main([{!r}])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for flag in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", code.format(flag)], check=True, capture_output=True)
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    assert sorted(rnnopt._HOME_OF) == sorted(rnnopt.__all__)
+    for name in rnnopt.__all__:
+        assert getattr(rnnopt, name) is not None
+    assert {*rnnopt.__all__} <= {*dir(rnnopt)}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rnnopt.nothing  # noqa: B018
+
+
 def imports_of(path, package="rnnopt"):
     """Modules of a package that a source file imports, at its top or inside a function."""
     found = set()
