@@ -90,7 +90,7 @@ def importers(library):
         ("matplotlib", {"evaluation/report/plot.py"}),
         ("sklearn", {"tasks/metrics.py", "tasks/text/frozen.py"}),
         ("scipy", {"evaluation/statistics.py"}),
-        ("rich", {"evaluation/report/tables.py"}),
+        ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
         ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only
     ],
