@@ -3,8 +3,18 @@
 >>> from rnnopt import LearnedOptimizer
 >>> optimizer = LearnedOptimizer(model.parameters())  # instead of AdamW(..., lr=...)
 
-Importing this module loads torch and nothing heavier; `rnnopt.meta.differentiable` registers the
-optimizer with `higher`, `rnnopt.tasks.text.classifier` loads `transformers`.
+Importing this module loads torch and nothing heavier. `rnnopt.meta.differentiable` registers the
+optimizer with `higher`; `rnnopt.tasks.text.classifier` loads `transformers`.
+
+Subpackages, each of which imports only those before it:
+
+- `rnnopt.rules`: update rules, their features and their files.
+- `rnnopt.optim`: rules as a `torch.optim.Optimizer`, with a guard, sharding and fused kernels.
+- `rnnopt.data`: labelled texts from files, and their splits.
+- `rnnopt.tasks`: episodes and few-shot tasks; `rnnopt.tasks.text` classifies texts.
+- `rnnopt.meta`: meta-training of rules and of initial values.
+- `rnnopt.evaluation`: comparison with other optimizers, and reports.
+- `rnnopt.cli`: the command `rnnopt`.
 """
 
 from rnnopt.errors import InputError
