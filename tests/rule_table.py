@@ -11,13 +11,13 @@ from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, MetaSGD, UpdateRule
 def random_lstm(
     dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
 ) -> CoordinateLSTM:
-    """A rule with every weight away from zero, output included, so that each of them matters."""
+    """A rule without zero weights, so that each of them has an effect."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rule = CoordinateLSTM(**options)
         with torch.no_grad():
             for name, weight in rule.named_parameters():
-                # growth compounds: parameters would leave all bounds, and rounding with them
+                # growth compounds, and so would rounding
                 size = 0.03 if name.startswith("growth_") else 0.3
                 weight.add_(size * torch.randn_like(weight))
     return rule.to(dtype)
