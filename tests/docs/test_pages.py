@@ -87,3 +87,12 @@ def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_scripts_that_are_named_are_there(page):
+    """Or the page names the commit that has them."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\bscripts/\w+\.(?:py|sh)\b", text))
+    gone = {name for name in named if not (ROOT / name).exists()}
+    assert gone == set() or re.search(r"history \(commit\s[0-9a-f]{7}\)", text)
