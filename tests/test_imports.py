@@ -14,7 +14,8 @@ import rnnopt
 PACKAGE = Path(rnnopt.__file__).parent
 IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
 HEAVY = {
-    "higher", "transformers", "peft", "matplotlib", "tokenizers", "triton", "sklearn", "scipy", "rich",
+    "higher", "transformers", "peft", "matplotlib", "tokenizers", "triton", "sklearn", "scipy",
+    "rich",
 }  # fmt: skip
 
 

@@ -19,9 +19,9 @@ import torch
 from rnnopt.errors import InputError
 from rnnopt.evaluation.baselines import BASELINES, Baseline, require_baseline
 from rnnopt.evaluation.journal import Journal
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import Values, difference, summary
 from rnnopt.rules.protocol import UpdateRule
-from rnnopt.tasks.adaptation import Adaptation, adapt_and_judge
+from rnnopt.tasks.adaptation import Adaptation, adapt_and_judge, check_budgets
 from rnnopt.tasks.protocol import Learner, Scores, Task, TaskSource
 from rnnopt.tasks.start import Start
 
@@ -30,7 +30,6 @@ LEARNED = "learned"
 _TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
 _NO_STEPS = (0,)  # the budgets of a method that takes none
 
-Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure a task
 Direct = Callable[[Learner, Task], Scores]  # a method that takes no steps
 
 
@@ -87,6 +86,7 @@ class Comparison:
         own_baselines: Mapping[str, Baseline] | None = None,
         direct: Mapping[str, Direct] | None = None,
     ) -> None:
+        check_budgets(budgets)
         own, self._direct = dict(own_baselines or {}), dict(direct or {})
         for name in baselines:
             if name not in self._direct and name not in own:
@@ -117,6 +117,7 @@ class Comparison:
             embeddings has ``"frozen": true``, ``"seconds"`` in place of the time of a step, and
             the same figures at every budget.
         """
+        self._check_episodes(episodes, tuning_episodes)
         plan = {
             name: self._runs_at_most(name, episodes, tuning_episodes) for name in self.baselines
         }
@@ -136,10 +137,9 @@ class Comparison:
         return {
             "episodes": episodes,
             "tuning_episodes": tuning_episodes,
-            "methods": {name: {**_summary(values[name]), **methods[name]} for name in names},
+            "methods": {name: {**summary(values[name]), **methods[name]} for name in names},
             "paired": {
-                name: _summary(_difference(values[LEARNED], values[name]))
-                for name in self.baselines
+                name: summary(difference(values[LEARNED], values[name])) for name in self.baselines
             },
             "values": {
                 name: {
@@ -149,6 +149,12 @@ class Comparison:
                 for name in names
             },
         }
+
+    def _check_episodes(self, episodes: int, tuning_episodes: int) -> None:
+        if episodes < 2:
+            raise InputError(f"episodes={episodes}: must be at least 2, one has no interval")
+        if tuning_episodes < 1:
+            raise InputError(f"tuning_episodes={tuning_episodes}: must be at least 1")
 
     @property
     def _tuned_metrics(self) -> list[str]:
@@ -304,12 +310,19 @@ class Comparison:
         build: Callable[[], torch.optim.Optimizer],
     ) -> Adaptation:
         """One optimizer on one task."""
+
+        def adapt(task: Task) -> Adaptation:
+            done = adapt_and_judge(self.learner, build(), task, budgets)
+            for scores in done.scores.values():
+                source.check_scores(scores)
+            return done
+
         return self._run(
             run,
             number,
             source,
             budgets,
-            lambda task: adapt_and_judge(self.learner, build(), task, budgets),
+            adapt,
         )
 
     def _run(
@@ -331,24 +344,6 @@ class Comparison:
         done = begin() if self.journal is None else self.journal.run(run, budgets, begin)
         self.tick(run)
         return done
-
-
-def _difference(ours: Values, theirs: Values) -> Values:
-    """At the budgets that both have."""
-    return {
-        metric: {
-            b: ours[metric][b] - theirs[metric][b] for b in ours[metric] if b in theirs[metric]
-        }
-        for metric in ours
-        if metric in theirs
-    }
-
-
-def _summary(values: Values) -> dict[str, Any]:
-    return {
-        metric: {str(b): interval(column) for b, column in by_budget.items()}
-        for metric, by_budget in values.items()
-    }
 
 
 def _mean_seconds(runs: Sequence[Adaptation]) -> float:

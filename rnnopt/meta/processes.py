@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,6 +139,28 @@ class Team:
         """
         result = self.together(lambda: None if self.rank else action())
         return self.gather(result)[0]  # type: ignore[return-value]  # rank 0's is no None
+
+
+def check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """Make sure that all processes work on the same run.
+
+    Args:
+        everyone: the facts that each process has on the run, by rank.
+
+    Raises:
+        InputError: the facts of two processes differ.
+    """
+    for rank, facts in enumerate(everyone):
+        other = [
+            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
+            for name in sorted({*everyone[0], *facts})
+            if everyone[0].get(name) != facts.get(name)
+        ]
+        if other:
+            raise InputError(
+                f"the processes of this run differ ({'; '.join(other)}); give all the same "
+                "command, data, encoder and kind of device"
+            )
 
 
 def require_alone(command: str) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.meta.learned import Learned
-from rnnopt.meta.processes import Team
-from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.processes import Team, check_alike
+from rnnopt.meta.settings import MetaTrainSettings
 from rnnopt.meta.unroll import Unrolled, unroll
 from rnnopt.rules.files import RULE_FILE, can_be_saved, save_rule
 from rnnopt.storage.files import save_tensors
 from rnnopt.storage.run_folder import INIT_FOLDER, RunFolder
 from rnnopt.tasks.adaptation import adapt_and_judge
-from rnnopt.tasks.protocol import TaskSource
+from rnnopt.tasks.protocol import CALIBRATED, TaskSource
 from rnnopt.tasks.requirement import DIGITS
 
 # Heads of validation tasks must not repeat those of meta-training tasks.
@@ -51,10 +51,10 @@ class _Progress:
 class MetaTraining:
     """One run of meta-training in its folder.
 
-    The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
-    config and `training` facts), ``init`` (the initial values that go with it, if they are learned,
-    see `rnnopt.tasks.text.init_folder`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
-    team's processes rank 0 alone reads and writes it.
+    The folder holds ``rule.safetensors`` (the best rule so far by validation, with its config and
+    the facts of `training`), ``init`` (the initial values that belong to that rule, if they are
+    learned; see `Start.save`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. If
+    several processes share the run, only the process of rank 0 reads and writes the folder.
 
     Args:
         train: meta-training tasks.
@@ -213,7 +213,7 @@ class MetaTraining:
             self.start.optimizer(learner, self.rule),
             lambda module, step: scale * task.support_loss(module, step),
             lambda module, step: task.query_loss(module, step, settings.share(step)),
-            _thinned(unrolled, settings.judged, generator),
+            unrolled.thinned(settings.query_share, generator),
             seed=number,
         )
         self.learned.accumulate(result, learner, task)
@@ -241,8 +241,10 @@ class MetaTraining:
             self.start.begin(learner, task, _VALIDATION_HEADS + number)
             optimizer = self.start.optimizer(learner, self.rule)
             scores = adapt_and_judge(learner, optimizer, task, budgets).scores
+            for at_budget in scores.values():
+                self.validation.check_scores(at_budget)
             rows = [[scores[b][name] for name in names] for b in budgets]
-            tempered = [scores[b].get("calibrated", scores[b]["loss"]) for b in budgets]
+            tempered = [scores[b].get(CALIBRATED, scores[b]["loss"]) for b in budgets]
             table[number] = torch.tensor([[*r, c] for r, c in zip(rows, tempered)])
         means = self.team.sum(table).mean(dim=0)  # (budgets, figures)
         loss, calibrated = means[:, 0], means[:, -1]
@@ -286,7 +288,7 @@ class MetaTraining:
         self.team.together(self._check_tasks)
         device = {"device": self.device.type}
         everyone = self.team.gather({**facts, **device})
-        self.team.together(lambda: _check_alike(everyone))
+        self.team.together(lambda: check_alike(everyone))
         checkpoint = self.team.first(lambda: self.folder.open(facts, resume, self._restore))
         if checkpoint and self.team.rank > 0:  # the folder may not be on this machine
             self._restore(*checkpoint)
@@ -325,36 +327,10 @@ class MetaTraining:
             report(record)
 
 
-def _thinned(
-    settings: UnrollSettings, share: float, generator: np.random.Generator
-) -> UnrollSettings:
-    """Judge the last step and about `share` of the others, with weights that make up for it."""
-    if share == 1:
-        return settings
-    drawn = generator.random(settings.steps - 1) < share
-    weights = [settings.weight(t) * float(kept) / share for t, kept in enumerate(drawn)]
-    return replace(settings, step_weights=[*weights, settings.weight(settings.steps - 1)])
-
-
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)
     }
-
-
-def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
-    """Refuse processes that would not work on the same run; given by rank."""
-    for rank, facts in enumerate(everyone):
-        other = [
-            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
-            for name in sorted({*everyone[0], *facts})
-            if everyone[0].get(name) != facts.get(name)
-        ]
-        if other:
-            raise InputError(
-                f"the processes of this run differ ({'; '.join(other)}); give all the same "
-                "command, data, encoder and kind of device"
-            )
 
 
 def finite_or_none(losses: Sequence[float]) -> list[float | None]:

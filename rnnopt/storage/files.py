@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
@@ -78,6 +80,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     """
     contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
     write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """12 hexadecimal digits that differ between tensors of other names or values."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(tensors.items()):
+        digest.update(name.encode())
+        content = leaf.detach().cpu().contiguous().reshape(-1)
+        digest.update(content.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -59,8 +59,8 @@ class RunFolder:
             claim_folder(self.path)
         elif not resume:
             raise InputError(
-                f"{self.path} already holds a run; add --resume to continue it, or choose "
-                "another --output"
+                f"{self.path} already holds a run; add --resume (in Python resume=True) to "
+                "continue it, or choose another --output"
             )
         else:
             checkpoint = self._take_up(facts, restore)

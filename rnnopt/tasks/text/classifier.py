@@ -1,8 +1,9 @@
 """Text classifiers as what an episode adapts.
 
 A `Classifier` is a pretrained encoder and a head. Every episode starts from the same values:
-`Classifier.reset` restores what trains and draws a fresh head. What knows Hugging Face's libraries
-is in `rnnopt.tasks.text.encoder.loading`; what frozen layers make of a text is kept by `rnnopt.tasks.text.encoder.prefix`.
+`Classifier.reset` restores the parameters that train and draws a new output layer. Reading models
+of Hugging Face is the task of `rnnopt.tasks.text.encoder.loading`. The outputs of frozen layers are
+kept by `rnnopt.tasks.text.encoder.prefix`.
 
 Shapes: B batch, S sequence (tokens), C ways (classes).
 """
@@ -11,19 +12,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import claim_folder
 from rnnopt.tasks.protocol import Learner
 from rnnopt.tasks.text.encoder.layers import freeze_below, top_and_lower
 from rnnopt.tasks.text.encoder.loading import (
@@ -34,11 +31,12 @@ from rnnopt.tasks.text.encoder.loading import (
     position_limit,
     read_encoder,
     seeded,
-    silence,
 )
-from rnnopt.tasks.text.encoder.lora import add_lora, save_adapter
+from rnnopt.tasks.text.encoder.lora import add_lora
 from rnnopt.tasks.text.encoder.prefix import Prefix, find_prefix
 from rnnopt.tasks.text.encoder.tokens import Batch, TokenCache
+from rnnopt.tasks.text.head import adopt_values, head_layers, output_layer
+from rnnopt.tasks.text.saving import save_classifier, save_initial_values
 
 Tune = Literal["full", "lora", "head"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -73,8 +71,8 @@ class Classifier(Learner):
         if model.config.pad_token_id is None:
             # GPT-2 and its kind find a text's last token by looking for padding
             model.config.pad_token_id = tokenizer.pad_token_id
-        head = _head_layers(model)
-        self._output = _output_layer(head, ways)
+        head = head_layers(model)
+        self._output = output_layer(head, ways)
         self._fresh = [
             name
             for name, layer in head.items()
@@ -269,100 +267,16 @@ class Classifier(Learner):
                     drawn = nn.Linear(layer.in_features, ways, bias=layer.bias is not None)
                     layer.out_features = ways
                 self.model._init_weights(drawn)
-                _adopt(layer, drawn)
+                adopt_values(layer, drawn)
         self.ways = self.model.num_labels = self.model.config.num_labels = ways
 
     def save(self, folder: str | Path, label_names: Sequence[str]) -> None:
-        """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
-
-        LoRA is merged into the weights. The folder appears whole or not at all; the classifier
-        stays as it is.
-
-        Args:
-            folder: absent or empty.
-            label_names: one per class, in the order of the logits.
-
-        Raises:
-            InputError: mean pooling, wrong label names, a folder with something in it, or one
-                that can't be written.
-        """
-        target = Path(folder)
-        self._check_save(label_names)
-        claim_folder(target)
-        model, adapter = copy.deepcopy((self.model, self._adapter))
-        if adapter is not None:
-            adapter.merge_and_unload()
-        model.config.id2label = dict(enumerate(label_names))
-        model.config.label2id = {name: i for i, name in enumerate(label_names)}
-        partial = target.parent / f".{target.name}.{os.getpid()}"
-        try:
-            with silence():
-                model.eval().save_pretrained(partial)
-                self.tokens.tokenizer.save_pretrained(partial)
-            os.replace(partial, target)
-        except BaseException as error:
-            target.rmdir()  # still empty
-            if isinstance(error, OSError | SafetensorError):
-                raise InputError(
-                    f"can't write {target}: {first_line(error)}; choose another --output"
-                ) from error
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        """Write the folder of a finished classifier; see `saving.save_classifier`."""
+        save_classifier(self, Path(folder), label_names)
 
     def save_start(self, folder: Path, values: Mapping[str, Tensor]) -> None:
-        """Write the model with other starting values, as an encoder that can be loaded again.
-
-        Under LoRA the folder holds the factors, and head layers that train, as peft's
-        `PeftModel.from_pretrained(model, folder)` loads them; else the whole model, as
-        `AutoModelForSequenceClassification.from_pretrained(folder)` does (`AutoModel` with mean
-        pooling). There is no output layer in it: each task has its own.
-
-        Args:
-            folder: absent or empty.
-            values: by name, those of `start`.
-
-        Raises:
-            InputError: the folder can't be written.
-        """
-        claim_folder(folder)
-        try:
-            with silence():
-                if self._adapter is not None:
-                    save_adapter(self._adapter, self.model, folder, values)
-                else:
-                    self._save_whole(folder, values)
-                self.tokens.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"can't write {folder}: {first_line(error)}; choose another --output"
-            ) from error
-
-    def _save_whole(self, folder: Path, values: Mapping[str, Tensor]) -> None:
-        model = copy.deepcopy(self.model)
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                if name in values:
-                    param.copy_(values[name])
-        model = model.encoder if isinstance(model, MeanPooled) else model
-        kept = {
-            name: leaf
-            for name, leaf in model.state_dict().items()
-            if name.rpartition(".")[0] != self._output
-        }
-        model.eval().save_pretrained(folder, state_dict=kept)
-
-    def _check_save(self, label_names: Sequence[str]) -> None:
-        if isinstance(self.model, MeanPooled):
-            raise InputError(
-                "a classifier with pooling 'mean' can't be saved: transformers' text classifiers "
-                "have no mean pooling; use --pooling model"
-            )
-        if len(label_names) != self.ways or len(set(label_names)) != self.ways:
-            raise InputError(
-                f"label names are {list(label_names)}: the classifier has {self.ways} classes; "
-                "give one distinct name for each"
-            )
+        """Write the model with other initial values; see `saving.save_initial_values`."""
+        save_initial_values(self, folder, values)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -374,7 +288,7 @@ class Classifier(Learner):
         top, lower = top_and_lower(body, top_layers) if top_layers else ([], [])
         if tune != "full":
             body.requires_grad_(False)
-        self._adapter = add_lora(body, lora_rank, lower) if tune == "lora" else None
+        self.adapter = add_lora(body, lora_rank, lower) if tune == "lora" else None
         self.model.to(self.device)
         if tune == "full" and top:
             freeze_below(self.model, top[0], self.batch(["probe"]))
@@ -443,39 +357,3 @@ def _check_top_layers(tune: Tune, top_layers: int | None) -> None:
 def _check_ways(ways: int) -> None:
     if ways < 2:
         raise InputError(f"ways is {ways}; a classifier needs at least 2 classes")
-
-
-def _head_layers(model: Any) -> dict[str, Any]:
-    """The layers outside the encoder that hold parameters, by name, in the model's order."""
-    body = {id(param) for param in model.base_model.parameters()}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if any(id(param) not in body for param in layer.parameters(recurse=False))
-    }
-
-
-def _output_layer(head: dict[str, Any], ways: int) -> str:
-    """The name of the layer that makes the logits."""
-    linear = [
-        name
-        for name, layer in head.items()
-        if isinstance(layer, nn.Linear) and layer.out_features == ways
-    ]
-    if not linear:
-        raise InputError(
-            f"the classifier's head ({', '.join(head) or 'none'}) has no linear layer with "
-            f"{ways} outputs; use --pooling mean"
-        )
-    return linear[-1]
-
-
-def _adopt(layer: nn.Module, drawn: nn.Module) -> None:
-    """Give layer the values of drawn; its parameters stay the same objects where shapes agree."""
-    for name, value in drawn.named_parameters(recurse=False):
-        param = layer.get_parameter(name)
-        if param.shape == value.shape:
-            param.copy_(value)
-        else:
-            fresh = nn.Parameter(value.to(param.device), requires_grad=param.requires_grad)
-            setattr(layer, name, fresh)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import read_tensors, write_atomically
+from rnnopt.storage.files import fingerprint, read_tensors, write_atomically
 from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import Pooling, read_encoder
@@ -110,15 +109,6 @@ def read_init_training(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: no such folder, or a damaged one.
     """
     return dict(_facts(path)[1].get("training", {}))
-
-
-def fingerprint(values: Mapping[str, Tensor]) -> str:
-    """12 hexadecimal digits that tell initial values from others."""
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:

@@ -63,9 +63,10 @@ class MultitaskSettings:
 class MultitaskTraining:
     """One run of multi-task pre-training in its folder.
 
-    After every validation that is the best so far, accuracy of nearest class means on the tasks'
-    features, the values go to ``init``, see `rnnopt.tasks.text.init_folder`; the pretrained ones count as the
-    first. ``log.jsonl``, ``run.json`` and the checkpoint are as in `rnnopt.storage.run_folder`.
+    A validation measures the accuracy of nearest class means on the features of validation tasks.
+    Whenever it is the best so far, the values are written to the folder ``init``, see
+    `rnnopt.tasks.text.init_folder`. The first validation is that of the pretrained values.
+    ``log.jsonl``, ``run.json`` and the checkpoint are those of `rnnopt.storage.run_folder`.
 
     Args:
         classifier: what is trained; its head becomes the joint one.

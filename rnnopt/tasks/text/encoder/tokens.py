@@ -1,6 +1,7 @@
-"""Texts as an encoder's input: tokenised once, padded batch by batch.
+"""Texts as an encoder's input: each is tokenised once, and padded again in every batch.
 
-Shapes: B batch, S sequence (tokens), R rows that `rnnopt.tasks.text.encoder.prefix` keeps, D hidden size.
+Shapes: B batch, S sequence (tokens), D hidden size, R rows of a text that
+`rnnopt.tasks.text.encoder.prefix` keeps.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ class Batch(dict[str, Tensor]):
     """An encoder's input by name.
 
     Attributes:
-        kept: what frozen layers make of it, (B, R, D), and the `rnnopt.tasks.text.encoder.prefix.Prefix` it is from;
-            None where there is nothing. Beside the items and not one of them: ``module(**batch)``
-            runs any module on the texts themselves.
+        kept: the `rnnopt.tasks.text.encoder.prefix.Prefix` that computed the outputs of the frozen
+            layers, and these outputs, (B, R, D); None if they were not computed. This is an
+            attribute and not an item, so that ``module(**batch)`` runs any module on the texts
+            themselves.
     """
 
     kept: tuple[object, Tensor] | None = None
