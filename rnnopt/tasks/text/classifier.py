@@ -43,19 +43,22 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Classifier(Learner):
-    """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
+    """A pretrained encoder with a head, which an episode adapts. `Classifier.load` makes it.
 
-    What doesn't train must keep its values: its work on a text is done once.
+    Frozen parameters must keep their values, since the outputs of frozen layers are computed once
+    for each text and kept.
 
     Attributes:
-        fingerprint: 12 hexadecimal digits that tell one encoder from another.
-        model: the module; its parameters keep their identity, but for an output layer whose
-            number of ways changes.
+        fingerprint: 12 hexadecimal digits that differ between encoders.
+        model: the module. Its parameters stay the same objects, except for an output layer whose
+            number of classes changes.
         tokens: the `TokenCache` of its tokenizer.
-        ways: C, the classes of the current head.
-        precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
-        family: what trains, the argument `tune` of `load`.
-        facts: JSON-compatible facts that two classifiers with the same trainable parameters share.
+        ways: C, the number of classes of the current head.
+        precision: the precision of the encoder's arithmetic, ``"fp32"`` or ``"bf16"``.
+        family: the argument `tune` of `load`.
+        adapter: peft's object for the LoRA factors; None without LoRA.
+        facts: JSON-compatible facts that are the same for two classifiers with the same trainable
+            parameters.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Classifier(Learner):
         limit = min(max_length, position_limit(model))
         self.tokens = TokenCache(tokenizer, limit, list(names))
         if model.config.pad_token_id is None:
-            # GPT-2 and its kind find a text's last token by looking for padding
+            # models like GPT-2 find a text's last token by looking for padding
             model.config.pad_token_id = tokenizer.pad_token_id
         head = head_layers(model)
         self._output = output_layer(head, ways)
@@ -96,7 +99,7 @@ class Classifier(Learner):
             if name.rpartition(".")[0] != self._output
         }
         self.reset(ways, seed)
-        if not dropout:  # with it a layer's output is never the same twice
+        if not dropout:  # with dropout, a layer's output for a text differs each time
             self._prefix = find_prefix(model, self.tokens, device)
         model.train(dropout)
 
@@ -117,30 +120,33 @@ class Classifier(Learner):
         dropout: bool = False,
         precision: Precision = "auto",
     ) -> Classifier:
-        """Load an encoder in float32 and give it a head. Reads safetensors only, runs no code.
+        """Load an encoder in float32 and give it a head.
+
+        Only safetensors files are read, and no code of the model's is run.
 
         Args:
             encoder: a folder, or a name on the Hugging Face hub (the local cache comes first).
-            tune: what trains: ``"full"`` all, ``"head"`` what is outside the encoder, ``"lora"``
-                that and low-rank factors (Hu et al. 2021, arXiv:2106.09685) of the attention's
-                query and value.
-            lora_rank: rank of the factors; their product is added unscaled.
-            top_layers: with ``"full"`` or ``"lora"``: of the encoder's layers only so many, counted
-                from the top, train, and what lies above; None trains them all.
-            pooling: what the head reads: ``"model"``, what the architecture's own classifier
-                reads (BERT: the [CLS] pooler), or ``"mean"``, see `MeanPooled`.
-            ways: C, the classes of the first head.
-            double_backward: use the attention that can be differentiated twice; slower.
-            max_length: longest text in tokens; cut to what the encoder takes.
-            device: where the model goes.
-            seed: decides all that is drawn: head, LoRA factors, layers the files lack. The
-                global random state is left alone.
-            dropout: keep the encoder's dropout on; off, a step is a function of its batch.
-            precision: ``"bf16"`` runs the encoder under autocast, parameters and gradients stay
-                float32; ``"auto"`` does so on a CUDA device that can.
+            tune: which parameters train. ``"full"``: all. ``"head"``: the layers outside the
+                encoder. ``"lora"``: those layers, and low-rank factors (Hu et al. 2021,
+                arXiv:2106.09685) of the query and value projections of the attention.
+            lora_rank: the rank of the factors. Their product is added unscaled.
+            top_layers: with ``"full"`` or ``"lora"``, the number of encoder layers that train,
+                counted from the top. Everything above them trains, too. None trains all layers.
+            pooling: the input of the head. ``"model"``: the one of the architecture's own
+                classifier (for BERT, the [CLS] pooler). ``"mean"``: see `MeanPooled`.
+            ways: C, the number of classes of the first head.
+            double_backward: use an attention that can be differentiated twice; it is slower.
+            max_length: the longest text in tokens, at most as long as the encoder accepts.
+            device: the device that the model is put on.
+            seed: decides everything that is drawn: the head, the LoRA factors, and layers that the
+                files lack. The global random state does not change.
+            dropout: whether the encoder's dropout is on. Without it, the loss depends on nothing
+                but the parameters and the batch.
+            precision: ``"bf16"`` runs the encoder under autocast; parameters and gradients stay in
+                float32. ``"auto"`` chooses bf16 on a CUDA device that supports it, else fp32.
 
         Raises:
-            InputError: an argument out of range, or an encoder that can't be found or used.
+            InputError: an argument is out of range, or the encoder can't be found or used.
         """
         _check_arguments(tune, pooling, precision, lora_rank, ways)
         _check_top_layers(tune, top_layers)
@@ -161,11 +167,11 @@ class Classifier(Learner):
         """Logits (B, C), in the parameters' dtype.
 
         Args:
-            module: `model` itself or what `higher` made of it.
-            batch: what `batch` returned.
+            module: `model` itself, or a functional copy of it that `higher` made.
+            batch: the result of `batch`.
         """
         source, states = getattr(batch, "kept", None) or (None, None)
-        # what another classifier made of the texts has no use here
+        # outputs that the layers of another classifier made are of no use here
         mine = source is self._prefix and not module.training
         with self._autocast():
             if self._prefix is not None and states is not None and mine:
@@ -175,11 +181,12 @@ class Classifier(Learner):
         return logits.float() if self.precision == "bf16" else logits
 
     def batch(self, texts: Sequence[str], *, again: bool = True) -> Batch:
-        """`TokenCache.batch` on the classifier's device, with what frozen layers make of it.
+        """Tokenise texts on the classifier's device, with the outputs of the frozen layers.
 
         Args:
             texts: B texts.
-            again: they come more than once, or meet more than one step; if not, nothing is kept.
+            again: whether the same texts are used again, in this batch or in later ones. If not,
+                the outputs of the frozen layers are neither looked up nor kept.
         """
         batch = self.tokens.batch(texts, self.device)
         if again and self._prefix is not None:
@@ -192,9 +199,9 @@ class Classifier(Learner):
         return self.forward(self.model, batch)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the output layer reads of each text, (B, H), differentiable."""
-        # the output layer hands on its input: what becomes of the logits later on, the choice of
-        # a decoder's last token, say, happens to the features
+        """The input of the output layer for each text, (B, H), differentiable."""
+        # The output layer returns its input, so that everything that the model does to its logits
+        # afterwards, such as choosing a decoder's last token, is done to the features.
         hook = self.output.register_forward_hook(lambda layer, args, output: args[0])
         try:
             return self.logits(batch)
@@ -203,12 +210,12 @@ class Classifier(Learner):
 
     @property
     def output(self) -> nn.Linear:
-        """The layer that makes the logits; `reset` to other ways gives it new parameters."""
+        """The layer that computes the logits. `reset` to other ways gives it new parameters."""
         return cast(nn.Linear, self.model.get_submodule(self._output))
 
     @property
     def output_name(self) -> str:
-        """Of the output layer, in the model."""
+        """The name of the output layer in the model."""
         return self._output
 
     @property
@@ -218,16 +225,16 @@ class Classifier(Learner):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self._device
 
     @property
     def initial_values(self) -> dict[str, Tensor]:
-        """The values that `reset` restores, by name: of all that trains but the output layer."""
+        """The values that `reset` restores, by name. The output layer has none."""
         return dict(self._start)
 
     def head_names(self) -> list[str]:
-        """Names of the parameters that train outside the encoder, output layer included."""
+        """Names of the trainable parameters outside the encoder, with the output layer."""
         body = {id(param) for param in self.model.base_model.parameters()}
         return [name for name, param in self.trainable() if id(param) not in body]
 
@@ -236,20 +243,20 @@ class Classifier(Learner):
         return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
     def begin(self, task: Any, seed: int) -> None:
-        """See `reset`, with the ways of a `rnnopt.tasks.text.tasks.TextTask`."""
+        """Call `reset` with the ways of a `rnnopt.tasks.text.tasks.TextTask`."""
         self.reset(task.ways, seed)
 
     def reset(self, ways: int, seed: int) -> None:
-        """Start an episode: starting values for all that trains, and a fresh head.
+        """Start an episode: restore the initial values, and draw a new output layer.
 
-        The output layer, and other head layers that the encoder's files lack, are drawn on the
-        CPU by the model's own initialisation: the result is a function of the loaded model, ways
-        and seed, to the bit. Gradients are dropped. Build the optimizer afterwards: an output
-        layer of another shape is made of new parameters.
+        The output layer, and other head layers that the encoder's files lack, are drawn on the CPU
+        by the model's own initialisation. The result depends only on the loaded model, the ways
+        and the seed, bit for bit. Gradients are dropped. Build the optimizer afterwards, because an
+        output layer of another shape has new parameters.
 
         Args:
-            ways: C, the classes of the new head.
-            seed: decides the new head; the global random state is left alone.
+            ways: C, the number of classes of the new output layer.
+            seed: decides the new values. The global random state does not change.
 
         Raises:
             InputError: fewer than 2 ways.
@@ -280,7 +287,7 @@ class Classifier(Learner):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
-            return nullcontext()  # what a caller has set stays
+            return nullcontext()  # an autocast of the caller stays in force
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _choose_what_trains(self, tune: Tune, lora_rank: int, top_layers: int | None) -> None:
@@ -295,15 +302,16 @@ class Classifier(Learner):
         self._freeze_unused()
 
     def _freeze_unused(self) -> None:
-        """Stop what doesn't reach the logits from training: BERT's pooler under mean pooling.
+        """Freeze parameters that don't affect the logits, such as BERT's pooler with mean pooling.
 
-        Its gradient would be None at every step. It also proves the model usable, now.
+        Their gradient would be None at every step. The trial run also shows at once whether the
+        model can be used.
         """
         params = [param for _, param in self.trainable()]
         try:
             logits = self.logits(self.batch(["probe"]))
             grads = torch.autograd.grad(logits.sum(), params, allow_unused=True)
-        except Exception as error:  # whatever an architecture unlike the others may raise
+        except Exception as error:  # other architectures raise errors of any type
             kind = self.model.config.model_type
             raise InputError(
                 f"a {kind} model can't classify a text: {first_line(error)}; "
@@ -314,10 +322,14 @@ class Classifier(Learner):
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Autocast's bfloat16 or float32 for a device.
+    """Choose between autocast to bfloat16 and float32.
+
+    Args:
+        precision: ``"auto"`` chooses bf16 on a CUDA device that supports it, else fp32.
+        device: the device that the model runs on.
 
     Raises:
-        InputError: bfloat16 on a CUDA device without.
+        InputError: the precision is bf16 and the CUDA device does not support it.
     """
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
