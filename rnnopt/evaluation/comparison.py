@@ -1,10 +1,10 @@
 """A comparison of a rule with baselines: same tasks, same initial values, same numbers of steps.
 
 The learned rule has nothing to tune. Each baseline that is tuned gets the best learning rate of its
-grid on validation tasks. The rate is chosen separately for every budget of steps and every
-metric, so that each figure of a baseline is one that it was tuned for. The baselines that need no tuning
-run with their documented settings. Direct methods, such as logistic regression on frozen embeddings,
-solve a task without any step.
+grid on validation tasks. The rate is chosen separately for every budget of steps and every metric,
+so that each figure of a baseline is one that it was tuned for. The baselines that need no tuning
+run with their documented settings. Direct methods, such as logistic regression on frozen
+embeddings, solve a task without any step.
 """
 
 from __future__ import annotations

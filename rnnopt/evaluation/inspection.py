@@ -110,9 +110,9 @@ def inspect_rule(
         found.losses.append(float(loss.detach()))
         seen = _seen(optimizer, members[kind], shadow) if step == at_step else []
         before = {param: param.detach().clone() for param in params}
-        known = _apply(optimizer, params)
+        context = _apply(optimizer, params)
         if step == at_step:
-            found.surface.update.extend(_binned(rule, seen, known))
+            found.surface.update.extend(_binned(rule, seen, context))
         shadow.step(params)
         for one, its in members.items():
             updates = [param.detach() - before[param] for param in its]
@@ -156,10 +156,10 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _binned(
-    rule: UpdateRule, seen: Sequence[_Seen], known: Mapping[Tensor, Tensor | None]
+    rule: UpdateRule, seen: Sequence[_Seen], context: Mapping[Tensor, Tensor | None]
 ) -> list[list[float | None]]:
     """Mean update for each of `GRADIENTS` over the coordinates nearest to each of `RATIOS`."""
-    update = torch.cat([one.responses(rule, known[one.owner]) for one in seen], dim=1)  # (G, n)
+    update = torch.cat([one.responses(rule, context[one.owner]) for one in seen], dim=1)  # (G, n)
     ratio = torch.cat([one.ratio for one in seen])  # (n,)
     width = RATIOS[1] - RATIOS[0]
     bins = ((ratio - RATIOS[0]) / width).round().long().clamp(0, len(RATIOS) - 1)  # (n,)
@@ -222,7 +222,7 @@ class _Seen:
     state: State
 
     @torch.no_grad()
-    def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
+    def responses(self, rule: UpdateRule, context: Tensor | None) -> Tensor:
         """The update of each coordinate for each of `GRADIENTS`, (G, n).
 
         A transform of the whole matrix, see `matrix_transform`, is left out.
@@ -231,7 +231,7 @@ class _Seen:
         as_it_is = (
             None if matrix_transform(rule, self.owner) is None else lambda direction: direction
         )
-        rest = 1.0, 0.0, known, as_it_is
+        rest = 1.0, 0.0, context, as_it_is
         steps = [advance(rule, self.param, g, self.state, *rest)[0] for g in grads]
         return torch.stack(steps)
 

@@ -59,8 +59,8 @@ class Journal:
         Raises:
             InputError: the file can't be written.
         """
-        known = self._runs.get(name, {"scores": {}})["scores"]
-        if not {str(b) for b in budgets} <= known.keys():
+        scored = self._runs.get(name, {"scores": {}})["scores"]
+        if not {str(b) for b in budgets} <= scored.keys():
             done = adapt()
             entry = {
                 "run": name,

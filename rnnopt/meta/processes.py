@@ -125,10 +125,10 @@ class Team:
             result.append(action())
         except InputError as error:
             message = str(error)
-        for rank, told in enumerate(self.gather(message)):
-            if told is not None:
+        for rank, refusal in enumerate(self.gather(message)):
+            if refusal is not None:
                 raise (ToldElsewhereError if self.rank else InputError)(
-                    f"process {rank}: {told}" if rank else told
+                    f"process {rank}: {refusal}" if rank else refusal
                 )
         return result[0]
 

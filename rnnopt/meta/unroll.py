@@ -172,10 +172,10 @@ class _InitialGradient:
         self, model: nn.Module, stepped: Sequence[Tensor], settings: UnrollSettings
     ) -> None:
         self._named = _named(model) if settings.initial == "gradient" else {}
-        known = set(map(id, stepped))
+        already = set(map(id, stepped))
         self.tensors = [
             *stepped,
-            *(param for param in self._named.values() if id(param) not in known),
+            *(param for param in self._named.values() if id(param) not in already),
         ]
         self._sums = [torch.zeros_like(param) for param in self.tensors if self._named]
 
@@ -217,9 +217,9 @@ def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOp
     )
     for param in tensors:
         memory = runner.init_state(param)
-        known = optimizer.state.get(param) or {}
+        kept = optimizer.state.get(param) or {}
         # the guard keeps further state, which does not belong to the rule
-        runner.state[param] = {name: known.get(name, leaf).clone() for name, leaf in memory.items()}
+        runner.state[param] = {name: kept.get(name, leaf).clone() for name, leaf in memory.items()}
     return runner
 
 
