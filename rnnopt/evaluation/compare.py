@@ -66,13 +66,11 @@ def compare(
 
     Args:
         rule: the rule. It has nothing to tune.
-        learner: the learner that every method adapts. It is back at its initial values when this
-            function returns.
+        learner: what every method adapts; back at its initial values when this returns.
         tasks: ``number -> Task``, or a source of tasks, to report on. The tasks from number
-            `TEST_TASKS` (2,000,000) on are used, which meta-training never uses; those of a source
-            are used from number 0 on if `tuning` is given.
-        tuning: the tasks on which the baselines are tuned. None takes those of `tasks` from number
-            `VALIDATION_TASKS` (1,000,000) on.
+            `TEST_TASKS` on are used, which meta-training never uses; those of a source are used
+            from number 0 on if `tuning` is given.
+        tuning: the tasks to tune the baselines on. None: those of `tasks` from `VALIDATION_TASKS`.
         baselines: names in `rnnopt.evaluation.baselines.BASELINES`.
         own_baselines: further optimizers by name.
         direct: methods by name that solve a task without steps of an optimizer.
@@ -80,17 +78,13 @@ def compare(
         episodes: the number of tasks to report on, at least 2.
         tuning_episodes: the number of tasks to tune on, at least 1.
         start: where every method starts, such as `MetaTrained.start`.
-        journal: a file that keeps finished runs, so that a comparison that was stopped can go on.
-            The file knows the learner, the start and the rule, but neither the tasks nor the
-            optimizers of `own_baselines`: use another file where these change.
+        journal: a file that keeps finished runs, so that a comparison that was stopped can go on;
+            use another file where the tasks or `own_baselines` change.
         tick: called after each run with its name.
 
-    Returns:
-        The figures, with 95 % intervals.
-
     Raises:
-        InputError: a baseline does not exist or needs a package that is not installed, a number is
-            out of range, or the initial values of `start` belong to another learner.
+        InputError: a baseline does not exist or is not installed, a number is out of range, or the
+            initial values of `start` belong to another learner.
     """
     if tuning is None:
         source = as_source(tasks, learner)
@@ -100,19 +94,11 @@ def compare(
         report = as_source(tasks, learner, TEST_TASKS)
     _check_start(start, learner)
     comparison = Comparison(
-        learner,
-        rule,
-        _rule_name(rule),
-        tuned,
-        report,
-        budgets,
+        learner, rule, _rule_name(rule), tuned, report, budgets,
         list(dict.fromkeys([*baselines, *(own_baselines or {}), *(direct or {})])),
         None if journal is None else Journal(Path(journal), _facts(learner, start)),
-        tick,
-        start,
-        own_baselines=own_baselines,
-        direct=direct,
-    )
+        tick, start, own_baselines=own_baselines, direct=direct,
+    )  # fmt: skip
     figures = comparison.run(episodes, tuning_episodes)
     learner.begin(report.load(0), 0)
     return Compared(figures)

@@ -109,7 +109,8 @@ def test_each_metric_has_the_rate_that_is_best_for_it(sources, tmp_path, monkeyp
     _, accurate, cautious, *_ = BASELINES["sgd"].grid
 
     def made(name, lr, number, source, budgets):
-        score = Score(0.5 if lr == cautious else 1.0, 0.8 if lr == accurate else 0.5)
+        loss, accuracy = 0.5 if lr == cautious else 1.0, 0.8 if lr == accurate else 0.5
+        score = {"loss": loss, "accuracy": accuracy}
         return Adaptation(dict.fromkeys(budgets, score), 0.1)
 
     monkeypatch.setattr(run, "_baseline", made)
