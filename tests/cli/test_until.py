@@ -321,7 +321,7 @@ def test_a_test_file_with_nothing_new_is_refused(tmp_path):
     ("more", "message"),
     [
         (["--until", "speed>1"], "no metric 'speed' here; choose from accuracy, precision, recall"),
-        (["--until", "accuracy@5>=0.9"], "budget @5, and here every check is of the newest step"),
+        (["--until", "accuracy@5>=0.9"], "budget @5: this command checks the newest step only"),
         (["--until", "accuracy>=0.9", "--max-steps", "0"], "--steps 0: must be at least 1"),
         (["--until", "f1>0.9", "--validate-every", "0"], "--validate-every 0: must be at least 1"),
         (["--held-out", "0"], "--held-out 0.0: must lie between 0 and 1"),
