@@ -430,7 +430,7 @@ def test_meta_train_refuses_rules_that_it_cannot_begin_with(csv_file, encoder, t
     few = random_lstm(hidden_size=4)
     assert "has 4 hidden units, not 8; leave --hidden-size out" in refused(few, "--hidden-size", 8)
     assert "holds Adam, expected an LSTM" in refused(Adam(1e-3))
-    assert "leave them out, or --from" in refused(random_lstm(), "--inner-lr", "0.5")
+    assert "leave them out, or leave --from out" in refused(random_lstm(), "--inner-lr", "0.5")
     training = {"classes": class_sketches(read_splits([csv_file]).validation)}
     assert "which are to choose the new rule; use other data" in refused(random_lstm())
 

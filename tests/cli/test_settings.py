@@ -92,7 +92,8 @@ def test_choices_are_those_of_the_rooms_below():
     assert get_args(groups.Precision) == get_args(Precision)
     assert set(get_args(groups.Head)) == set(get_args(Head))
     for name, choices in (("inner", InnerRule), ("learn", Learn), ("init", Init)):
-        assert get_args(hints[name]) == get_args(choices)
+        given = {"given"}  # a rule object, which only Python can hand over
+        assert set(get_args(hints[name])) == set(get_args(choices)) - given
 
 
 # -- files
