@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rnnopt.storage.version import __version__
+
 if TYPE_CHECKING:
     from rnnopt.errors import InputError
     from rnnopt.evaluation.compare import compare
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from rnnopt.rules.protocol import State, UpdateRule
     from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
 
-__version__ = "0.1.0"
 
 __all__ = [
     "SGD",
@@ -40,6 +41,7 @@ __all__ = [
     "Task",
     "TaskSource",
     "UpdateRule",
+    "__version__",
     "compare",
     "load_rule",
     "meta_train",

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
 
-from rnnopt import __version__
 from rnnopt.cli.settings.commands import COMMANDS
 from rnnopt.cli.settings.files import with_config
 from rnnopt.cli.settings.parser import Parser, Settings, build_parser
 from rnnopt.errors import InputError, ToldElsewhereError
+from rnnopt.storage.version import __version__
 
 _EXTRAS = (
     "higher",

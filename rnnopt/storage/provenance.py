@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rnnopt import __version__
 from rnnopt.storage.files import write_atomically
+from rnnopt.storage.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
 _PACKAGES = ("torch", "transformers", "peft", "higher", "numpy", "safetensors")

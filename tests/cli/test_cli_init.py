@@ -12,7 +12,6 @@ from rnnopt.cli.main import main
 from rnnopt.cli.settings.groups import RuleSettings
 from rnnopt.cli.settings.loading import choose_start
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import TextStart
 
 
@@ -108,7 +107,7 @@ def test_compare_starts_every_method_there_and_keeps_its_runs_apart(
 def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(encoder, tmp_path):
     classifier = Classifier.load(encoder, lora_rank=2, ways=2, device=torch.device("cpu"))
     start = TextStart("head", classifier.initial_values, "prototype")
-    save_init(tmp_path / "init", classifier, start, {})
+    start.save(tmp_path / "init", classifier, {})
     for head, expected in ((None, "prototype"), ("zero", "zero")):
         found = choose_start(RuleSettings(init=tmp_path, head=head), classifier)
         assert (found.head, found.adapted) == (expected, "head")

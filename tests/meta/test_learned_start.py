@@ -14,7 +14,6 @@ from rnnopt.meta.settings import LearnedSettings, MetaTrainSettings, UnrollSetti
 from rnnopt.meta.training import MetaTraining
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import read_init
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
 
@@ -121,7 +120,7 @@ def test_meta_learned_values_lower_the_validation_loss_and_the_best_are_kept(
     # other classes than it learned from: to tell the frames of a sentence from its noun
     assert min(scores.values()) < scores[0] - 0.01
     assert run.progress.best_step == min(scores, key=scores.get) > 0
-    saved = read_init(tmp_path, classifier)
+    saved = TextStart.read(tmp_path, classifier)
     best = load_file(tmp_path / "checkpoint.safetensors")
     for key, value in saved.values.items():
         assert torch.equal(value, best["best.init." + key.replace(".", "/")])
@@ -192,10 +191,10 @@ def test_the_run_folder_holds_the_inner_rule(sources, tmp_path, inner, kind):
 def test_a_crash_between_the_old_init_and_the_new_one_is_mended(sources, tmp_path):
     chosen = settings(2, init="maml", inner="sgd")
     training(sources, tmp_path, chosen).run()
-    values = read_init(tmp_path, sources[0].classifier).values
+    values = TextStart.read(tmp_path, sources[0].classifier).values
     (tmp_path / "init").rename(tmp_path / ".init.old")
     training(sources, tmp_path, chosen, resume=True).run()
-    again = read_init(tmp_path, sources[0].classifier)
+    again = TextStart.read(tmp_path, sources[0].classifier)
     assert all(torch.equal(again.values[key], value) for key, value in values.items())
 
 

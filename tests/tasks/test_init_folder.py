@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rnnopt import InputError
 from rnnopt.meta.learned import InitialValues
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import read_init, read_init_training, save_init
+from rnnopt.tasks.text.init_folder import read_init_training
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
@@ -57,7 +57,7 @@ def theirs(model, folder, output):
 def test_a_full_init_is_a_text_classifier_of_transformers(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full")
     start = TextStart(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start, {"note": 1})
+    start.save(tmp_path / "init", classifier, {"note": 1})
     assert not any("classifier" in key for key in load_file(tmp_path / "init/model.safetensors"))
     expected = begun(classifier, start)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -74,7 +74,7 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
     encoder = make(tmp_path / "encoder")
     classifier = load(encoder)
     start = TextStart(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start, {})
+    start.save(tmp_path / "init", classifier, {})
     config = json.loads((tmp_path / "init" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == (["pre_classifier"] if make is tiny_distilbert else None)
     expected = begun(classifier, start)
@@ -87,7 +87,7 @@ def test_a_lora_init_is_an_adapter_of_peft(tmp_path, make):
 def test_an_init_under_mean_pooling_is_an_encoder(tmp_path):
     classifier = load(tiny_bert(tmp_path / "bert"), tune="full", pooling="mean")
     start = TextStart(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start, {})
+    start.save(tmp_path / "init", classifier, {})
     again = load(tmp_path / "init", tune="head", pooling="mean")
     torch.testing.assert_close(
         begun(again, TextStart(head="zero")), begun(classifier, TextStart(head="zero"))
@@ -113,9 +113,9 @@ def test_values_head_and_what_is_adapted_come_back(tmp_path, options):
     start = TextStart(head="prototype", adapted="head", values=learned(classifier))
     run = tmp_path / "run"
     run.mkdir()
-    save_init(run / "init", classifier, start, {"note": 1})
+    start.save(run / "init", classifier, {"note": 1})
     for path in (run, run / "init"):
-        found = read_init(path, load(encoder, seed=3, **options))
+        found = TextStart.read(path, load(encoder, seed=3, **options))
         assert (found.head, found.adapted) == ("prototype", "head")
         assert found.values.keys() == start.values.keys()
         assert all(torch.equal(found.values[n], value) for n, value in start.values.items())
@@ -128,8 +128,8 @@ def test_a_later_init_takes_the_place_of_an_earlier_one(tmp_path):
     (tmp_path / ".init.new" / "left").write_text("by a crash")
     for seed in (0, 1):
         values = learned(classifier, seed)
-        save_init(tmp_path / "init", classifier, TextStart(values=values), {})
-    found = read_init(tmp_path, classifier).values
+        TextStart(values=values).save(tmp_path / "init", classifier, {})
+    found = TextStart.read(tmp_path, classifier).values
     assert all(torch.equal(found[name], value) for name, value in values.items())
     assert sorted(os.listdir(tmp_path)) == ["bert", "init"]
 
@@ -139,7 +139,7 @@ def saved(tmp_path_factory):
     """A LoRA init of rank 2 for a BERT."""
     folder = tmp_path_factory.mktemp("saved")
     classifier = load(tiny_bert(folder / "bert"))
-    save_init(folder / "init", classifier, TextStart(values=learned(classifier)), {})
+    TextStart(values=learned(classifier)).save(folder / "init", classifier, {})
     return folder
 
 
@@ -154,36 +154,36 @@ def saved(tmp_path_factory):
 )
 def test_an_init_for_another_classifier_is_refused(saved, options, message):
     with pytest.raises(InputError, match=message):
-        read_init(saved, load(saved / "bert", **options))
+        TextStart.read(saved, load(saved / "bert", **options))
 
 
 def test_an_init_for_another_encoder_is_refused(saved, tmp_path):
     other = load(tiny_bert(tmp_path, TEXTS[:5]))
     with pytest.raises(InputError, match=f"encoder_weights: .* there, '{other.fingerprint}' here"):
-        read_init(saved, other)
+        TextStart.read(saved, other)
 
 
 def test_no_init_and_a_damaged_one_are_refused(saved, tmp_path):
     classifier = load(saved / "bert")
     with pytest.raises(InputError, match=r"no init.json .*; name a folder that `rnnopt meta-train"):
-        read_init(tmp_path, classifier)
+        TextStart.read(tmp_path, classifier)
     (tmp_path / "init.json").write_text("{")
     with pytest.raises(InputError, match=r"init\.json is damaged"):
-        read_init(tmp_path, classifier)
+        TextStart.read(tmp_path, classifier)
     (tmp_path / "init.json").write_text('{"format": "rnnopt.init.0"}')
     with pytest.raises(InputError, match=r"holds 'rnnopt\.init\.0', expected 'rnnopt\.init\.1'"):
-        read_init(tmp_path, classifier)
+        TextStart.read(tmp_path, classifier)
     (tmp_path / "init.json").write_text('{"format": "rnnopt.init.1", "adapted": "all"}')
     with pytest.raises(InputError, match=r"init\.json is damaged \(no head, values\)"):
-        read_init(tmp_path, classifier)
+        TextStart.read(tmp_path, classifier)
     start = TextStart(values=learned(classifier))
-    save_init(tmp_path / "init", classifier, start, {})
+    start.save(tmp_path / "init", classifier, {})
     facts = json.loads((tmp_path / "init" / "init.json").read_text())
     changed = json.dumps({**facts, "values": "0" * 12})
     (tmp_path / "init" / "init.json").write_text(changed)
     with pytest.raises(InputError, match=r"values are not those that init\.json was written for"):
-        read_init(tmp_path / "init", classifier)
+        TextStart.read(tmp_path / "init", classifier)
     peft_file = tmp_path / "init" / "adapter_model.safetensors"
     peft_file.write_bytes(peft_file.read_bytes()[:50])
     with pytest.raises(InputError, match="no complete safetensors file"):
-        read_init(tmp_path / "init", classifier)
+        TextStart.read(tmp_path / "init", classifier)

@@ -11,8 +11,8 @@ from rnnopt import InputError
 from rnnopt.data.splits import read_splits
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import read_init
 from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
+from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
 
 DEVICE = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_the_loss_over_all_classes_falls_and_the_best_values_are_kept(training, 
     assert run.classifier.ways == len(splits.train.classes) == 6
     assert log[-1]["loss"] < 0.6 * math.log(6)  # that of a guess
     assert run.best_score == max(record["validation"]["score"] for record in log)
-    start = read_init(folder, run.validation.classifier)
+    start = TextStart.read(folder, run.validation.classifier)
     assert start.values.keys() == pretrained.keys()
     moved = any(not torch.equal(start.values[n], value) for n, value in pretrained.items())
     kept = json.loads((folder / "init.json").read_text())["training"]["step"]

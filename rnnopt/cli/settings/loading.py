@@ -28,7 +28,7 @@ from rnnopt.errors import InputError
 from rnnopt.rules.files import SHIPPED_RULE, SavedRule, load_rule, read_training, shipped_rule
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.init_folder import read_init, read_init_training
+from rnnopt.tasks.text.init_folder import read_init_training
 from rnnopt.tasks.text.start import TextStart
 
 EMBEDDED = "stdlib"
@@ -170,7 +170,7 @@ def choose_start(settings: RuleSettings, classifier: Classifier) -> TextStart:
     """Where tasks start: as --init was meta-trained, but for what --head and --adapt-only say."""
     start = TextStart()
     if settings.init:
-        start = read_init(settings.init, classifier)
+        start = TextStart.read(settings.init, classifier)
     return replace(
         start,
         head=settings.head or start.head,

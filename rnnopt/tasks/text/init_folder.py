@@ -15,17 +15,17 @@ from torch import Tensor
 from rnnopt.errors import InputError
 from rnnopt.storage.files import fingerprint, read_tensors, write_atomically
 from rnnopt.storage.run_folder import INIT_FOLDER
+from rnnopt.tasks.start import Start
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import Pooling, read_encoder
 from rnnopt.tasks.text.encoder.lora import ADAPTER_FILE, adapter_key
-from rnnopt.tasks.text.start import TextStart
 
 INIT_FILE = "init.json"
 _FORMAT = "rnnopt.init.1"
 
 
 def save_init(
-    folder: Path, classifier: Classifier, start: TextStart, training: Mapping[str, Any]
+    folder: Path, classifier: Classifier, start: Start, head: str, training: Mapping[str, Any]
 ) -> None:
     """Write initial values as a folder that `transformers` or `peft` loads, and ``init.json``.
 
@@ -49,7 +49,7 @@ def save_init(
     facts = {
         "format": _FORMAT,
         **classifier.facts,
-        "head": start.head,
+        "head": head,
         "adapted": start.adapted,
         "values": fingerprint(values),
         "training": dict(training),
@@ -66,7 +66,7 @@ def save_init(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart:
+def read_init(path: str | os.PathLike[str], classifier: Classifier) -> tuple[Start, str]:
     """Read meta-learned initial values from a folder.
 
     Args:
@@ -74,7 +74,8 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart
         classifier: the classifier that will start from the values.
 
     Returns:
-        The start that meta-training used, with its values on the classifier's device.
+        The start that meta-training used, with its values on the classifier's device, and how
+        the head begins.
 
     Raises:
         InputError: the folder does not exist or is damaged, or its values belong to another
@@ -99,7 +100,7 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart
             "altered: meta-train again"
         )
     on_device = {name: value.to(classifier.device) for name, value in values.items()}
-    return TextStart(facts["adapted"], on_device, facts["head"])
+    return Start(facts["adapted"], on_device), facts["head"]
 
 
 def read_init_training(path: str | os.PathLike[str]) -> dict[str, Any]:

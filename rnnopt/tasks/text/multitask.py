@@ -21,7 +21,6 @@ from rnnopt.errors import InputError
 from rnnopt.storage.run_folder import INIT_FOLDER, RunFolder
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.frozen import judge_frozen
-from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import LabelledTexts, TextTasks
 
@@ -170,7 +169,7 @@ class MultitaskTraining:
         if score > self.best_score:
             self.best_score = score
             training = {**self.training, "step": self._step}
-            save_init(self.folder.path / INIT_FOLDER, self.classifier, start, training)
+            start.save(self.folder.path / INIT_FOLDER, self.classifier, training)
         # a run folder calls the steps of every kind of run meta-steps
         finite = loss if loss is not None and math.isfinite(loss) else None
         record = {"meta_step": self._step, "loss": finite, "validation": {"score": score}}

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,22 @@ from rnnopt.storage.files import claim_folder
 from rnnopt.tasks.text.encoder.loading import MeanPooled, first_line, silence
 from rnnopt.tasks.text.encoder.lora import save_adapter
 
-if TYPE_CHECKING:
-    from rnnopt.tasks.text.classifier import Classifier
+
+class Saveable(Protocol):
+    """What is written of a `rnnopt.tasks.text.classifier.Classifier`."""
+
+    model: Any
+    adapter: Any
+    tokens: Any
+    ways: int
+
+    @property
+    def output_name(self) -> str:
+        """Name of the output layer in the model."""
+        ...
 
 
-def save_classifier(classifier: Classifier, folder: Path, label_names: Sequence[str]) -> None:
+def save_classifier(classifier: Saveable, folder: Path, label_names: Sequence[str]) -> None:
     """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
 
     LoRA factors are merged into the weights that are written. The folder appears as a whole or not
@@ -59,7 +70,7 @@ def save_classifier(classifier: Classifier, folder: Path, label_names: Sequence[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_initial_values(classifier: Classifier, folder: Path, values: Mapping[str, Tensor]) -> None:
+def save_initial_values(classifier: Saveable, folder: Path, values: Mapping[str, Tensor]) -> None:
     """Write the model with other initial values, as an encoder that can be loaded again.
 
     With LoRA the folder holds the factors and the head layers that train, in the format that peft's
@@ -87,7 +98,7 @@ def save_initial_values(classifier: Classifier, folder: Path, values: Mapping[st
         raise _cannot_write(folder, error) from error
 
 
-def _save_whole(classifier: Classifier, folder: Path, values: Mapping[str, Tensor]) -> None:
+def _save_whole(classifier: Saveable, folder: Path, values: Mapping[str, Tensor]) -> None:
     model = copy.deepcopy(classifier.model)
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -102,7 +113,7 @@ def _save_whole(classifier: Classifier, folder: Path, values: Mapping[str, Tenso
     model.eval().save_pretrained(folder, state_dict=kept)
 
 
-def _check_saveable(classifier: Classifier, label_names: Sequence[str]) -> None:
+def _check_saveable(classifier: Saveable, label_names: Sequence[str]) -> None:
     if isinstance(classifier.model, MeanPooled):
         raise InputError(
             "a classifier with pooling 'mean' can't be saved: transformers' text classifiers "

@@ -5,6 +5,7 @@ Shapes: B texts, C ways (classes), H input size of the output layer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.protocol import Learner, Task
 from rnnopt.tasks.start import Start
 from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.init_folder import read_init, save_init
 from rnnopt.tasks.text.tasks import LabelledTexts, TextTask
 
 Head = Literal["random", "zero", "prototype"]
@@ -88,9 +90,17 @@ class TextStart(Start):
 
         See `rnnopt.tasks.text.init_folder.save_init`.
         """
-        from rnnopt.tasks.text.init_folder import save_init  # it imports this module
+        save_init(folder, cast(Classifier, learner), self, self.head, training)
 
-        save_init(folder, cast(Classifier, learner), self, training)
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], classifier: Classifier) -> TextStart:
+        """The start in a folder that `save` wrote; see `rnnopt.tasks.text.init_folder.read_init`.
+
+        Raises:
+            InputError: see there.
+        """
+        start, head = read_init(path, classifier)
+        return cls(start.adapted, start.values, cast(Head, head))
 
 
 def prototype_head(classifier: Classifier, support: LabelledTexts) -> tuple[Tensor, Tensor]:
