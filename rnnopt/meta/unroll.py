@@ -79,6 +79,11 @@ def unroll(
     _check_weights(optimizer.rule)
     if not any(True for _ in trainable(optimizer)):
         raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
+    if settings.order == 1 and hasattr(optimizer.rule, "tensor_state"):
+        raise InputError(
+            f"order=1 with a {type(optimizer.rule).__name__}: its tensor-wise LSTM acts through what "
+            "tensors tell each other, which first order takes for constant; use order=2"
+        )
     if settings.order == 2:
         return _second_order(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
