@@ -3,30 +3,28 @@
 >>> from rnnopt import LearnedOptimizer
 >>> optimizer = LearnedOptimizer(model.parameters())  # instead of AdamW(..., lr=...)
 
-Importing this module loads torch and nothing heavier. `meta_train` and `compare` are loaded when
-they are first used.
+Every name is loaded when it is first used: `LearnedOptimizer` loads torch and nothing heavier,
+`meta_train` and `compare` load what they need.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from rnnopt.errors import InputError
-from rnnopt.optim.optimizer import LearnedOptimizer
-from rnnopt.rules.classical import SGD, Adam, AdamW
-from rnnopt.rules.files import load_rule, save_rule
-from rnnopt.rules.lstm import CoordinateLSTM
-from rnnopt.rules.meta_sgd import MetaSGD
-from rnnopt.rules.protocol import State, UpdateRule
-from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
+if TYPE_CHECKING:
+    from rnnopt.errors import InputError
+    from rnnopt.evaluation.compare import compare
+    from rnnopt.meta.meta_train import meta_train
+    from rnnopt.optim.optimizer import LearnedOptimizer
+    from rnnopt.rules.classical import SGD, Adam, AdamW
+    from rnnopt.rules.files import load_rule, save_rule
+    from rnnopt.rules.lstm import CoordinateLSTM
+    from rnnopt.rules.meta_sgd import MetaSGD
+    from rnnopt.rules.protocol import State, UpdateRule
+    from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
 
 __version__ = "0.1.0"
-
-# Names that are loaded when they are first used: where they are defined.
-_LATER = {
-    "compare": "rnnopt.evaluation.compare",
-    "meta_train": "rnnopt.meta.meta_train",
-}
 
 __all__ = [
     "SGD",
@@ -48,10 +46,28 @@ __all__ = [
     "save_rule",
 ]
 
+_HOMES = {
+    "rnnopt.errors": ("InputError",),
+    "rnnopt.evaluation.compare": ("compare",),
+    "rnnopt.meta.meta_train": ("meta_train",),
+    "rnnopt.optim.optimizer": ("LearnedOptimizer",),
+    "rnnopt.rules.classical": ("SGD", "Adam", "AdamW"),
+    "rnnopt.rules.files": ("load_rule", "save_rule"),
+    "rnnopt.rules.lstm": ("CoordinateLSTM",),
+    "rnnopt.rules.meta_sgd": ("MetaSGD",),
+    "rnnopt.rules.protocol": ("State", "UpdateRule"),
+    "rnnopt.tasks.protocol": ("Learner", "Metric", "Task", "TaskSource"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
 
-    return getattr(import_module(_LATER[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,7 +26,7 @@ def network():
 
 
 def loss_of(net):
-    """So small that wide matrices bound the first steps."""
+    """Small gradients, so that the bound by wide matrices applies to the first steps."""
     generator = torch.Generator().manual_seed(1)
     return 0.1 * net(torch.randn(6, 66, generator=generator)).square().mean()
 
@@ -64,7 +64,9 @@ def main():
         ("replicate", by_hand(Replicate())),
     ):
         for name, make in RULES.items():
-            mixed = None if torch.distributed.get_rank() == 0 else False  # one has no compiler, say
+            mixed = (
+                None if torch.distributed.get_rank() == 0 else False
+            )  # one process has no compiler
             for fused in (None, mixed, False):
                 rule, whole = make(), network()
                 sharded = shard(copy.deepcopy(whole), mesh)
@@ -73,7 +75,7 @@ def main():
                     adapt(sharded, rule, fused=fused)
                 else:
                     step_by_hand(sharded, rule, fused)
-                # what is next to nothing in a gradient is raised with its rounding
+                # orthogonalisation enlarges small singular values, and their rounding
                 atol = 3e-5 if name == "orthogonalized" else 1e-6
                 for ours, theirs in zip(sharded.parameters(), whole.parameters()):
                     message = f"{how} {name} fused={fused}"
@@ -86,7 +88,7 @@ def main():
 
 
 def step_by_hand(net, rule, fused):
-    """The gradients of the whole network, dealt out as its parameters are."""
+    """Adapt with the gradients of the whole network, distributed as its parameters are."""
     optimizer = LearnedOptimizer(net.parameters(), rule, fused=fused)
     twin = network()
     for _ in range(5):
@@ -97,7 +99,7 @@ def step_by_hand(net, rule, fused):
         loss_of(twin).backward()
         for param, shard in zip(twin.parameters(), net.parameters()):
             mesh, placements = shard.device_mesh, shard.placements
-            if placements[0].is_replicate():  # a gradient may be laid out otherwise
+            if placements[0].is_replicate():  # a gradient may have other placements
                 rank = torch.distributed.get_rank()
                 part = param.grad if rank == 0 else torch.zeros_like(param.grad)
                 shard.grad = DTensor.from_local(part, mesh, [Partial()])

@@ -109,10 +109,10 @@ def test_half_precision_parameters_are_rounded_once_by_the_kernel(dtype):
     for ours, theirs in zip(params_of(fused), params_of(plain)):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
     big = params_of(fused)[-1], params_of(plain)[-1]
-    assert (big[0] == big[1]).float().mean() > 0.99  # but for ties, see test_fused_cuda.py
+    assert (big[0] == big[1]).float().mean() > 0.99  # but for ties, see test_kernel_cuda.py
 
 
-def test_the_kernel_keeps_bfloat16_memory_as_the_plain_rule_does():
+def test_the_kernel_keeps_bfloat16_state_as_the_plain_rule_does():
     fused, plain = twins(lr=0.1, state_dtype=torch.bfloat16)
     _, exact = twins(lr=0.1)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_the_kernel_keeps_bfloat16_memory_as_the_plain_rule_does():
     assert (ours - theirs).norm() / (theirs - full).norm() < 0.3
 
 
-def test_rows_that_never_had_a_gradient_stay_to_the_bit_on_the_gpu():
+def test_rows_that_never_had_a_gradient_do_not_change_on_the_gpu():
     fused, _ = twins()
     param = params_of(fused)[-1]
     before = param.detach().clone()
@@ -148,7 +148,7 @@ def test_the_kernel_repeats_itself_to_the_bit():
         assert torch.equal(ours, theirs)
 
 
-def test_the_kernel_takes_no_memory_that_stays_or_grows_with_the_model():
+def test_the_kernel_allocates_nothing_that_stays_or_grows_with_the_model():
     param = torch.zeros(8_000_000, device="cuda", requires_grad=True)
     optimizer = LearnedOptimizer([param], random_lstm().cuda(), fused=True, guard=False)
     param.grad = torch.ones_like(param)

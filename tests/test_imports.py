@@ -14,7 +14,8 @@ import rnnopt
 PACKAGE = Path(rnnopt.__file__).parent
 IMPORTED = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
 HEAVY = {
-    "higher", "transformers", "peft", "matplotlib", "tokenizers", "triton", "sklearn", "scipy", "rich",
+    "higher", "transformers", "peft", "matplotlib", "tokenizers", "triton",
+    "sklearn", "scipy", "rich",
 }  # fmt: skip
 
 
@@ -37,6 +38,24 @@ def test_reading_files_loads_no_heavy_library():
 def test_the_test_above_can_fail():
     assert "higher" in modules_after_importing("rnnopt.meta.differentiable")
     assert "transformers" in modules_after_importing("rnnopt.tasks.text.classifier")
+
+
+def test_help_and_version_load_no_torch():
+    code = (
+        "import sys; from rnnopt.cli.main import main\ntry: main([{!r}])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for flag in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", code.format(flag)], check=True, capture_output=True)
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    assert sorted(rnnopt._HOME_OF) == sorted(rnnopt.__all__)
+    for name in rnnopt.__all__:
+        assert getattr(rnnopt, name) is not None
+    assert {*rnnopt.__all__} <= {*dir(rnnopt)}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rnnopt.nothing  # noqa: B018
 
 
 def imports_of(path, package="rnnopt"):
@@ -72,7 +91,7 @@ def importers(library):
         ("matplotlib", {"evaluation/report/plot.py"}),
         ("sklearn", {"tasks/metrics.py", "tasks/text/frozen.py"}),
         ("scipy", {"evaluation/statistics.py"}),
-        ("rich", {"evaluation/report/tables.py"}),
+        ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
         ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only
     ],

@@ -37,7 +37,7 @@ from rnnopt.data.corpus import Corpus, summary
 from rnnopt.data.overlap import require_transfer, seen_in
 from rnnopt.errors import InputError
 from rnnopt.evaluation.report.report import ADAPT_FILE, write_report
-from rnnopt.evaluation.report.tables import confusion_text
+from rnnopt.evaluation.report.tables import confusion_text, show
 from rnnopt.meta.training import finite_or_none
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.files import rule_fingerprint
@@ -112,7 +112,7 @@ def run(settings: Adapt) -> int:
     }
     if watch is not None:
         report["requirement"] = watch.report()
-        print(confusion_text(job.names, np.array(report["confusion"])))
+        show(confusion_text(job.names, np.array(report["confusion"])))
         if settings.test:
             _test(settings.test, folder, report, settings, data, job)
     print(f"report: {_write(folder, report, settings, data)}")

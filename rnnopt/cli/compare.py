@@ -37,7 +37,7 @@ from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.report import write_report
-from rnnopt.evaluation.report.tables import comparison_table
+from rnnopt.evaluation.report.tables import comparison_table, show
 from rnnopt.rules.files import SavedRule, rule_fingerprint
 from rnnopt.storage.files import write_atomically
 from rnnopt.storage.provenance import versions
@@ -123,7 +123,7 @@ def _tell(settings: Compare, result: dict[str, Any]) -> None:
         print(f"CAUTION: {len(overlap)} test classes were seen in meta-training: {overlap[:3]}")
     if "ways_used" in setting:
         print(f"fewer classes than ways, so {setting['ways_used']}")
-    print(comparison_table(result))
+    show(comparison_table(result))
 
 
 def _overlap(

@@ -25,7 +25,7 @@ from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
-from rnnopt.evaluation.report.tables import comparison_table
+from rnnopt.evaluation.report.tables import comparison_table, show
 from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining
 from rnnopt.rules.classical import SGD
@@ -92,7 +92,7 @@ Seed {seed}, {minutes:.1f} minutes.
 ![](comparison.png)
 """
     write_atomically(folder / "report.md", report.encode())
-    print(f"{title}\n\n{table}\n{folder / 'report.md'} and {folder / 'comparison.png'} tell more")
+    show(f"{title}\n\n{table}\n{folder / 'report.md'} and {folder / 'comparison.png'} tell more")
 
 
 def _tasks(splits: Splits, folder: Path, seed: int) -> list[TextTasks]:

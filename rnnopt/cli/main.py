@@ -13,7 +13,15 @@ from rnnopt.cli.settings.files import with_config
 from rnnopt.cli.settings.parser import Parser, Settings, build_parser
 from rnnopt.errors import InputError, ToldElsewhereError
 
-_EXTRAS = ("higher", "matplotlib", "peft", "rich", "transformers", "yaml")  # the extra `meta`
+_EXTRAS = (
+    "higher",
+    "matplotlib",
+    "peft",
+    "rich",
+    "sklearn",
+    "transformers",
+    "yaml",
+)  # the extra `meta`
 _MISTAKE, _INTERRUPTED = 2, 130  # the latter is what a shell reports for Ctrl-C
 
 

@@ -23,7 +23,7 @@ from rnnopt.data.sources import describe, overlap_lines
 from rnnopt.data.splits import Splits, class_pair, class_sketches, overlapping_classes
 from rnnopt.errors import InputError
 from rnnopt.evaluation.report.report import write_report
-from rnnopt.evaluation.report.tables import sources_table
+from rnnopt.evaluation.report.tables import show, sources_table
 from rnnopt.meta.processes import Team
 from rnnopt.meta.settings import LearnedSettings, MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining
@@ -53,7 +53,7 @@ def run(settings: MetaTrain) -> int:
         folder, data = training.folder.path, describe(splits)
         write_settings(folder / SETTINGS_FILE, settings)
         write_provenance(folder, as_options(settings), data, training.progress.meta_step)
-        print("\n".join([sources_table(data), *overlap_lines(data)]))
+        show("\n".join([sources_table(data), *overlap_lines(data)]))
         _watch(training)
     return NOT_MET if settings.until is not None and not training.met else 0
 

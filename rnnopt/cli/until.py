@@ -16,7 +16,7 @@ from rnnopt.data.corpus import Corpus, merge, text_key
 from rnnopt.data.files import read_corpus
 from rnnopt.data.splits import stratified_holdout
 from rnnopt.errors import InputError
-from rnnopt.evaluation.report.tables import confusion_text
+from rnnopt.evaluation.report.tables import confusion_text, show
 from rnnopt.tasks.requirement import Requirement
 from rnnopt.tasks.text.adapt import JUDGED, Judgement, judge_texts, label_numbers
 from rnnopt.tasks.text.classifier import Classifier
@@ -163,7 +163,7 @@ def judge_unseen(
     with waiting("judging"):
         judged = judge_texts(classifier, test.texts, labels)
     print(judgement_line(judged, "of the test"))
-    print(confusion_text(names, judged.matrix))
+    show(confusion_text(names, judged.matrix))
     return judged_facts(judged, names), data_facts(test)
 
 

@@ -44,16 +44,18 @@ def table_rows(
 ) -> Iterator[tuple[int, Mapping[str, str]]]:
     """Read a table that has a header.
 
-    Quotes in a CSV file follow RFC 4180. In a TSV file most writers leave them as they are, so a
-    quote there opens a field of several lines only where the lines by themselves are no rows.
-    Repeated header rows, as in joined files, and rows of nothing but delimiters are left out with a
-    warning. Columns without a name are ignored.
+    Quotes in a CSV file follow RFC 4180. Many TSV files have no quoting, and a quote in them is a
+    part of the text. If each line of a TSV file has as many fields as the header, each line is
+    therefore a row, and only fields that are quoted as a whole lose their quotes. If not, RFC 4180
+    holds there too. Repeated header rows, as in joined files, and rows whose fields are all empty
+    are left out with a warning. Columns without a name are ignored.
 
     Args:
         path: the file's name, for messages.
-        content: what it holds.
+        content: the text of the file.
         delimiter: ``","`` or a tab.
-        label_column: the column by whose values a row that was swallowed by a quote is recognised.
+        label_column: the column of the labels. A line inside a quoted field that has a known label
+            in its place is probably a row, and a warning tells of it.
 
     Yields:
         (line number, column -> value) of every row.
@@ -91,7 +93,7 @@ def _rows(lines: Sequence[int]) -> str:
 
 
 def _tab_separated(path: Path, content: str) -> _Table:
-    """One row a line if that fits the header, else by the rules of quotes."""
+    """Read each line as a row if the fields fit the header, and by RFC 4180 if they do not."""
     plain = [
         _Record(record.first, record.last, [_unquoted(field) for field in record.fields])
         for record in _records(path, content, "\t", csv.QUOTE_NONE)
@@ -106,7 +108,8 @@ def _tab_separated(path: Path, content: str) -> _Table:
         except InputError:
             raise error from None
         for row in table.rows:
-            # A text of several lines with a tab in it is rather several rows.
+            # Texts of several lines seldom hold tabs. More likely these lines are rows between two
+            # stray quotes, so the line that does not fit the header is the one to report.
             if row.last > row.first and any("\t" in field for field in row.fields):
                 raise
         return table

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rnnopt.data.corpus import ClassKey, Corpus, listed, readable, text_key
@@ -54,7 +54,8 @@ def read_corpus(
         str, dict[str, int]
     ] = {}  # readable name -> its spellings, and their first line
     kept: list[tuple[str, str, str]] = []
-    dropped, conflicts = 0, []
+    dropped = 0
+    conflicts: list[tuple[int, str, int, str]] = []
     for line, row in rows:
         where = f"{path}, line {line}"
         text = " ".join(_value(where, row, text_column, "--text-column").split())
@@ -75,13 +76,7 @@ def read_corpus(
     if not kept:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
     _warn_of_spellings(path, spellings)
-    if conflicts:
-        first, one, second, other = conflicts[0]
-        warnings.warn(
-            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
-            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept",
-            stacklevel=2,
-        )
+    _warn_of_conflicts(path, conflicts)
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
 
@@ -95,6 +90,16 @@ def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -
             f"{path}: {len(united)} labels are written in several ways that look alike, such as "
             f"{one!a} in line {first} and {other!a} in line {second}; they count as one "
             f"label, {label!r}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_conflicts(path: Path, conflicts: Sequence[tuple[int, str, int, str]]) -> None:
+    if conflicts:
+        first, one, second, other = conflicts[0]
+        warnings.warn(
+            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
+            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept",
             stacklevel=3,
         )
 

@@ -66,7 +66,9 @@ def read_splits(
     Args:
         paths: the sources, files or folders.
         seed: of the division of single files.
-        text_column, label_column, domain_column: as in `read_corpus`.
+        text_column: as in `read_corpus`.
+        label_column: as in `read_corpus`.
+        domain_column: as in `read_corpus`.
         allow_overlap: accept parts that have classes in common.
 
     Raises:
@@ -281,7 +283,8 @@ def check_disjoint(
     at least 10 % of the texts of the smaller one.
 
     Args:
-        train, other: the two corpora.
+        train: one corpus.
+        other: the other.
         what: their names in the message.
         allow_overlap: return the common classes instead of raising an error.
 

@@ -250,7 +250,9 @@ def _seen_of(optimizer: LearnedOptimizer, param: Tensor, stride: int, ratios: Te
     grad = cast(Tensor, param.grad)
     # leaves that belong to coordinates end with them, see rnnopt.rules.protocol
     state = {
-        name: (leaf[..., ::stride] if is_coordinate_wise(optimizer.rule, name, leaf) else leaf).clone()
+        name: (
+            leaf[..., ::stride] if is_coordinate_wise(optimizer.rule, name, leaf) else leaf
+        ).clone()
         for name, leaf in memory.items()
     }
     return _Seen(

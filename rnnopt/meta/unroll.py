@@ -79,13 +79,8 @@ def unroll(
     _check_weights(optimizer.rule)
     if not any(True for _ in trainable(optimizer)):
         raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
-    if settings.order == 1 and hasattr(optimizer.rule, "tensor_state"):
-        raise InputError(
-            f"order=1 with a {type(optimizer.rule).__name__}: its tensor-wise LSTM acts through what "
-            "tensors tell each other, which first order takes for constant; use order=2"
-        )
-    if settings.order == 2:
-        return _second_order(model, optimizer, support_loss, query_loss, settings)
+    if settings.order == 2 or hasattr(optimizer.rule, "tensor_state"):
+        return _through_higher(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:
@@ -302,14 +297,18 @@ class _Segment:
             torch.autograd.backward(outputs, pulls)
 
 
-def _second_order(
+def _through_higher(
     model: nn.Module,
     optimizer: LearnedOptimizer,
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
 ) -> Unrolled:
-    """Exact: `higher` keeps the graph of every step between two cuts."""
+    """`higher` keeps the graph of every step between two cuts.
+
+    With order 2 the meta-gradient is exact. With order 1, for a rule with tensor-wise state, what
+    the rule is fed is constant; its own graph, across tensors, is kept as a whole.
+    """
     from rnnopt.meta.differentiable import higher  # here: first-order users need not have it
 
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -322,7 +321,13 @@ def _second_order(
     support_losses, query_losses, meta_loss = [], [], 0.0
     device = next(model.parameters()).device
     before = used_bytes(device)
+    if settings.initial == "displacement":
+        raise InputError(
+            f"initial='displacement' (Reptile) with a {type(optimizer.rule).__name__}, which keeps a "
+            "state for each tensor as a whole; use initial='gradient'"
+        )
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
+        stepper.first_order = settings.order == 1
         segment: list[Tensor] = []
         # `higher` keeps its parameters in the model's order
         initial = {

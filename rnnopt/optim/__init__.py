@@ -1,1 +1,1 @@
-"""Rules as a torch optimizer: the optimizer, its safeguard, sharded parameters, fast kernels."""
+"""Rules as a torch optimizer: the optimizer, its guard, sharded parameters, fused kernels."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,16 +23,13 @@ from rnnopt.optim.checkpoint import check_groups, saved_states
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import FusedStep, Piece
 from rnnopt.optim.safeguard import (
+    GROUP_STATE,
     LAST_SLOPE,
     LAST_STEP,
-    MAX_RISE,
     GuardedRule,
     Work,
-    forget,
-    init_guard_state,
-    loss_rise,
+    check_last_step,
     remember,
-    undo,
 )
 from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
@@ -46,10 +42,6 @@ from rnnopt.rules.protocol import (
     matrix_transform,
     statistics_of,
 )
-
-# The guard's state in every param group: the number of steps undone; nats that the loss has risen
-# since its minimum; whether the last batch was skipped because no gradient was finite.
-_GUARD = {"undone": 0, "loss_rise": 0.0, "skipped": False}
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -113,10 +105,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         guard: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "weight_decay": weight_decay, **_GUARD},
-        )
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **GROUP_STATE})
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
         chosen = shipped_rule(trainable_or_all(self.param_groups)) if rule is None else rule
@@ -210,36 +199,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _guarded_step(self, work: Work) -> None:
         refuse_sparse(work)
         states = [self._state_of(param) for _, param, _ in work]
-        for (_, param, _), state in zip(work, states):
-            if LAST_STEP not in state:
-                with torch.inference_mode(False):
-                    state.update(init_guard_state(param))
-        (rise, finite), group = loss_rise(work, states), self.param_groups[0]
-        # One batch without a finite gradient may be the data's fault and is skipped. A second one
-        # in a row is the fault of the step before them.
-        skipped = math.isinf(rise) and not group["skipped"]
-        total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-        ruined = total > MAX_RISE
-        for group in self.param_groups:
-            group["loss_rise"] = 0.0 if ruined else total
-            group["undone"] += ruined
-            group["skipped"] = skipped
-        if ruined:
-            for param, state in self._guarded_states():
-                undo(param, state)
-        if ruined or skipped:
-            return
-        before = [local(param).clone() for _, param, _ in work]
-        self.apply(work)
-        remember(work, states, before, finite)
-        stepped = {param for _, param, _ in work}
-        for param, state in self._guarded_states():
-            if param not in stepped:  # its last step is not part of this one
-                forget(state)
-
-    def _guarded_states(self) -> list[tuple[Tensor, State]]:
-        """Parameters that have a guard's state, with their state."""
-        return [(param, state) for param, state in self.state.items() if LAST_STEP in state]
+        proceed, finite = check_last_step(work, states, self.param_groups, self.state)
+        if proceed:
+            before = [local(param).clone() for _, param, _ in work]
+            self.apply(work)
+            remember(work, states, before, finite, self.state)
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
@@ -323,7 +287,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
-        """The fused step of a rule, if there is one and it is wanted."""
+        """The fused step of a rule, unless there is none or `fused` is False."""
         # compiled code would keep the tables of this step
         if self.fused is False or torch.compiler.is_compiling():
             return None
@@ -352,13 +316,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: the groups are those of another optimizer, or a state is that of another
                 parameter or rule; then this optimizer is unchanged.
         """
-        check_groups(state_dict, {"lr", "weight_decay", *_GUARD})
+        check_groups(state_dict, {"lr", "weight_decay", *GROUP_STATE})
         states = saved_states(state_dict, self.param_groups, self.init_state)
         super().load_state_dict(state_dict)
         self.state.update(states)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: torch leaves out every attribute it does not know."""
+        """What deepcopy and pickle keep; torch would leave out the attributes of this class."""
         kept = ("rule", "state_dtype", "fused", "guard", "_fallback", "_for_a_head")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 

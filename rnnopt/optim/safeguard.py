@@ -9,7 +9,7 @@ a step, and so the change of the loss by the trapezoidal rule,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -25,6 +25,9 @@ MAX_RISE = 1.0
 # loss along it at its start. Undoing a step need not be exact.
 LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
 _STEP_DTYPE = torch.bfloat16
+# Its state in every param group: the number of steps undone; nats by which the loss has risen since
+# its minimum; whether the last batch was skipped because no gradient was finite.
+GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False}
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -79,6 +82,44 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
     return math.inf if moved and not finite else change, False
 
 
+def check_last_step(
+    work: Work,
+    states: Sequence[State],
+    groups: Sequence[dict[str, Any]],
+    all_states: Mapping[Tensor, State],
+) -> tuple[bool, bool]:
+    """Undo the last step if the loss has risen too far; skip a batch without a finite gradient.
+
+    Args:
+        work: (param group, parameter, its gradient after the last step).
+        states: the state of each of these parameters.
+        groups: all param groups of the optimizer, with `GROUP_STATE`, which is updated.
+        all_states: the state of every parameter.
+
+    Returns:
+        Whether to take the next step; and whether the gradient is finite in every coordinate.
+    """
+    for (_, param, _), state in zip(work, states):
+        if LAST_STEP not in state:
+            with torch.inference_mode(False):
+                state.update(init_guard_state(param))
+    (rise, finite), group = loss_rise(work, states), groups[0]
+    # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
+    # row is the fault of the step before them.
+    skipped = math.isinf(rise) and not group["skipped"]
+    total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
+    ruined = total > MAX_RISE
+    for group in groups:
+        group["loss_rise"] = 0.0 if ruined else total
+        group["undone"] += ruined
+        group["skipped"] = skipped
+    if ruined:
+        for param, state in all_states.items():
+            if LAST_STEP in state:
+                undo(param, state)
+    return not (ruined or skipped), finite
+
+
 @torch.no_grad()
 def undo(param: Tensor, state: State) -> None:
     """Subtract the last step from a parameter, and clear the guard's state."""
@@ -94,19 +135,31 @@ def forget(state: State) -> None:
 
 
 @torch.no_grad()
-def remember(work: Work, states: Sequence[State], before: Sequence[Tensor], finite: bool) -> None:
+def remember(
+    work: Work,
+    states: Sequence[State],
+    before: Sequence[Tensor],
+    finite: bool,
+    all_states: Mapping[Tensor, State],
+) -> None:
     """Store the step from `before` to the current values in the guard's state.
 
     Args:
         work: (param group, parameter, the gradient before the step).
-        states: each parameter's state.
-        before: copies of the local shards before the step; overwritten.
+        states: the state of each of these parameters.
+        before: copies of their local shards before the step; overwritten.
         finite: whether the gradient is known to be finite in every coordinate.
+        all_states: the state of every parameter. Those that have not been stepped now are cleared,
+            because their last step is not part of this one.
     """
     for (_, param, grad), state, old in zip(work, states, before):
         torch.sub(local(param), old, out=old)
         state[LAST_STEP].copy_(old.reshape(-1))
         state[LAST_SLOPE].copy_(_slope(local_gradient(grad, param), old, masked=not finite))
+    stepped = {param for _, param, _ in work}
+    for param, state in all_states.items():
+        if LAST_STEP in state and param not in stepped:
+            forget(state)
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a step is: the protocol, classical rules, the LSTM, its features, and rule files."""
+"""Update rules: the protocol, classical rules, the LSTM and its features, and rule files."""

@@ -1,4 +1,4 @@
-"""Classical optimizers as update rules: controls with a known answer, and fair baselines.
+"""Classical optimizers as update rules: controls with a known result, and baselines.
 
 They obey the protocol of the learned rule (see `rnnopt.rules.protocol` for shapes), so any test,
 plot or unroll can exchange one for another.

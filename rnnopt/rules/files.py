@@ -1,4 +1,4 @@
-"""Rule files: weights and config in safetensors, written atomically, read as data only."""
+"""Rule files: weights and config in safetensors, written atomically. Reading one runs no code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rnnopt.storage.files import read_tensors, save_tensors
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
-# The rules that a file can hold. A number rises when a rule's arithmetic changes.
+# The rules that a file can hold. A format's number rises when the arithmetic or the config changes.
 SavedRule: TypeAlias = CoordinateLSTM | TwoLevelLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
     "rnnopt.CoordinateLSTM.8": CoordinateLSTM,
@@ -35,10 +35,13 @@ _RENAMED = {
 
 
 def shipped_rule(params: Iterable[Tensor]) -> Path:
-    """The file of the shipped rule for a model of which these parameters train.
+    """The file of the shipped rule for a model, by the parameters that are trained.
 
-    A linear classifier alone, which is a matrix and a bias of as many rows, has a rule to itself:
-    its loss is convex, and what is right for it lets a head run away from the encoder below it.
+    A linear classifier alone, which is a matrix and a bias with as many rows, has its own rule. Its
+    loss is convex, and steps that suit it are too long for a head above an encoder that learns.
+
+    Args:
+        params: the trained parameters.
     """
     shapes = sorted((param.shape for param in params), key=len)
     alone = [len(shape) for shape in shapes] == [1, 2] and shapes[0][0] == shapes[1][0]
@@ -46,15 +49,15 @@ def shipped_rule(params: Iterable[Tensor]) -> Path:
 
 
 def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:
-    """Write a rule with its config, and what it was meta-trained on, to one file.
+    """Write a rule, its config and facts on its meta-training to one file.
 
     Args:
         rule: the rule.
         path: the file to write.
-        training: JSON-compatible facts on its meta-training, kept with the weights.
+        training: JSON-compatible facts on its meta-training.
 
     Raises:
-        InputError: see `write_atomically`; or a rule of another kind than those a file can hold.
+        InputError: the file can't be written, or the rule is of a class that a file can't hold.
     """
     format_ = next((name for name, kind in _KINDS.items() if kind is type(rule)), None)
     if format_ is None:
@@ -72,16 +75,17 @@ def can_be_saved(rule: object) -> bool:
 
 
 def load_rule(path: str | os.PathLike[str]) -> SavedRule:
-    """Read a rule. Nothing in the file is ever run.
+    """Read a rule. No code in the file is executed.
 
     Args:
         path: a rule file, or a folder that holds ``rule.safetensors``.
 
     Returns:
-        The rule, float32 or as saved, on CPU, without gradients, in evaluation mode.
+        The rule in the dtype in which it was saved, on the CPU, without gradients, in evaluation
+        mode.
 
     Raises:
-        InputError: missing, corrupt, truncated, or not a rule of this version's kind.
+        InputError: the file is missing, corrupt, truncated, or holds no rule of a known format.
     """
     file = rule_path(path)
     tensors, about = read_tensors(file)
@@ -110,16 +114,16 @@ def load_rule(path: str | os.PathLike[str]) -> SavedRule:
 
 
 def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a rule file says of its own meta-training; empty if nothing was saved.
+    """The facts on a rule's meta-training that `save_rule` wrote; empty if there are none.
 
     Raises:
-        InputError: see `read_tensors`.
+        InputError: the file is missing, unreadable, truncated, or no safetensors file.
     """
     return dict(read_tensors(rule_path(path))[1].get("training", {}))
 
 
 def rule_fingerprint(rule: SavedRule) -> str:
-    """12 hexadecimal digits that tell one rule from another by its weights and config."""
+    """A hash of a rule's weights and config, 12 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(rule.config).encode())
     for weight in rule.parameters():
         exact = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype  # numpy has none
@@ -128,6 +132,6 @@ def rule_fingerprint(rule: SavedRule) -> str:
 
 
 def rule_path(path: str | os.PathLike[str]) -> Path:
-    """The rule file that a path means: the file itself, or the one in the folder."""
+    """The rule file at a path: the file itself, or ``rule.safetensors`` in a folder."""
     file = Path(path)
     return file / RULE_FILE if file.is_dir() else file

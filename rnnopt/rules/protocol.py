@@ -220,7 +220,9 @@ def advance(
         update = update - (rule.step_size * weight_decay) * flat_param
     delta = lr * torch.where(finite, update, 0)
     new_state = {
-        name: torch.where(finite, leaf, state[name]) if is_coordinate_wise(rule, name, leaf) else leaf
+        name: torch.where(finite, leaf, state[name])
+        if is_coordinate_wise(rule, name, leaf)
+        else leaf
         for name, leaf in new_state.items()
     }
     return delta.reshape(param.shape), new_state

@@ -38,6 +38,7 @@ LOG_RATE_BOUND = 4.0  # a learned factor on the rate lies within exp(-4) .. exp(
 NARROW = 64  # a matrix with a side of at most this has orthogonalised directions as well
 WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM, to save memory
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
+BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
 FLOOR = 1e-20  # inside roots, whose derivative at 0 is infinite
 
 TENSOR_FEATURES = 26
@@ -389,8 +390,9 @@ class TwoLevelLSTM(nn.Module):
     leaves = ("rows", "columns", *_SCALARS)
 
     def _cast(self, *tensors: Tensor) -> list[Tensor]:
-        """In the dtype of the rule's weights."""
-        return [tensor.to(self.output.weight.dtype) for tensor in tensors]
+        """In the dtype of the rule's weights, within bounds whose squares can be summed."""
+        dtype = self.output.weight.dtype
+        return [tensor.to(dtype).clamp(-BOUND, BOUND) for tensor in tensors]
 
 
 def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The compiled step: what the plain rule does, to 1e-6, or the plain rule itself."""
+"""The C kernel equals the plain rule to 1e-6; without a kernel the plain rule steps."""
 
 import copy
 import subprocess
@@ -24,7 +24,9 @@ def twins(shapes, rule=None, **options):
     ours = [torch.randn(s, generator=generator).mul_(0.05).requires_grad_() for s in shapes]
     theirs = [param.detach().clone().requires_grad_() for param in ours]
     rule = rule or random_lstm()
-    options.setdefault("guard", False)  # random gradients climb, and what is undone is rounded
+    options.setdefault(
+        "guard", False
+    )  # it sees a rise in random gradients, and undone steps are rounded
     return (
         LearnedOptimizer(ours, rule, fused=True, **options),
         LearnedOptimizer(theirs, rule, fused=False, **options),
@@ -59,14 +61,14 @@ def assert_same(fused, plain, atol):
 @pytest.mark.parametrize(
     "options", [{}, {"lr": 0.5, "weight_decay": 0.3}], ids=["plain", "decayed"]
 )
-def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, options):
+def test_20_steps_equal_those_of_the_plain_rule(hidden_size, orthogonalize, options):
     rule = random_lstm(hidden_size=hidden_size, orthogonalize=orthogonalize)
     fused, plain = twins(SHAPES, rule, **options)
     start = [param.detach().clone() for param in params_of(plain)]
     walk((fused, plain))
     assert_same(fused, plain, atol=1e-6)
     moved = [(p - q).abs().max() for p, q in zip(params_of(plain), start) if p.numel()]
-    assert min(moved) > 3e-4  # or 1e-6 would say nothing
+    assert min(moved) > 3e-4  # so that a tolerance of 1e-6 is strict
     for ours, theirs in zip(params_of(fused), params_of(plain)):
         if not ours.numel():
             continue
@@ -78,7 +80,7 @@ def test_20_steps_are_those_of_the_plain_rule(hidden_size, orthogonalize, option
 @needs_compiler
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_steps_are_those_of_the_plain_rule_as_gradients_vanish(orthogonalize):
-    """What comes to rest then, and what goes on, is the same."""
+    """Annealing of both kinds is the same."""
     fused, plain = twins([(4, 30), (90, 80), (9,)], random_lstm(orthogonalize=orthogonalize))
     walk((fused, plain), steps=5, scale=1.0, spoil=lambda grad, step: grad.mul_(0.2**step))
     assert_same(fused, plain, atol=1e-6)
@@ -107,8 +109,8 @@ def test_any_shapes_and_sizes_of_gradient(shapes, scale, cut, orthogonalize):
 
 
 @needs_compiler
-@pytest.mark.parametrize("width", [48, 7])  # whole vectors of the kernel, and parts of them
-def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory(width):
+@pytest.mark.parametrize("width", [48, 7])  # whole vectors of the kernel, and partial ones
+def test_rows_that_never_had_a_gradient_keep_value_and_zero_state_exactly(width):
     fused, _ = twins([(40, width)])
     (param,) = params_of(fused)
     before = param.detach().clone()
@@ -124,24 +126,24 @@ def test_rows_that_never_had_a_gradient_stay_to_the_bit_and_keep_no_memory(width
 
 
 @needs_compiler
-def test_a_coordinate_whose_gradient_is_not_finite_keeps_value_and_memory_to_the_bit():
+def test_a_coordinate_without_a_finite_gradient_keeps_value_and_state_exactly():
     fused, _ = twins([(40,)], weight_decay=0.1)
     (param,) = params_of(fused)
     walk((fused,), steps=2)
     before = {name: leaf.clone() for name, leaf in fused.state[param].items()}
     value = param.detach().clone()
     param.grad = torch.randn(40)
-    odd = torch.tensor([0, 5, 17, 39])
-    param.grad[odd] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")])
+    bad = torch.tensor([0, 5, 17, 39])
+    param.grad[bad] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")])
     fused.step()
-    assert torch.equal(param[odd], value[odd])
+    assert torch.equal(param[bad], value[bad])
     assert param.isfinite().all() and (param != value).sum() == 36
     for name in ("m", "v", "hidden", "cell"):
-        assert torch.equal(fused.state[param][name][..., odd], before[name][..., odd])
+        assert torch.equal(fused.state[param][name][..., bad], before[name][..., bad])
 
 
 @needs_compiler
-def test_bfloat16_memory_takes_40_bytes_a_coordinate_and_follows_the_plain_rule():
+def test_bfloat16_state_takes_40_bytes_a_coordinate_and_follows_the_plain_rule():
     rule = random_lstm()
     fused, plain = twins([(100, 33)], rule, lr=0.1, state_dtype=torch.bfloat16)
     _, exact = twins([(100, 33)], rule, lr=0.1)
@@ -152,13 +154,13 @@ def test_bfloat16_memory_takes_40_bytes_a_coordinate_and_follows_the_plain_rule(
     assert size == 40 * param.numel()
     (theirs,), (full) = params_of(plain), params_of(exact)[0]
     off = (param - theirs).norm() / (theirs - full).norm()
-    assert off < 0.3  # what differs in the last bit before rounding, beside the rounding itself
+    assert off < 0.3  # relative to the effect of the rounding itself
     moved = full - twins([(100, 33)])[0].param_groups[0]["params"][0]
     assert 0 < (param - full).norm() < 0.02 * moved.norm()
 
 
 @needs_compiler
-def test_threads_change_no_bit():
+def test_the_number_of_threads_changes_nothing():
     results = []
     for threads in (1, 2):
         before = torch.get_num_threads()
@@ -173,7 +175,7 @@ def test_threads_change_no_bit():
 
 
 @needs_compiler
-def test_what_does_not_fit_the_kernel_is_stepped_plainly_beside_it():
+def test_an_unsupported_tensor_is_stepped_by_the_plain_rule_beside_the_kernel():
     for make in (
         lambda x: x.to(torch.bfloat16),
         lambda x: x.to(torch.float64),
@@ -214,7 +216,7 @@ def test_the_step_counts_as_a_change_in_place():
 
 
 @needs_compiler
-def test_a_saved_run_goes_on_to_the_same_bits():
+def test_a_resumed_run_is_exact():
     fused, _ = twins([(9, 9)], state_dtype=torch.bfloat16)
     walk((fused,), steps=3)
     twin = copy.deepcopy(fused)
@@ -228,7 +230,7 @@ def test_a_saved_run_goes_on_to_the_same_bits():
     assert torch.equal(params_of(fused)[0], params_of(other)[0])
 
 
-def test_a_kernel_that_is_demanded_and_can_not_be_had_is_an_error():
+def test_a_required_kernel_that_does_not_exist_is_an_error():
     class Mine(CoordinateLSTM):
         pass
 
@@ -254,7 +256,9 @@ print(param.tolist(), [str(w.message) for w in seen])
 @pytest.mark.parametrize(
     ("compiler", "why"), [("absent-cc", "absent-cc is not there"), ("false", "status 1")]
 )
-def test_without_a_compiler_it_says_so_once_and_steps_plainly(compiler, why, tmp_path, monkeypatch):
+def test_without_a_compiler_it_warns_once_and_the_plain_rule_steps(
+    compiler, why, tmp_path, monkeypatch
+):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = subprocess.run(
@@ -272,7 +276,7 @@ def test_without_a_compiler_it_says_so_once_and_steps_plainly(compiler, why, tmp
 
 
 @needs_compiler
-def test_two_processes_may_build_it_at_once(tmp_path, monkeypatch):
+def test_two_processes_can_compile_it_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     line = "from rnnopt.optim.kernels.choice import c_kernel; assert c_kernel(8)"
     runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", line]) for _ in range(2)]
@@ -281,7 +285,7 @@ def test_two_processes_may_build_it_at_once(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_a_parameter_that_grew_is_an_error_and_not_a_write_beyond_its_memory():
+def test_a_parameter_that_was_enlarged_is_an_error_and_not_a_write_out_of_bounds():
     param = torch.nn.Parameter(torch.randn(8))
     optimizer = LearnedOptimizer([param])
     param.grad = torch.randn(8)
@@ -304,7 +308,7 @@ def test_betas_near_one_are_those_of_the_plain_rule():
 
 
 @needs_compiler
-def test_a_step_may_be_compiled_or_begun_in_inference_mode():
+def test_a_step_can_be_compiled_or_begin_in_inference_mode():
     fused, plain = twins([(5,)])
     (param,), (twin,) = params_of(fused), params_of(plain)
     param.grad, twin.grad = torch.ones(5), torch.ones(5)
@@ -318,14 +322,14 @@ def test_a_step_may_be_compiled_or_begun_in_inference_mode():
 
 
 @pytest.mark.parametrize("compiler", ["", '"gcc'])
-def test_an_odd_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeypatch):
+def test_an_invalid_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)
 
 
 @needs_compiler
-def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatch):
+def test_an_interrupted_step_leaves_parameters_unchanged(monkeypatch):
     fused, _ = twins([(4, 30), (3, 30)], random_lstm(orthogonalize=True))
     start = [param.detach().clone() for param in params_of(fused)]
 
@@ -341,7 +345,7 @@ def test_a_step_that_is_stopped_midway_leaves_parameters_as_they_were(monkeypatc
 @needs_compiler
 @pytest.mark.parametrize("lr", [1e-9, 1e-3, 1e3])
 @pytest.mark.filterwarnings("ignore:lr=.* multiplies the learned step")
-def test_an_orthogonalized_step_is_as_long_as_its_rate_says(lr):
+def test_the_length_of_an_orthogonalized_step_is_proportional_to_lr(lr):
     fused, plain = twins([(8, 384)], random_lstm(orthogonalize=True), lr=lr)
     for param in (*params_of(fused), *params_of(plain)):
         param.data.zero_()

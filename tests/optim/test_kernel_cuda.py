@@ -1,7 +1,7 @@
-"""The step in Triton, on a CPU by Triton's interpreter: what the plain rule does, to 1e-6.
+"""The Triton kernel equals the plain rule to 1e-6; here on a CPU, in Triton's interpreter.
 
-The interpreter has to be asked for before Triton is first imported, so those tests run in a
-process of their own, which the first one starts. On a GPU see test_gpu.py.
+The interpreter is chosen when Triton is first imported, so these tests run in a process of their
+own, which the first one starts. For a GPU see test_gpu.py.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in a process of its own, with Triton's interpreter"
 )
-SHAPES = [(23, 29), (5,), (0,)]  # with 512 coordinates to a block: a whole one, tails, none
+SHAPES = [(23, 29), (5,), (0,)]  # in blocks of 512 coordinates: a whole one, partial ones, none
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -43,7 +43,7 @@ def test_all_of_this_file_passes_in_the_interpreter():
 
 @pytest.fixture
 def triton_step(monkeypatch):
-    """Optimizers with `fused` take the Triton step, though their tensors are on the CPU."""
+    """Make optimizers with `fused` use the Triton kernel, though their tensors are on the CPU."""
     from triton.runtime import interpreter
 
     from rnnopt.optim.kernels import cuda
@@ -73,7 +73,7 @@ def triton_step(monkeypatch):
     ],
     ids=["default size", "no LSTM, orthogonalized", "decayed", "fewer coordinates to a thread"],
 )
-def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, steps):
+def test_steps_equal_those_of_the_plain_rule(triton_step, hidden_size, options, steps):
     rule = random_lstm(hidden_size=hidden_size, orthogonalize=hidden_size == 0)
     ours, plain = twins(SHAPES, rule, **options)
     start = [param.detach().clone() for param in params_of(plain)]
@@ -90,7 +90,7 @@ def test_steps_are_those_of_the_plain_rule(triton_step, hidden_size, options, st
 
 @interpreted
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
-def test_gradients_that_are_not_finite_leave_coordinate_and_memory(triton_step, scale):
+def test_coordinates_without_a_finite_gradient_keep_value_and_state(triton_step, scale):
     ours, plain = twins([(7, 90)], random_lstm(hidden_size=2), lr=0.1, weight_decay=0.1)
 
     def spoil(grad, step):
@@ -114,7 +114,7 @@ def test_gradients_that_are_not_finite_leave_coordinate_and_memory(triton_step, 
 
 
 @interpreted
-def test_a_parameter_that_is_not_a_number_poisons_its_tensor_as_ever(triton_step):
+def test_a_nan_parameter_makes_its_tensor_nan_as_in_the_plain_rule(triton_step):
     ours, plain = twins([(9,), (5,)], random_lstm(hidden_size=2))
     with torch.no_grad():
         for each in (ours, plain):
@@ -136,16 +136,16 @@ def test_blocks_that_never_had_a_gradient_are_not_written(triton_step, weight_de
             param.grad = torch.zeros_like(param)
             param.grad[0] = 1
             each.step()
-        memory = ours.state[params[0]]["hidden"].reshape(2, 4, 512)
+        hidden = ours.state[params[0]]["hidden"].reshape(2, 4, 512)
         if step == 0:
-            memory[:, 2] = 7.0  # could not be, and would not stay if it were looked at
-    assert (memory[:, 2] == 7).all() and not memory[:, 1].any() and memory[:, 0].all()
+            hidden[:, 2] = 7.0  # a step that read it would change it
+    assert (hidden[:, 2] == 7).all() and not hidden[:, 1].any() and hidden[:, 0].all()
     assert torch.equal(params[0][1:], before[1:]) == (weight_decay == 0)
     assert_same(ours, plain, atol=1e-7)
 
 
 @interpreted
-def test_bfloat16_memory_follows_the_plain_rule(triton_step):
+def test_bfloat16_state_follows_the_plain_rule(triton_step):
     rule = random_lstm(hidden_size=3)
     ours, plain = twins(SHAPES[:1], rule, lr=0.1, state_dtype=torch.bfloat16)
     _, exact = twins(SHAPES[:1], rule, lr=0.1)
@@ -160,9 +160,9 @@ def test_bfloat16_memory_follows_the_plain_rule(triton_step):
 def test_half_precision_parameters_are_rounded_once(triton_step, dtype):
     start = torch.randn(700).to(dtype)
     results = []
-    for wanted in (True, False):
+    for fused_option in (True, False):
         params = [start.clone().requires_grad_(), start[:3].float().requires_grad_()]
-        mine = LearnedOptimizer(params, random_lstm(hidden_size=2), fused=wanted)
+        mine = LearnedOptimizer(params, random_lstm(hidden_size=2), fused=fused_option)
         for step in range(3):
             for param in params:
                 param.grad = torch.full_like(param, 0.01 * (step + 1))
@@ -175,7 +175,7 @@ def test_half_precision_parameters_are_rounded_once(triton_step, dtype):
 
 
 @interpreted
-def test_statistics_are_right_and_the_same_bits_every_time(triton_step):
+def test_statistics_are_right_and_deterministic(triton_step):
     ours, _ = twins([(3, 1500), (0,), (40,)], random_lstm(hidden_size=2))
     walk((ours,), 1)
     states = [ours.state[param] for param in params_of(ours)]
@@ -206,7 +206,7 @@ def test_statistics_are_right_and_the_same_bits_every_time(triton_step):
 
 
 @interpreted
-def test_what_stands_in_the_way_is_said(triton_step):
+def test_the_reason_why_there_is_no_kernel(triton_step):
     cpu = torch.device("cpu")
     assert triton_step.problem(2, cpu) is None
     assert (
@@ -214,7 +214,7 @@ def test_what_stands_in_the_way_is_said(triton_step):
     )
 
 
-def test_without_triton_it_says_so_once_and_there_is_no_kernel(monkeypatch):
+def test_without_triton_it_warns_once_and_there_is_no_kernel(monkeypatch):
     import rnnopt
 
     monkeypatch.setitem(sys.modules, "rnnopt.optim.kernels.cuda", None)
@@ -226,7 +226,7 @@ def test_without_triton_it_says_so_once_and_there_is_no_kernel(monkeypatch):
     assert len(seen) == 1
 
 
-def test_a_kernel_takes_only_what_is_on_its_device():
+def test_a_kernel_supports_only_tensors_on_its_device():
     param = torch.zeros(3)
     piece = fused.Piece(param, param.clone(), random_lstm().init_state(param), 1.0, 0.0)
     single = (torch.float32,)

@@ -303,18 +303,18 @@ def test_a_linear_classifier_alone_has_a_shipped_rule_to_itself(shapes, head):
         assert rule_fingerprint(rule) == rule_fingerprint(load_rule(wanted))
 
 
-def test_what_is_frozen_does_not_choose_the_shipped_rule():
+def test_frozen_parameters_do_not_choose_the_shipped_rule():
     net = model()
     net[0].requires_grad_(False)
     rule = LearnedOptimizer(net.parameters()).rule
     assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_HEAD_RULE))
-    net.requires_grad_(False)  # nothing trains yet: who knows
+    net.requires_grad_(False)  # nothing is trainable yet
     rule = LearnedOptimizer(net.parameters()).rule
     assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_RULE))
 
 
 @pytest.mark.parametrize("later", ["group", "thawed"])
-def test_a_head_that_gets_company_is_warned_of(later):
+def test_a_warning_if_more_than_the_head_trains_with_its_rule(later):
     net = model()
     net[0].requires_grad_(False)
     params = net[2].parameters() if later == "group" else net.parameters()
@@ -354,7 +354,7 @@ def test_bad_arguments_are_refused(options, error, message):
         LearnedOptimizer(model().parameters(), **{"rule": random_lstm(), **options})
 
 
-def test_a_learning_rate_that_was_left_over_is_warned_of(recwarn):
+def test_a_warning_for_the_learning_rate_of_another_optimizer(recwarn):
     net = model()
     LearnedOptimizer(net.parameters(), lr=0.01)
     LearnedOptimizer(net.parameters(), lr=0.0)
@@ -398,7 +398,7 @@ def test_a_compiled_model_is_stepped_as_the_plain_one():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_a_first_group_without_parameters_is_no_hindrance():
+def test_the_first_group_may_have_no_parameters():
     param = torch.ones(3, requires_grad=True)
     optimizer = LearnedOptimizer([{"params": []}, {"params": [param]}])
     param.grad = torch.ones(3)

@@ -11,7 +11,7 @@ from rnnopt.optim.sharding import sum_over_shards
 SCRIPT = Path(__file__).parents[1] / "sharded_steps.py"
 
 
-def test_two_processes_with_shards_step_as_one_with_the_whole():
+def test_two_processes_with_shards_step_as_one_with_whole_tensors():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(SCRIPT)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Gradient descent with a learned rate for every tensor."""
+"""Gradient descent with a learned learning rate for every tensor."""
 
 import copy
 import math
@@ -48,7 +48,7 @@ def test_each_tensor_steps_at_its_own_rate():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_tensor_without_a_number_takes_the_geometric_mean():
+def test_a_tensor_without_an_index_takes_the_geometric_mean():
     param, rule = nn.Parameter(torch.zeros(4)), rule_of(math.log(8.0), math.log(2.0))
     optimizer = LearnedOptimizer([param], rule)
     param.grad = torch.ones(4)
@@ -72,13 +72,13 @@ def test_a_rate_gets_the_meta_gradient_of_its_own_tensor(order):
     torch.testing.assert_close(rule.log_factor.grad, torch.stack(expected))
 
 
-def test_a_copy_of_the_optimizer_knows_which_tensor_is_which():
+def test_a_copy_of_the_optimizer_keeps_the_index_of_each_tensor():
     layer = nn.Linear(3, 2)
     optimizer = copy.deepcopy(assigned(layer, rule_of(0.1, 0.2)))
     assert [int(state["number"]) for state in optimizer.state.values()] == [0, 1]
 
 
-def test_a_foreign_tensor_is_refused():
+def test_a_tensor_without_a_rate_is_refused():
     layer = nn.Linear(3, 2)
     optimizer = LearnedOptimizer(layer.parameters(), MetaSGD(NAMES))
     message = r"learned rates for 2 tensors \(weight, ...\), and none for scale, one of 1"

@@ -1,4 +1,4 @@
-"""Rule files: data, whole or not at all."""
+"""Rule files: complete, and data only."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def test_float64_rules_stay_float64(tmp_path):
     assert load_rule(tmp_path / "r").gate_weight.dtype == torch.float64
 
 
-def test_a_rule_of_a_users_own_class_is_no_rule_that_a_file_can_hold(tmp_path):
+def test_a_rule_of_a_users_own_class_can_not_be_saved(tmp_path):
     class Mine(SGD):
         pass
 

@@ -111,7 +111,7 @@ def _cell(
     cell = tl.load(row + 5).to(tl.pointer_type(STATE)) + at
     for k in tl.static_range(HIDDEN):
         x = tl.load(hidden + k * count, mask=mask, other=0.0).to(tl.float32)
-        inputs = inputs + (x,)  # noqa: RUF005 - Triton knows no unpacking
+        inputs = inputs + (x,)  # noqa: RUF005 - Triton has no unpacking
     s = tl.load(constants + 4 * HIDDEN) + tl.zeros_like(inputs[0])
     more = tl.load(constants + 4 * HIDDEN + 1) + tl.zeros_like(s)
     a = tl.load(constants + 4 * HIDDEN + 2) + tl.zeros_like(s)
