@@ -323,8 +323,8 @@ def _through_higher(
     before = used_bytes(device)
     if settings.initial == "displacement":
         raise InputError(
-            f"initial='displacement' (Reptile) with a {type(optimizer.rule).__name__}, which keeps a "
-            "state for each tensor as a whole; use initial='gradient'"
+            f"initial='displacement' (Reptile) with a {type(optimizer.rule).__name__}, which keeps "
+            "a state for each tensor as a whole; use initial='gradient'"
         )
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         stepper.first_order = settings.order == 1
