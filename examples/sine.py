@@ -6,9 +6,9 @@ A task is a curve y = a sin(x + p), of which the network sees ten points. MAML l
 from which five steps of gradient descent come close to a new curve.
 
 Offline, about 30 seconds on one core; the paper's figures take 60,000 meta-steps, see
-tests/meta/test_sine_regression.py. Prints the mean square error on new points of new curves, from ordinary
-initial values and from the learned ones. The row "learned" is gradient descent; AdamW runs at its
-best learning rate for each number of steps.
+tests/meta/test_sine_regression.py. Prints the mean square error on new points of new curves, from
+ordinary initial values and from the learned ones. The row "learned" is gradient descent; AdamW runs
+at its best learning rate for each number of steps.
 """
 
 import math

@@ -3,12 +3,19 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its fork warning is an error here
+
+# how long an example takes says more of the machine than of the code
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
 
 torch.set_num_threads(1)  # matrices here are tiny: more threads only wait for each other
 

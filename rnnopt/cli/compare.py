@@ -39,13 +39,12 @@ from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.report import write_report
 from rnnopt.evaluation.report.tables import comparison_table, show
 from rnnopt.rules.files import SavedRule, rule_fingerprint
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import fingerprint, write_atomically
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.frozen import DIRECT
-from rnnopt.tasks.text.init_folder import fingerprint
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
 

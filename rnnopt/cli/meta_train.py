@@ -90,10 +90,10 @@ def _plan(settings: MetaTrain) -> MetaTrainSettings:
             )
         ),
         tasks_per_meta_step=settings.tasks,
-        judged=settings.query_share,
-        calibrated=settings.calibrated_share,
-        sure_from=settings.confidence_from,
-        exact=tuple(settings.exact),
+        query_share=settings.query_share,
+        calibrated_share=settings.calibrated_share,
+        confidence_from=settings.confidence_from,
+        second_order_for=tuple(settings.exact),
         learned=LearnedSettings(
             **chosen(
                 settings, "inner", "inner_lr", "learn", "origin", "init", "init_lr", "init_penalty"

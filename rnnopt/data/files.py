@@ -50,9 +50,7 @@ def read_corpus(
     else:
         rows = table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
-    spellings: dict[
-        str, dict[str, int]
-    ] = {}  # readable name -> its spellings, and their first line
+    spellings: dict[str, dict[str, int]] = {}  # of a readable name, and their first line
     kept: list[tuple[str, str, str]] = []
     dropped = 0
     conflicts: list[tuple[int, str, int, str]] = []

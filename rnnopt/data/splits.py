@@ -82,12 +82,9 @@ def read_splits(
     for path in map(Path, paths):
         files, domain = source_files(path)
         read = functools.partial(
-            read_corpus,
-            text_column=text_column,
-            label_column=label_column,
-            domain_column=domain_column,
-            domain=domain,
-        )
+            read_corpus, text_column=text_column, label_column=label_column,
+            domain_column=domain_column, domain=domain,
+        )  # fmt: skip
         corpora = {part: read(file) for part, file in files.items() if part != "all"}
         if "all" in files:
             divided = divide_classes(read(files["all"]), seed, what=str(path))

@@ -1,7 +1,7 @@
-"""The optimizers that `rnnopt compare` sets beside a rule, as their authors say to use them.
+"""The optimizers that a rule is compared with, used as their authors recommend.
 
-Some are tuned: the comparison finds their learning rate on validation classes. The others promise
-that nothing has to be tuned, and run as documented.
+Some are tuned: the comparison chooses their learning rate on validation tasks. The others claim to
+need no tuning and run with their documented settings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.kinds import tensor_kinds
 from rnnopt.tasks.protocol import Learner
 
-# (learner at its starting values, what of it is stepped, by name, learning rate, steps of the
-# run) -> optimizer
+# (learner at its starting values, parameters to step by name, learning rate, number of steps)
+# -> optimizer
 Params = Mapping[str, nn.Parameter]
 Build = Callable[[Learner, Params, float, int], torch.optim.Optimizer]
 
@@ -29,12 +29,12 @@ class Baseline:
     """An optimizer to compare with.
 
     Attributes:
-        build: see `Build`.
-        grid: learning rates to tune over, from the smallest to the largest; a single one is not
-            tuned.
-        package: what has to be installed for it, beside torch.
-        scheduled: its learning rate follows the number of steps of a run, so that every budget is
-            a run of its own.
+        build: makes the optimizer, see `Build`.
+        grid: the learning rates to choose from, from the smallest to the largest. An optimizer with
+            a single one is not tuned.
+        package: the package that it needs beside torch.
+        scheduled: whether its learning rate depends on the number of steps of a run. Every budget
+            then needs a run of its own.
     """
 
     build: Build
@@ -44,12 +44,12 @@ class Baseline:
 
     @property
     def tuned(self) -> bool:
-        """Whether it has a learning rate to be found."""
+        """Whether the comparison chooses its learning rate."""
         return len(self.grid) > 1
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers, each of parameters of its own, that step as one."""
+    """Several optimizers of different parameters that step together."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = parts
@@ -58,7 +58,7 @@ class Together(torch.optim.Optimizer):
         )
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of each."""
+        """Take one step with each optimizer."""
         for part in self.parts:
             part.step()
 
@@ -74,7 +74,7 @@ def _sgd(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim
 def _adamw_default(
     learner: Learner, params: Params, lr: float, steps: int
 ) -> torch.optim.Optimizer:
-    """What `transformers.Trainer` does if it is told nothing: linear decay to 0, no warm-up."""
+    """The defaults of `transformers.Trainer`: linear decay to 0 and no warm-up."""
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
@@ -84,8 +84,9 @@ def _adamw_default(
 
 
 def _muon(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
-    """Muon at AdamW's scale, so that one rate serves both parts (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2).
+    """Muon with updates of AdamW's size, so that both can have the same learning rate.
+
+    Liu et al. 2025, arXiv:2502.16982, section 2.2.
     """
     return _muon_and_adamw(
         learner, params, {"lr": lr, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}, lr
@@ -100,7 +101,7 @@ def _muon_default(learner: Learner, params: Params, lr: float, steps: int) -> to
 def _muon_and_adamw(
     learner: Learner, params: Params, options: dict[str, Any], adamw_lr: float
 ) -> torch.optim.Optimizer:
-    """Muon on matrices, AdamW on the rest and on embeddings, as torch's documentation has it."""
+    """Muon for matrices, AdamW for embeddings and all else, as torch's documentation advises."""
     kinds = tensor_kinds(learner)
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
@@ -137,8 +138,8 @@ def _d_adaptation(learner: Learner, params: Params, lr: float, steps: int) -> to
     return DAdaptAdam(params.values(), lr=lr)
 
 
-# Half-decades from too small to too large for every kind of parameters that rnnopt tunes: all
-# weights of a pretrained encoder want about 3e-4 of AdamW, a head alone about 1e-1.
+# Half-decades that range from too small to too large in every setting: with AdamW, all weights of a
+# pretrained encoder need about 3e-4 and a head alone about 1e-1.
 ADAMW_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
 
@@ -159,14 +160,14 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def require_baseline(name: str, others: Sequence[str] = ()) -> None:
-    """Make sure that a baseline exists and can run here.
+    """Make sure that a baseline exists and that its package is installed.
 
     Args:
-        name: of the baseline.
-        others: names that are no optimizers and may stand beside them, for the message.
+        name: the name of the baseline.
+        others: the names of methods that are not optimizers, which the message lists as well.
 
     Raises:
-        InputError: it doesn't exist, or something isn't installed.
+        InputError: the baseline does not exist, or a package is not installed.
     """
     if name not in BASELINES:
         raise InputError(f"baseline {name!r}: choose from {', '.join([*BASELINES, *others])}")

@@ -7,19 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from rnnopt.errors import InputError
 from rnnopt.evaluation.baselines import Baseline
 from rnnopt.evaluation.comparison import Comparison, Direct
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.tables import comparison_table
-from rnnopt.meta.meta_train import as_source
+from rnnopt.rules.files import can_be_saved, rule_fingerprint
 from rnnopt.rules.protocol import UpdateRule
-from rnnopt.tasks.protocol import TEST_TASKS, VALIDATION_TASKS, Learner, Task, TaskSource
+from rnnopt.storage.files import fingerprint
+from rnnopt.tasks.protocol import (
+    TEST_TASKS,
+    VALIDATION_TASKS,
+    Learner,
+    Task,
+    TaskSource,
+    as_source,
+)
 from rnnopt.tasks.start import Start
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         figures: see `rnnopt.evaluation.comparison.Comparison.run`.
@@ -51,46 +62,67 @@ def compare(
     """Compare a rule with tuned baselines on the same tasks, from the same initial values.
 
     Every baseline that has a learning rate gets the best one of its grid for each budget and each
-    metric, chosen on other tasks than those that are reported.
+    metric. The rates are chosen on other tasks than those that are reported.
 
     Args:
-        rule: the rule; it has nothing to tune.
+        rule: the rule. It has nothing to tune.
         learner: what every method adapts; back at its initial values when this returns.
-        tasks: ``number -> Task``, or a source of tasks, to report on. A function's tasks are
-            taken from number `TEST_TASKS` on, which meta-training never uses.
-        tuning: tasks to tune the baselines on; None takes the same function's tasks from number
-            `VALIDATION_TASKS` on.
-        baselines: names in `rnnopt.evaluation.baselines.BASELINES`, `own_baselines` or `direct`.
+        tasks: ``number -> Task``, or a source of tasks, to report on. The tasks from number
+            `TEST_TASKS` on are used, which meta-training never uses; those of a source are used
+            from number 0 on if `tuning` is given.
+        tuning: the tasks to tune the baselines on. None: those of `tasks` from `VALIDATION_TASKS`.
+        baselines: names in `rnnopt.evaluation.baselines.BASELINES`.
         own_baselines: further optimizers by name.
         direct: methods by name that solve a task without steps of an optimizer.
-        budgets: numbers of steps to report at.
-        episodes: tasks to report on, 2 or more.
-        tuning_episodes: tasks to tune on.
-        start: where every method starts, for example `MetaTrained.start`.
-        journal: file that keeps finished runs, so that a comparison that was stopped goes on.
+        budgets: the numbers of steps to report at, each at least 1.
+        episodes: the number of tasks to report on, at least 2.
+        tuning_episodes: the number of tasks to tune on, at least 1.
+        start: where every method starts, such as `MetaTrained.start`.
+        journal: a file that keeps finished runs, so that a comparison that was stopped can go on;
+            use another file where the tasks or `own_baselines` change.
         tick: called after each run with its name.
 
-    Returns:
-        The figures, with 95 % intervals.
-
     Raises:
-        InputError: a baseline that does not exist, or one that needs what is not installed.
+        InputError: a baseline does not exist or is not installed, a number is out of range, or the
+            initial values of `start` belong to another learner.
     """
-    report = as_source(tasks, learner, TEST_TASKS)
+    if tuning is None:
+        source = as_source(tasks, learner)
+        tuned, report = source.from_number(VALIDATION_TASKS), source.from_number(TEST_TASKS)
+    else:
+        tuned = as_source(tuning, learner, VALIDATION_TASKS)
+        report = as_source(tasks, learner, TEST_TASKS)
+    _check_start(start, learner)
     comparison = Comparison(
-        learner,
-        rule,
-        type(rule).__name__,
-        as_source(tasks if tuning is None else tuning, learner, VALIDATION_TASKS),
-        report,
-        budgets,
-        [*baselines, *(own_baselines or {}), *(direct or {})],
-        None if journal is None else Journal(Path(journal), learner.facts),
-        tick,
-        start,
-        own_baselines=own_baselines,
-        direct=direct,
-    )
+        learner, rule, _rule_name(rule), tuned, report, budgets,
+        list(dict.fromkeys([*baselines, *(own_baselines or {}), *(direct or {})])),
+        None if journal is None else Journal(Path(journal), _facts(learner, start)),
+        tick, start, own_baselines=own_baselines, direct=direct,
+    )  # fmt: skip
     figures = comparison.run(episodes, tuning_episodes)
     learner.begin(report.load(0), 0)
     return Compared(figures)
+
+
+def _check_start(start: Start, learner: Learner) -> None:
+    for name in start.values or {}:
+        if name not in learner.initial_values:
+            raise InputError(
+                f"start has a value for {name!r}, which is none of this learner's initial values; "
+                "take the start that was meta-trained with this learner"
+            )
+
+
+def _rule_name(rule: UpdateRule) -> str:
+    """A name that differs between rules of other weights."""
+    if can_be_saved(rule):
+        about = rule_fingerprint(rule)  # type: ignore[arg-type]  # one of the kinds of a rule file
+    else:
+        about = fingerprint(rule.state_dict()) if isinstance(rule, nn.Module) else repr(rule)
+    return f"{type(rule).__name__} {about}"
+
+
+def _facts(learner: Learner, start: Start) -> dict[str, Any]:
+    """What the runs of a journal depend on, apart from their tasks."""
+    values = {**learner.initial_values, **(start.values or {})}
+    return {**learner.facts, "adapted": start.adapted, "initial_values": fingerprint(values)}

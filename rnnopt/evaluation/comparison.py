@@ -1,10 +1,10 @@
-"""A rule against baselines: same tasks, same initial values, equal steps, intervals.
+"""A comparison of a rule with baselines: same tasks, same initial values, same numbers of steps.
 
-The learned rule has nothing to tune. Each baseline that is tuned gets the learning rate of its grid
-that does best on validation tasks. The rate is chosen anew for every budget of steps and for every
-metric: each figure that a baseline is compared by is one that it was tuned for. The baselines that
-need no tuning run as their authors document them. Direct methods, such as logistic regression on
-frozen embeddings, show what a task gives without any step.
+The learned rule has nothing to tune. Each baseline that is tuned gets the best learning rate of its
+grid on validation tasks. The rate is chosen separately for every budget of steps and every metric,
+so that each figure of a baseline is one that it was tuned for. The baselines that need no tuning
+run with their documented settings. Direct methods, such as logistic regression on frozen
+embeddings, solve a task without any step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import torch
 from rnnopt.errors import InputError
 from rnnopt.evaluation.baselines import BASELINES, Baseline, require_baseline
 from rnnopt.evaluation.journal import Journal
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import Values, difference, summary
 from rnnopt.rules.protocol import UpdateRule
-from rnnopt.tasks.adaptation import Adaptation, adapt_and_judge
+from rnnopt.tasks.adaptation import Adaptation, adapt_and_judge, check_budgets
 from rnnopt.tasks.protocol import Learner, Scores, Task, TaskSource
 from rnnopt.tasks.start import Start
 
 LEARNED = "learned"
-# Heads drawn for tuning and for the report differ, as their tasks do.
+# Tuning and report draw the heads of their tasks with different seeds.
 _TUNING_HEADS, _REPORT_HEADS = 2_000_000_000, 3_000_000_000
-_NO_STEPS = (0,)  # the budgets of a method that takes none
+_NO_STEPS = (0,)  # the budgets of a method that takes no steps
 
-Values = dict[str, dict[int, np.ndarray]]  # metric -> budget -> (E,), one figure a task
 Direct = Callable[[Learner, Task], Scores]  # a method that takes no steps
 
 
@@ -47,28 +46,29 @@ def default_budgets(steps: int) -> tuple[int, ...]:
 
 
 class Comparison:
-    """The rule and the baselines on the same tasks.
+    """A comparison of the rule with baselines on the same tasks.
 
     Args:
-        learner: what every method adapts.
+        learner: the learner that every method adapts.
         rule: the learned rule.
-        rule_name: tells it from other rules in the journal.
-        tuning: tasks of validation classes, for the baselines' learning rates.
-        report: tasks of test classes.
-        budgets: numbers of steps to report at.
+        rule_name: a name that distinguishes the rule from others in the journal.
+        tuning: validation tasks, on which the baselines' learning rates are chosen.
+        report: test tasks, whose figures are reported.
+        budgets: the numbers of steps to report at, each at least 1.
         baselines: names in `rnnopt.evaluation.baselines.BASELINES`, `direct` or `own_baselines`.
         journal: keeps finished runs; None keeps none.
         tick: called after each run with its name.
-        start: where every method starts on a task, and what it steps.
-        tuned_budgets: of the baselines that are tuned; None: as all others.
-        own_baselines: more of them by name, beside those of `rnnopt.evaluation.baselines`.
+        start: where every method starts on a task, and which parameters it steps.
+        tuned_budgets: the budgets of the baselines that are tuned; None takes `budgets`.
+        own_baselines: further optimizers by name.
         direct: methods by name that solve a task without steps of an optimizer.
 
     Attributes:
-        planned: runs that `run` takes in all: an upper bound until everything is tuned.
+        planned: the number of runs that `run` makes; an upper bound until everything is tuned.
 
     Raises:
-        InputError: a baseline that does not exist, or needs what is not installed.
+        InputError: a baseline does not exist or needs a package that is not installed, or a budget
+            is below 1.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Comparison:
         own_baselines: Mapping[str, Baseline] | None = None,
         direct: Mapping[str, Direct] | None = None,
     ) -> None:
+        check_budgets(budgets)
         own, self._direct = dict(own_baselines or {}), dict(direct or {})
         for name in baselines:
             if name not in self._direct and name not in own:
@@ -103,20 +104,25 @@ class Comparison:
         """Tune on validation tasks, then run every method on the same test tasks.
 
         Args:
-            episodes: test tasks, 2 or more: one has no interval.
-            tuning_episodes: validation tasks.
+            episodes: the number of test tasks, at least 2, since one task has no interval.
+            tuning_episodes: the number of validation tasks, at least 1.
 
         Returns:
             ``{"episodes", "tuning_episodes", "methods": {name: {"accuracy": {budget: {"mean",
             "ci95"}}, "loss": ..., "seconds_per_step", "tuned": {"lr": {budget: rate},
             "lr_for_loss": {budget: rate}}}}, "paired": {baseline: {metric: {budget: {"mean",
-            "ci95"}}}}, "values": {name: {metric: {budget: [one figure an episode]}}}}``; ci95 is
-            half the width of a 95 % interval, paired differences are learned minus baseline, loss
-            is in nats per text. ``tuned`` is there for what is tuned; ``undone``, for the rule, is
-            how many steps its guard took back in all episodes together. A classifier on frozen
-            embeddings has ``"frozen": true``, ``"seconds"`` in place of the time of a step, and
-            the same figures at every budget.
+            "ci95"}}}}, "values": {name: {metric: {budget: [one figure an episode]}}}}``; ``ci95``
+            is half the width of a 95 % interval. ``paired`` holds the differences learned minus
+            baseline. Only tuned baselines have ``tuned``. Only the rule has ``undone``, the number
+            of steps that its guard took back in all episodes together. A direct method has
+            ``"frozen": true``, ``"seconds"`` in place of the time of a step, and the same figures
+            at every budget.
+
+        Raises:
+            InputError: a number of tasks is too small, or a task reports other metrics than its
+                source declares.
         """
+        self._check_episodes(episodes, tuning_episodes)
         plan = {
             name: self._runs_at_most(name, episodes, tuning_episodes) for name in self.baselines
         }
@@ -129,17 +135,16 @@ class Comparison:
                 "undone": sum(run.undone for run in runs),
             }
         }
-        for name in sorted(self.baselines, key=plan.__getitem__):  # what comes soon comes first
+        for name in sorted(self.baselines, key=plan.__getitem__):  # the shortest first
             judged = self._direct_values if name in self._direct else self._baseline_values
             values[name], methods[name] = judged(name, episodes, tuning_episodes)
         names = [LEARNED, *self.baselines]
         return {
             "episodes": episodes,
             "tuning_episodes": tuning_episodes,
-            "methods": {name: {**_summary(values[name]), **methods[name]} for name in names},
+            "methods": {name: {**summary(values[name]), **methods[name]} for name in names},
             "paired": {
-                name: _summary(_difference(values[LEARNED], values[name]))
-                for name in self.baselines
+                name: summary(difference(values[LEARNED], values[name])) for name in self.baselines
             },
             "values": {
                 name: {
@@ -150,15 +155,21 @@ class Comparison:
             },
         }
 
+    def _check_episodes(self, episodes: int, tuning_episodes: int) -> None:
+        if episodes < 2:
+            raise InputError(f"episodes={episodes}: must be at least 2, one has no interval")
+        if tuning_episodes < 1:
+            raise InputError(f"tuning_episodes={tuning_episodes}: must be at least 1")
+
     @property
     def _tuned_metrics(self) -> list[str]:
-        """What learning rates are chosen for; the first is the main one."""
+        """The metrics that learning rates are chosen for; the first is the main one."""
         return [name for name, metric in self.report.metrics.items() if metric.tuned_by is None]
 
     def _baseline_values(
         self, name: str, episodes: int, tuning_episodes: int
     ) -> tuple[Values, dict[str, Any]]:
-        """Test figures of an optimizer, and what its entry tells."""
+        """The test figures of an optimizer, and the other items of its entry."""
         budgets = self._budgets_of(name)
         chosen = self._tune(name, tuning_episodes, budgets)
         tuned = self._table[name].tuned
@@ -175,7 +186,7 @@ class Comparison:
         return values, about
 
     def _runs_at_most(self, name: str, episodes: int, tuning_episodes: int) -> int:
-        """How many runs a baseline needs if no two budgets choose the same learning rate."""
+        """The number of runs of a baseline if all budgets choose different learning rates."""
         if name in self._direct:
             return episodes
         baseline = self._table[name]
@@ -189,7 +200,7 @@ class Comparison:
     def _tune(
         self, name: str, episodes: int, budgets: Sequence[int]
     ) -> dict[str, dict[int, float]]:
-        """For each metric, the best learning rate at each budget."""
+        """The best learning rate for each metric at each budget."""
         grid = self._table[name].grid
         if not self._table[name].tuned:
             return {metric: dict.fromkeys(budgets, grid[0]) for metric in self._tuned_metrics}
@@ -204,7 +215,7 @@ class Comparison:
             for lr in grid
         }
 
-        # equal accuracies are common on few tasks: the lower loss decides
+        # equal accuracies are common on few tasks; the lower loss decides then
         def key(metric: str, lr: float, budget: int) -> tuple[float, float]:
             sign = -1 if self.report.metrics[metric].higher_is_better else 1
             mean, loss = (scores[lr][name][budget].mean() for name in (metric, "loss"))
@@ -218,8 +229,8 @@ class Comparison:
     def _tuned_values(
         self, name: str, chosen: dict[str, dict[int, float]], episodes: int
     ) -> tuple[Values, float]:
-        """A baseline's test figures, each at the rate chosen for it, and its time per step."""
-        wanted: dict[float, set[int]] = {}  # no rate runs longer than it has to
+        """A baseline's test figures, each at its chosen learning rate, and its time per step."""
+        wanted: dict[float, set[int]] = {}  # a rate runs as far as its largest budget only
         for by_budget in chosen.values():
             for budget, lr in by_budget.items():
                 wanted.setdefault(lr, set()).add(budget)
@@ -241,7 +252,7 @@ class Comparison:
     def _direct_values(
         self, name: str, episodes: int, tuning_episodes: int
     ) -> tuple[Values, dict[str, Any]]:
-        """Test figures of a method that takes no steps, and what its entry tells."""
+        """The test figures of a direct method, and the other items of its entry."""
 
         def solve(task: Task) -> Adaptation:
             started = time.perf_counter()
@@ -303,13 +314,20 @@ class Comparison:
         budgets: Sequence[int],
         build: Callable[[], torch.optim.Optimizer],
     ) -> Adaptation:
-        """One optimizer on one task."""
+        """Run one optimizer on one task."""
+
+        def adapt(task: Task) -> Adaptation:
+            done = adapt_and_judge(self.learner, build(), task, budgets)
+            for scores in done.scores.values():
+                source.check_scores(scores)
+            return done
+
         return self._run(
             run,
             number,
             source,
             budgets,
-            lambda task: adapt_and_judge(self.learner, build(), task, budgets),
+            adapt,
         )
 
     def _run(
@@ -320,7 +338,7 @@ class Comparison:
         budgets: Sequence[int],
         method: Callable[[Task], Adaptation],
     ) -> Adaptation:
-        """One method on one task, from the head that belongs to the task."""
+        """Run one method on one task, from the starting values of that task."""
 
         def begin() -> Adaptation:
             task = source.load(number)
@@ -331,24 +349,6 @@ class Comparison:
         done = begin() if self.journal is None else self.journal.run(run, budgets, begin)
         self.tick(run)
         return done
-
-
-def _difference(ours: Values, theirs: Values) -> Values:
-    """At the budgets that both have."""
-    return {
-        metric: {
-            b: ours[metric][b] - theirs[metric][b] for b in ours[metric] if b in theirs[metric]
-        }
-        for metric in ours
-        if metric in theirs
-    }
-
-
-def _summary(values: Values) -> dict[str, Any]:
-    return {
-        metric: {str(b): interval(column) for b, column in by_budget.items()}
-        for metric, by_budget in values.items()
-    }
 
 
 def _mean_seconds(runs: Sequence[Adaptation]) -> float:

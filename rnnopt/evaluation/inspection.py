@@ -1,6 +1,6 @@
-"""What a rule has learned, made visible along a real adaptation.
+"""What a rule has learned, measured along a real adaptation.
 
-Shapes: T steps, N coordinates of a tensor, G values of the gradient, U bins of the memory's ratio.
+Shapes: T steps, N coordinates of a tensor, G values of the gradient, U bins of m / sqrt(v).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from rnnopt.rules.protocol import State, UpdateRule, advance, is_coordinate_wise
 from rnnopt.tasks.kinds import KINDS, tensor_kinds
 from rnnopt.tasks.protocol import Learner, Task
 
-GRADIENTS = tuple(np.linspace(-3, 3, 25).round(2).tolist())  # in units of the tensor's RMS
-RATIOS = tuple(np.linspace(-1, 1, 21).round(2).tolist())  # middles of the bins
-SAMPLE = 8192  # coordinates that a surface is made from
+GRADIENTS = tuple(np.linspace(-3, 3, 25).round(2).tolist())  # in units of the gradient's RMS
+RATIOS = tuple(np.linspace(-1, 1, 21).round(2).tolist())  # centres of the bins
+SAMPLE = 8192  # number of coordinates that a surface is computed from
 
 
 @dataclass(frozen=True)
 class Surface:
-    """The update as a function of the gradient and of what the memory says.
+    """The rule's update as a function of the present gradient and of the earlier gradients.
 
-    Everything but the gradient of the one coordinate is as it was in the adaptation: its memory,
-    its value, and all that the rule knows of the other coordinates.
+    For each coordinate, only its gradient is varied. Its value, its state, and the rule's
+    information on all other coordinates are those of the adaptation.
 
     Attributes:
-        kind: of the tensors, see `rnnopt.tasks.kinds`.
-        step: of the adaptation, from 1.
+        kind: the kind of the tensors, see `rnnopt.tasks.kinds`.
+        step: the step of the adaptation, from 1.
         gradients: (G,), in units of the RMS of the tensor's gradient.
-        ratios: (U,), m / sqrt(v) before the step, both debiased (Kingma & Ba 2015), beta 0.9 and
-            0.999; 0 before the first.
-        update: G rows of U, mean over the coordinates of a bin; None where a bin has none.
+        ratios: (U,), m / sqrt(v) before the step, both with bias correction (Kingma & Ba 2015) and
+            with beta 0.9 and 0.999; 0 before the first step.
+        update: (G, U), the mean update over the coordinates in a bin; None if the bin is empty.
     """
 
     kind: str
@@ -51,16 +51,16 @@ class Surface:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_rule` found.
+    """The result of `inspect_rule`.
 
     Attributes:
-        coordinates: how many, by kind of tensor.
-        step_size: RMS of the update by kind, (T,): what the rule's effective step is.
-        adam_distance: 1 - cosine between the update and Adam's direction on the same gradients, by
-            kind, (T,): 0 is Adam's own direction, 1 orthogonal, 2 against it; None where there is
-            no update.
-        losses: support loss before each step, (T,), nats per text.
-        surface: the update at one step.
+        coordinates: the number of coordinates of each kind of tensor.
+        step_size: the RMS of the update at each step, (T,), for each kind.
+        adam_distance: 1 - cosine between the update and Adam's direction for the same gradients at
+            each step, (T,), for each kind. 0 is Adam's direction, 1 is orthogonal to it, and 2 is
+            opposite to it. None means that there was no update.
+        losses: the support loss before each step, (T,), in the unit of the loss.
+        surface: the update at one step as a function of the gradients.
     """
 
     coordinates: dict[str, int]
@@ -78,19 +78,21 @@ def inspect_rule(
     kind: str | None = None,
     at_step: int | None = None,
 ) -> Inspection:
-    """Adapt to a task, full batch, and look at every update. The optimizer's guards are left out.
+    """Adapt to a task and measure every update, without the optimizer's guard.
 
     Args:
-        rule: any rule; on the learner's device.
-        learner: at its starting values for this task; adapted when this returns.
+        rule: any rule, on the learner's device.
+        learner: the learner, at its starting values for this task. It is adapted in place.
         task: the task.
-        steps: T.
-        kind: of the tensors whose surface is drawn; None takes the one with most coordinates.
-        at_step: from 1, where it is drawn; None takes the one in the middle.
+        steps: T, the number of steps.
+        kind: the kind of the tensors whose surface is computed. None takes the kind with the most
+            coordinates.
+        at_step: the step at which the surface is computed, from 1. None takes the one in the
+            middle.
 
     Raises:
-        InputError: nothing of that kind trains, a step that isn't taken, or one at which no
-            gradient reaches that kind.
+        InputError: no tensor of that kind trains, the step is not taken, or tensors of that kind
+            have no gradient at that step.
     """
     members = _members(learner)
     sizes = {one: sum(param.numel() for param in params) for one, params in members.items()}
@@ -108,9 +110,9 @@ def inspect_rule(
         found.losses.append(float(loss.detach()))
         seen = _seen(optimizer, members[kind], shadow) if step == at_step else []
         before = {param: param.detach().clone() for param in params}
-        known = _apply(optimizer, params)
+        context = _apply(optimizer, params)
         if step == at_step:
-            found.surface.update.extend(_binned(rule, seen, known))
+            found.surface.update.extend(_binned(rule, seen, context))
         shadow.step(params)
         for one, its in members.items():
             updates = [param.detach() - before[param] for param in its]
@@ -121,12 +123,10 @@ def inspect_rule(
 def _checked_place(
     sizes: Mapping[str, int], steps: int, kind: str | None, at_step: int | None
 ) -> tuple[str, int]:
-    """Whose surface is drawn, and at which step."""
+    """The kind of tensors whose surface is computed, and the step."""
     kind = max(sizes, key=sizes.__getitem__) if kind is None else kind
     if kind not in sizes:
-        raise InputError(
-            f"--kind {kind!r}: what trains here is {', '.join(sizes)}; choose from that"
-        )
+        raise InputError(f"--kind {kind!r}: no such tensor trains; choose from {', '.join(sizes)}")
     at_step = (steps + 1) // 2 if at_step is None else at_step
     if not 1 <= at_step <= steps:
         raise InputError(f"--at-step {at_step}: must lie between 1 and the last step, {steps}")
@@ -134,7 +134,7 @@ def _checked_place(
 
 
 def _members(learner: Learner) -> dict[str, list[Tensor]]:
-    """What trains, by kind, in the order of `KINDS`."""
+    """The trainable parameters of each kind, in the order of `KINDS`."""
     kinds = tensor_kinds(learner)
     members: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for name, param in learner.trainable():
@@ -156,10 +156,10 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _binned(
-    rule: UpdateRule, seen: Sequence[_Seen], known: Mapping[Tensor, Tensor | None]
+    rule: UpdateRule, seen: Sequence[_Seen], context: Mapping[Tensor, Tensor | None]
 ) -> list[list[float | None]]:
     """Mean update for each of `GRADIENTS` over the coordinates nearest to each of `RATIOS`."""
-    update = torch.cat([one.responses(rule, known[one.owner]) for one in seen], dim=1)  # (G, n)
+    update = torch.cat([one.responses(rule, context[one.owner]) for one in seen], dim=1)  # (G, n)
     ratio = torch.cat([one.ratio for one in seen])  # (n,)
     width = RATIOS[1] - RATIOS[0]
     bins = ((ratio - RATIOS[0]) / width).round().long().clamp(0, len(RATIOS) - 1)  # (n,)
@@ -173,18 +173,18 @@ def _binned(
 
 
 def _apply(optimizer: LearnedOptimizer, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
-    """One step; what the rule knew of each tensor that has a gradient, see `apply`."""
+    """Take one step; return the rule's context for each tensor with a gradient, see `apply`."""
     (group,) = optimizer.param_groups
     work = [(group, param, param.grad) for param in params if param.grad is not None]
     return dict(zip([param for _, param, _ in work], optimizer.apply(work)))
 
 
 class _Shadow:
-    """Adam on the gradients of another optimizer's run, moving nothing.
+    """Adam's state on the gradients of another optimizer's run; it changes no parameter.
 
     Attributes:
-        ratios: m / sqrt(v) of each tensor after the last step, minus Adam's direction; zeros before
-            the first.
+        ratios: m / sqrt(v) of each tensor after the last step, which is the negative of Adam's
+            direction; zeros before the first step.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -194,7 +194,7 @@ class _Shadow:
 
     @torch.no_grad()
     def step(self, params: Sequence[Tensor]) -> None:
-        """Take in the gradients of these."""
+        """Update the state with the gradients of these parameters."""
         for param in params:
             grad = torch.zeros_like(param) if param.grad is None else param.grad
             direction, self._states[param] = advance(
@@ -205,14 +205,14 @@ class _Shadow:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Coordinates of a tensor as the rule saw them before a step: n of its N.
+    """A sample of n of the N coordinates of a tensor, as they were before a step.
 
     Attributes:
         owner: the tensor itself.
-        param: values, (n,).
+        param: the values of the coordinates, (n,).
         ratio: m / sqrt(v), (n,).
-        scale: RMS of the whole tensor's gradient, 0-d.
-        state: memory.
+        scale: the RMS of the whole tensor's gradient, 0-d.
+        state: the rule's state of the coordinates.
     """
 
     owner: Tensor
@@ -222,24 +222,27 @@ class _Seen:
     state: State
 
     @torch.no_grad()
-    def responses(self, rule: UpdateRule, known: Tensor | None) -> Tensor:
-        """The update of each coordinate for each of `GRADIENTS`, (G, n), before it is turned."""
+    def responses(self, rule: UpdateRule, context: Tensor | None) -> Tensor:
+        """The update of each coordinate for each of `GRADIENTS`, (G, n).
+
+        A transform of the whole matrix, see `matrix_transform`, is left out.
+        """
         grads = [torch.ones_like(self.param) * value * self.scale for value in GRADIENTS]
         as_it_is = (
             None if matrix_transform(rule, self.owner) is None else lambda direction: direction
         )
-        told = 1.0, 0.0, known, as_it_is
-        steps = [advance(rule, self.param, g, self.state, *told)[0] for g in grads]
+        rest = 1.0, 0.0, context, as_it_is
+        steps = [advance(rule, self.param, g, self.state, *rest)[0] for g in grads]
         return torch.stack(steps)
 
 
 def _seen(optimizer: LearnedOptimizer, params: Sequence[Tensor], shadow: _Shadow) -> list[_Seen]:
-    """What a surface is made from: of the tensors that have a gradient, evenly, about `SAMPLE`."""
+    """About `SAMPLE` coordinates, evenly spaced, of the tensors that have a gradient."""
     reached = [param for param in params if param.grad is not None and param.grad.any()]
     if not reached:
         raise InputError(
-            "no gradient reaches what is to be drawn at this step (one factor of LoRA has none at "
-            "the first); choose another --at-step or --kind"
+            "the gradient of these tensors is 0 at this step (that of one factor of LoRA is 0 at "
+            "the first step); choose another --at-step or --kind"
         )
     stride = math.ceil(sum(param.numel() for param in reached) / SAMPLE)
     return [_seen_of(optimizer, param, stride, shadow.ratios[param]) for param in reached]
@@ -248,7 +251,7 @@ def _seen(optimizer: LearnedOptimizer, params: Sequence[Tensor], shadow: _Shadow
 def _seen_of(optimizer: LearnedOptimizer, param: Tensor, stride: int, ratios: Tensor) -> _Seen:
     memory = optimizer.state[param] or optimizer.init_state(param)
     grad = cast(Tensor, param.grad)
-    # leaves that belong to coordinates end with them, see rnnopt.rules.protocol
+    # the last axis of a parameter-wise leaf is the coordinates, see rnnopt.rules.protocol
     state = {
         name: (
             leaf[..., ::stride] if is_coordinate_wise(optimizer.rule, name, leaf) else leaf
@@ -264,11 +267,8 @@ def _seen_of(optimizer: LearnedOptimizer, param: Tensor, stride: int, ratios: Te
     )
 
 
-# -- for people
-
-
 def inspection_text(found: Inspection) -> str:
-    """Tables for a terminal: step size and distance by kind and step, and the surface in short."""
+    """Tables for a terminal: step size and distance by kind and step, and part of the surface."""
     steps = range(1, len(found.losses) + 1)
     parts = [
         _table(f"RMS of the update; support loss {found.losses[0]:.3f} to {found.losses[-1]:.3f} "

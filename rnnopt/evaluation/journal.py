@@ -1,4 +1,4 @@
-"""Finished runs of a comparison, kept in a file as they come."""
+"""A file that keeps the finished runs of a comparison."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from rnnopt.tasks.protocol import Scores
 
 
 class Journal:
-    """Finished runs in a file: a comparison that was stopped goes on where it was, and one of
-    another rule in the same setting finds the baselines' runs done.
+    """A file that keeps the finished runs of a comparison.
+
+    A comparison that was stopped continues after its last finished run. A comparison of another
+    rule in the same setting uses the baselines' runs that are already in the file.
 
     Args:
-        path: JSON lines; the first holds `facts`.
-        facts: JSON-compatible, all that a run depends on beside its name.
+        path: the file, in JSON lines. Its first line holds `facts`.
+        facts: JSON-compatible facts, all that a run depends on beside its name.
 
     Raises:
-        InputError: the file can't be read or written, or holds runs that depend on other facts.
+        InputError: the file can't be read or written, or its runs depend on other facts.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -33,7 +35,7 @@ class Journal:
             content = path.read_text() if path.exists() else ""
             if not content:
                 path.write_text(head + "\n")
-            elif not content.endswith("\n"):  # a crash cut the last line: the next starts anew
+            elif not content.endswith("\n"):  # a crash cut the last line off
                 self._append("")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"can't use {path}: {error}; choose another --json") from error
@@ -47,13 +49,18 @@ class Journal:
             self._remember(line)
 
     def run(self, name: str, budgets: Sequence[int], adapt: Callable[[], Adaptation]) -> Adaptation:
-        """The run of that name from the file if it has these budgets, else `adapt()`, now kept.
+        """Return a run from the file, or run `adapt` and add its result to the file.
+
+        Args:
+            name: the name of the run.
+            budgets: the numbers of steps that the run must have scores at.
+            adapt: makes the run if the file lacks it.
 
         Raises:
             InputError: the file can't be written.
         """
-        known = self._runs.get(name, {"scores": {}})["scores"]
-        if not {str(b) for b in budgets} <= known.keys():
+        scored = self._runs.get(name, {"scores": {}})["scores"]
+        if not {str(b) for b in budgets} <= scored.keys():
             done = adapt()
             entry = {
                 "run": name,
@@ -65,7 +72,7 @@ class Journal:
             self._runs[name] = entry
         entry = self._runs[name]
         scores = {int(b): scores for b, scores in entry["scores"].items()}
-        # older versions did not keep what was undone
+        # version 0.1 did not keep the number of undone steps
         return Adaptation(scores, entry["seconds"], entry.get("undone", 0))
 
     def _append(self, line: str) -> None:
@@ -74,28 +81,28 @@ class Journal:
                 file.write(line + "\n")
         except OSError as error:
             raise InputError(
-                f"can't write {self.path}: {error.strerror}; mend it and run the command again: "
-                "it goes on from here"
+                f"can't write {self.path}: {error.strerror}; solve this and run the command again, "
+                "which continues from here"
             ) from error
 
     def _remember(self, line: str) -> None:
         try:
             entry = json.loads(line)
-        except ValueError:  # cut off by a crash: its run is done again
+        except ValueError:  # a crash cut the line off, so its run is repeated
             return
         entry["scores"] = {b: _named(scores) for b, scores in entry["scores"].items()}
         self._runs[entry["run"]] = entry
 
 
 def _named(scores: Any) -> Scores:
-    """Figures by name; version 0.1 kept them in this order without names."""
+    """The figures by name. Version 0.1 kept a list without names, in the order below."""
     if isinstance(scores, list):
         scores = dict(zip(("loss", "accuracy", "f1", "calibrated"), scores))
     return {name: value for name, value in dict(scores).items() if value is not None}
 
 
 def _difference(head: str, facts: Mapping[str, Any]) -> str:
-    """What a journal's first line says otherwise than the facts, for a message."""
+    """How the first line of a journal differs from the facts, as text for an error."""
     try:
         saved = dict(json.loads(head))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`LearnedOptimizer` inside `higher`: importing this module registers it.
+"""`LearnedOptimizer` for `higher`: importing this module registers its differentiable version.
 
 >>> import higher, rnnopt.meta.differentiable
 >>> with higher.innerloop_ctx(model, LearnedOptimizer(model.parameters(), rule)) as (fmodel, opt):
@@ -19,7 +19,7 @@ from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 __all__ = ["DifferentiableLearnedOptimizer", "higher"]
 
 with warnings.catch_warnings():
-    # higher 0.2.1 has "\ " in plain docstrings and an `is 1`; Python says so when it compiles them
+    # Python warns when it compiles higher 0.2.1, which has "\ " in plain docstrings and an `is 1`.
     warnings.filterwarnings("ignore", message=".*invalid escape sequence")
     warnings.filterwarnings("ignore", message='"is" with')
     import higher
@@ -29,11 +29,11 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
     """The same arithmetic as `LearnedOptimizer.step`, ``p' = p + delta``, with its graph kept.
 
     Attributes:
-        rule: the rule of the optimizer that was handed in, the same object: its weights receive
+        rule: the rule of the given optimizer. It is the same object, so that its weights receive
             the meta-gradient.
-        first_order: treat what the rule is fed (gradient, parameter) as constant, as Andrychowicz
-            et al. 2016 do; set it before the first step. `higher`'s own track_higher_grads=False
-            is no substitute: it cuts the meta-gradient off altogether.
+        first_order: treat the rule's inputs (gradient, parameter) as constants, as Andrychowicz et
+            al. 2016 do. Set it before the first step. The argument track_higher_grads=False of
+            `higher` can't replace it, because it removes the meta-gradient altogether.
     """
 
     def __init__(self, other: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
@@ -67,12 +67,13 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
 def _accept_peft() -> None:
     """Let `higher` patch peft's layers.
 
-    It makes a class of the layer's and of its own base, `(ABC, Module)`; peft's layers are
-    `(Module, ..., ABC)`, so Python finds no order for both ("Cannot create a consistent method
-    resolution order"). The same base class the other way round fits every module.
+    `higher` makes a class that inherits from the layer's class and from its own base class, whose
+    bases are `(ABC, Module)`. peft's layers have the bases `(Module, ..., ABC)`. Python finds no
+    order for both ("Cannot create a consistent method resolution order"). A base class with the
+    bases `(Module, ABC)` works with every module.
     """
     base = higher.patch._MonkeyPatchBase
-    own = {"__dict__", "__weakref__", "_abc_impl"}  # every class makes these for itself
+    own = {"__dict__", "__weakref__", "_abc_impl"}  # every class gets its own
     body = {name: value for name, value in vars(base).items() if name not in own}
     higher.patch._MonkeyPatchBase = ABCMeta(base.__name__, (nn.Module, ABC), body)
 

@@ -1,8 +1,9 @@
 """What a run of meta-training learns: the inner rule, initial values, or both.
 
-Initial values (MAML, its first-order kind, ANIL, Reptile) are those of all that trains but the
-output layer of a classifier: its rows are a task's classes, which differ in number and in order
-from task to task. Each task begins with an output layer of its own, see `Start`.
+The initial values (of MAML, first-order MAML, ANIL or Reptile) are those in
+`Learner.initial_values`. A text classifier's output layer is not among them: its rows are the
+classes of a task, whose number and order differ between tasks, so each task starts with an output
+layer of its own.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ class Learned(nn.Module):
 
     Args:
         settings: see `LearnedSettings`.
-        learner: what tasks adapt.
-        hidden_size: of the LSTM; None: that of the rule that it begins with, else 8.
-        seed: of its weights; the global random state is left alone.
-        rule: the inner rule itself, in place of the one that the settings name.
+        learner: the learner that adapts to the tasks.
+        hidden_size: the number of hidden units of the LSTM. None takes that of the rule that
+            meta-training begins with, or 8 for a new rule.
+        seed: decides the weights of a new rule. The global random state does not change.
+        rule: the inner rule, which replaces the one that the settings name.
 
     Attributes:
         rule: the inner rule.
-        init: the initial values, or None where they stay the pretrained ones.
-        start: how a task starts, from these values as they are at the moment.
+        init: the initial values; None if they stay the pretrained ones.
+        start: how a task starts; its values are the present initial values.
 
     Raises:
-        InputError: initial values are to be learned and there are none.
+        InputError: there is nothing to learn, or the rule of `LearnedSettings.origin` can't be
+            used.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Learned(nn.Module):
             return CoordinateLSTM(hidden_size=units, initial_decrease=lr)
 
     def _original(self, path: Path, hidden_size: int | None) -> SavedRule:
-        """The rule to begin with, ready to be trained."""
+        """The rule that meta-training begins with, with trainable weights."""
         rule, origin = load_rule(path), self.settings.origin
         if not isinstance(rule, CoordinateLSTM):
             raise InputError(f"--from {origin}: holds {type(rule).__name__}, expected an LSTM")
@@ -102,18 +105,18 @@ class Learned(nn.Module):
         return rule.requires_grad_(True).train()
 
     def groups(self, meta_lr: float) -> list[dict[str, Any]]:
-        """The meta-optimizer's groups, each with its highest learning rate as ``peak``."""
+        """The meta-optimizer's param groups, each with its highest learning rate as ``peak``."""
         groups = [{"params": _free(self.rule), "peak": meta_lr}]
         if self.init is not None:
             groups.append({"params": list(self.init.parameters()), "peak": self.settings.init_lr})
         return groups
 
     def accumulate(self, result: Unrolled, learner: Learner, task: Task) -> None:
-        """Add what an unroll says of the initial values to their meta-gradient.
+        """Add the result of an unroll to the meta-gradient of the initial values.
 
         Args:
-            result: of the unroll.
-            learner: at the task's start.
+            result: the result of the unroll.
+            learner: the learner, at the task's start.
             task: the task.
         """
         if self.init is not None:
@@ -122,15 +125,15 @@ class Learned(nn.Module):
                 self.init.add(self.start.gradient_through(learner, task, result.initial))
 
     def clip(self, bound: float) -> float:
-        """Bound a task's meta-gradient of rule and values, each by itself.
+        """Clip a task's meta-gradients of the rule and of the initial values, separately.
 
-        Their scales differ: one bound on both would let the larger silence the smaller.
+        Their scales differ. With one norm for both, the larger gradient would shrink the smaller.
 
         Args:
-            bound: on either norm.
+            bound: the largest norm of either.
 
         Returns:
-            The norm of all of it before.
+            The norm of both together before clipping.
         """
         parts = [self.rule] if self.init is None else [self.rule, self.init]
         norms = [nn.utils.clip_grad_norm_(_free(part), bound) for part in parts]
@@ -142,7 +145,7 @@ class Learned(nn.Module):
             self.init.add_penalty(self.settings.init_penalty)
 
     def report(self) -> dict[str, float]:
-        """For the log: ``init_distance``, how far the values are from the pretrained ones."""
+        """For the log: ``init_distance``, the distance of the values from the pretrained ones."""
         return {} if self.init is None else {"init_distance": self.init.distance()}
 
 
@@ -150,10 +153,10 @@ class InitialValues(nn.Module):
     """A learner's initial values as parameters of the meta-optimizer.
 
     Args:
-        learner: whose values they are at first.
+        learner: the learner whose initial values they are at first.
 
     Raises:
-        InputError: nothing trains but what belongs to each task.
+        InputError: the learner has no initial values, because only an output layer trains.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -161,8 +164,8 @@ class InitialValues(nn.Module):
         self._pretrained = learner.initial_values
         if not self._pretrained:
             raise InputError(
-                "--init: of this classifier only the output layer trains, and every task has one "
-                "of its own: there are no initial values to learn; use --tune lora or full"
+                "--init: only the output layer trains, and every task has one of its own: there "
+                "are no initial values to learn; use --tune lora or full"
             )
         for name, value in self._pretrained.items():
             self.register_parameter(_key(name), nn.Parameter(value.clone()))
@@ -181,8 +184,8 @@ class InitialValues(nn.Module):
     def add_penalty(self, strength: float) -> None:
         """Add the gradient of ``strength / 2 * |theta_0 - pretrained|^2``.
 
-        L2-SP (Li, Grandvalet & Davoine 2018, arXiv:1802.01483): what few classes teach the initial
-        values should not cost what pretraining did.
+        The source is L2-SP (Li, Grandvalet & Davoine 2018, arXiv:1802.01483). The penalty keeps
+        what pretraining has learned when the initial values are learned from few classes.
         """
         for name, value in self.values().items():
             _add(value, strength * (value - self._pretrained[name]))
@@ -204,10 +207,10 @@ def _add(value: Tensor, gradient: Tensor) -> None:
 
 
 def _key(name: str) -> str:
-    """A module's parameters may have no dots in their names."""
+    """The name without dots, which torch does not allow in the name of a parameter."""
     return name.replace(".", "/")
 
 
 def _free(module: nn.Module) -> list[nn.Parameter]:
-    """The weights that are learned."""
+    """The weights that require a gradient."""
     return [weight for weight in module.parameters() if weight.requires_grad]

@@ -1,4 +1,4 @@
-"""How much memory is used and free, to say beforehand that a graph will not fit."""
+"""How much memory is used and free, for a warning before a graph becomes too large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB = 2**30
 
 
 def used_bytes(device: torch.device) -> int | None:
-    """Memory that this process holds on a device; None where the system does not tell."""
+    """Bytes that this process uses on a device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -24,7 +24,7 @@ def used_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process may still take on a device; None where the system does not tell."""
+    """Bytes that are free for this process on a device; None if the system does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -38,10 +38,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held on a device, since `forget_peak` if that was called."""
+    """The most bytes that this process has used on a device, since `forget_peak` if called."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # not ru_maxrss: that of a child process starts at what its parent had
+    # not ru_maxrss, which in a child process starts with the value of its parent
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
@@ -50,7 +50,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_bytes` begin anew; where the system has no way to, nothing happens."""
+    """Reset `peak_bytes`. Nothing happens on a system that does not support it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):
@@ -58,15 +58,15 @@ def forget_peak(device: torch.device) -> None:
 
 
 def warn_if_too_large(before: int | None, steps: int, device: torch.device) -> None:
-    """Say so if `steps` more steps of an unroll, each as large as the first, will not fit.
+    """Warn if the graph of further steps, each as large as the first one, will not fit.
 
     Args:
-        before: `used_bytes` before the first step, whose graph is being kept.
-        steps: that are still to be kept beside it.
-        device: where the graph is.
+        before: `used_bytes` before the first step. The graph of that step is kept.
+        steps: the number of further steps whose graph will be kept.
+        device: the device of the graph.
 
     Warns:
-        RuntimeWarning: they will not fit.
+        RuntimeWarning: the graph will not fit.
     """
     after, free = used_bytes(device), free_bytes(device)
     if before is None or after is None or free is None:

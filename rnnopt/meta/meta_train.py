@@ -3,33 +3,72 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
+from rnnopt.errors import InputError
 from rnnopt.meta.settings import Init, LearnedSettings, MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining
-from rnnopt.tasks.protocol import VALIDATION_TASKS, Learner, Task, TaskSource
+from rnnopt.rules.protocol import UpdateRule
+from rnnopt.tasks.protocol import VALIDATION_TASKS, Learner, Task, TaskSource, as_source
 from rnnopt.tasks.start import Start
 
 
 @dataclass(frozen=True)
 class MetaTrained:
-    """What a run of meta-training learned.
+    """The result of meta-training.
 
     Attributes:
-        rule: the inner rule, the best by validation; its weights are frozen.
-        start: how tasks start, with the learned initial values if there are any.
-        history: the log records of the run, one for each meta-step.
+        rule: the inner rule with its best weights by validation. The weights are frozen.
+        start: how tasks start, with the learned initial values if there are any. Pass it to
+            `rnnopt.compare`.
+        history: the log records of this call: one of the validation before the first meta-step,
+            then one for each meta-step.
     """
 
     rule: Any
     start: Start
     history: list[dict[str, Any]]
+
+
+class MetaTrainOptions(TypedDict, total=False):
+    """The numbers of `meta_train`; each may be left out.
+
+    `rnnopt.meta.training.MetaTraining` with `rnnopt.meta.settings.MetaTrainSettings` has more.
+
+    Attributes:
+        steps: the number of adaptation steps on each task [5].
+        order: 1 treats the inner gradients as constants in the meta-gradient. 2 differentiates
+            through them, with `higher`, and gives the exact meta-gradient [1].
+        meta_steps: the number of steps of the meta-optimizer, which is Adam [500].
+        tasks_per_meta_step: the number of tasks whose meta-gradients are averaged [4].
+        meta_lr: Adam's learning rate for the rule's weights [5e-3].
+        initial_lr: Adam's learning rate for the initial values [1e-3].
+        validate_every: the number of meta-steps between two validations [50].
+        validation_tasks: the number of tasks of a validation, the same ones each time [8].
+        seed: decides everything that is drawn, at least 0 [0].
+    """
+
+    steps: int
+    order: int
+    meta_steps: int
+    tasks_per_meta_step: int
+    meta_lr: float
+    initial_lr: float
+    validate_every: int
+    validation_tasks: int
+    seed: int
+
+
+_DEFAULTS: MetaTrainOptions = {
+    "steps": 5, "order": 1, "meta_steps": 500, "tasks_per_meta_step": 4, "meta_lr": 5e-3,
+    "initial_lr": 1e-3, "validate_every": 50, "validation_tasks": 8, "seed": 0,
+}  # fmt: skip
 
 
 def meta_train(
@@ -39,96 +78,106 @@ def meta_train(
     validation: Callable[[int], Task] | TaskSource | None = None,
     rule: nn.Module | None = None,
     initial: Init = "pretrained",
-    steps: int = 5,
-    order: int = 1,
-    meta_steps: int = 500,
-    tasks_per_meta_step: int = 4,
-    meta_lr: float = 5e-3,
-    initial_lr: float = 1e-3,
-    validate_every: int = 50,
-    validation_tasks: int = 8,
-    seed: int = 0,
     start: Start = Start(),  # noqa: B008  # immutable
     folder: str | Path | None = None,
+    resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    **options: Unpack[MetaTrainOptions],
 ) -> MetaTrained:
-    """Learn an update rule, initial values, or both, over many tasks.
+    """Meta-train an update rule, initial values, or both.
 
-    The meta-loss is the mean query loss after each step of adaptation (Andrychowicz et al. 2016,
-    arXiv:1606.04474); its gradient in the initial values is MAML's (Finn et al. 2017,
-    arXiv:1703.03400). Options that are not here are those of
-    `rnnopt.meta.settings.MetaTrainSettings`, for `rnnopt.meta.training.MetaTraining`.
+    The meta-loss is the mean of the query losses after each step of adaptation (Andrychowicz et
+    al. 2016, arXiv:1606.04474). Its gradient in the initial values is that of MAML (Finn et al.
+    2017, arXiv:1703.03400).
 
     Args:
-        learner: what the tasks adapt; back at its initial values when this returns.
-        tasks: ``number -> Task``, or a source of tasks.
-        validation: tasks that choose the best rule; None takes the same function's tasks from
-            number `VALIDATION_TASKS` on, which no meta-step uses.
-        rule: the inner rule, whose weights are trained in place; None begins with a new
-            `rnnopt.CoordinateLSTM`.
-        initial: ``"maml"`` or ``"reptile"`` also learn the initial values of what trains;
-            ``"pretrained"`` leaves them as they are.
-        steps: steps of adaptation on each task.
-        order: of the meta-gradient: 1 takes gradients for constants, 2 is exact (through `higher`).
-        meta_steps: steps of the meta-optimizer, Adam.
-        tasks_per_meta_step: tasks whose meta-gradients are averaged.
-        meta_lr: Adam's learning rate on the rule's weights.
-        initial_lr: Adam's learning rate on the initial values.
-        validate_every: meta-steps between validations.
-        validation_tasks: tasks of one validation.
-        seed: of everything random.
-        start: how every task starts.
-        folder: for log, checkpoints and the best rule; None keeps nothing.
+        learner: what adapts to the tasks; back at its initial values when this returns.
+        tasks: ``number -> Task``, or a source of tasks. Meta-training uses the numbers from 0 on.
+        validation: the tasks that choose the best rule. None takes those of `tasks` from number
+            `VALIDATION_TASKS` (1,000,000) on, which no meta-step uses.
+        rule: the inner rule, a `torch.nn.Module` that is an `UpdateRule`. Its weights are trained
+            in place and frozen at the end. None makes a new `rnnopt.CoordinateLSTM`.
+        initial: ``"maml"`` or ``"reptile"`` also learns the initial values of the parameters that
+            train. ``"pretrained"`` leaves them as they are.
+        start: which parameters are stepped. ``Start(adapted="head")`` is ANIL.
+        folder: gets the log, the checkpoints and the best rule. None keeps none of them.
+        resume: continue the run that the folder holds, if it holds one.
         report: called with every log record.
-
-    Returns:
-        The rule, the start, and the log.
+        options: see `MetaTrainOptions`.
 
     Raises:
-        InputError: settings out of range, nothing to learn, or a folder that holds another run.
+        InputError: an option is out of range, there is nothing to learn, `start` brings initial
+            values, or the folder holds another run.
+        TypeError: there is no option of that name.
     """
-    learned = LearnedSettings(
-        init=initial, init_lr=initial_lr, start=start, inner="lstm" if rule is None else "given"
-    )
-    settings = MetaTrainSettings(
-        meta_steps,
-        UnrollSettings(steps, order=order),
-        tasks_per_meta_step=tasks_per_meta_step,
-        meta_lr=meta_lr,
-        learned=learned,
-        seed=seed,
-        validate_every=min(validate_every, meta_steps),
-        validation_tasks=validation_tasks,
-    )
-    train = as_source(tasks, learner)
-    history: list[dict[str, Any]] = []
+    _check_arguments(rule, start, options)
+    settings = _settings(initial, start, rule, {**_DEFAULTS, **options})
+    train, history = as_source(tasks, learner), list[dict[str, Any]]()
 
     def keep(record: dict[str, Any]) -> None:
         history.append(record)
         report(record)
 
     with ExitStack() as stack:
-        path = folder or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         run = MetaTraining(
-            train,
-            as_source(tasks if validation is None else validation, learner, VALIDATION_TASKS),
-            settings,
-            Path(path),
-            facts=learner.facts,
-            training={},
-            rule=rule,
-        )
+            train, _validation_source(train, validation), settings, Path(folder),
+            facts=learner.facts, training={}, resume=resume, rule=rule,
+        )  # fmt: skip
         best = run.run(keep)
-    learner.begin(train.load(0), seed)
-    begins = run.start
-    if begins.values is not None:
-        fixed = {name: value.detach().clone() for name, value in begins.values.items()}
-        begins = replace(begins, values=fixed)
-    return MetaTrained(best.requires_grad_(False).eval(), begins, history)
+    learner.begin(train.load(0), settings.seed)
+    return MetaTrained(best.requires_grad_(False).eval(), _detached(run.start), history)
 
 
-def as_source(
-    tasks: Callable[[int], Task] | TaskSource, learner: Learner, first: int = 0
+def _settings(
+    initial: Init, start: Start, rule: object, chosen: MetaTrainOptions
+) -> MetaTrainSettings:
+    learned = LearnedSettings(
+        init=initial,
+        init_lr=chosen["initial_lr"],
+        start=start,
+        inner="lstm" if rule is None else "given",
+    )
+    return MetaTrainSettings(
+        chosen["meta_steps"],
+        UnrollSettings(chosen["steps"], order=chosen["order"]),
+        tasks_per_meta_step=chosen["tasks_per_meta_step"],
+        meta_lr=chosen["meta_lr"],
+        learned=learned,
+        seed=chosen["seed"],
+        validate_every=min(chosen["validate_every"], chosen["meta_steps"]),
+        validation_tasks=chosen["validation_tasks"],
+    )
+
+
+def _validation_source(
+    train: TaskSource, validation: Callable[[int], Task] | TaskSource | None
 ) -> TaskSource:
-    """A source of tasks; a function's numbers begin at `first`."""
-    return tasks if isinstance(tasks, TaskSource) else TaskSource(tasks, learner, first=first)
+    if validation is None:
+        return train.from_number(VALIDATION_TASKS)
+    return as_source(validation, train.learner, VALIDATION_TASKS)
+
+
+def _detached(start: Start) -> Start:
+    """The start with copies of its values that don't train."""
+    if start.values is None:
+        return start
+    values = {name: value.detach().clone() for name, value in start.values.items()}
+    return replace(start, values=values)
+
+
+def _check_arguments(rule: object, start: Start, options: Mapping[str, object]) -> None:
+    if unknown := options.keys() - _DEFAULTS.keys():
+        raise TypeError(f"meta_train has no option {min(unknown)!r}; it has {', '.join(_DEFAULTS)}")
+    if rule is not None and not (isinstance(rule, nn.Module) and isinstance(rule, UpdateRule)):
+        raise InputError(
+            f"rule={rule!r}: must be a torch.nn.Module with step_size, init_state and __call__ "
+            "(see rnnopt.UpdateRule); pass an instance, such as rnnopt.SGD(0.01), or leave it out"
+        )
+    if start.values is not None:
+        raise InputError(
+            "start has initial values, and meta_train begins with those of the learner: load them "
+            "first, module.load_state_dict(start.values, strict=False), make the Learner after "
+            "that, and pass replace(start, values=None)"
+        )

@@ -1,14 +1,14 @@
-"""The processes of one run: one alone, or those that torchrun started, on one machine or on many.
+"""The processes of one run: a single one, or those that torchrun started on one or more machines.
 
-Every process does the same work on its share of the tasks, and what must agree is summed or
-gathered: sums of tensors go over NCCL on GPUs, all else over gloo.
+Each process does the same work on its share of the tasks. Results are summed or gathered over all
+processes: sums of tensors use NCCL on GPUs, and everything else uses gloo.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,26 +22,26 @@ from torch import Tensor
 from rnnopt.errors import InputError, ToldElsewhereError
 
 _T = TypeVar("_T")
-# How long one process waits for the slowest. A process that died is noticed at once, since its
-# connections close; only a machine that vanished is waited for. The wait must outlast what one
-# process may do alone: a task longer than the others', a validation, a download of the encoder.
+# How long a process waits for the slowest one. A process that ended is noticed at once, because its
+# connections close; only a machine that is out of reach is waited for. The time must be longer than
+# any work that one process may do alone, such as a long task or a download of the encoder.
 _LONGEST_WAIT = timedelta(minutes=10)
 
 
 class _LostError(InputError):
-    """Another process of the team is gone."""
+    """Another process of the run ended or is out of reach."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """One process among `size`; alone by default, where every method is immediate.
+    """This process as one of the `size` processes of a run; by default it is the only one.
 
-    A context manager: leaves the group at the end.
+    A team is a context manager, which leaves torch's process group at the end.
 
     Attributes:
-        rank: 0 .. size - 1; 0 writes the files and speaks.
-        size: number of processes.
-        local_rank: number of this process on its machine, and of its GPU.
+        rank: the number of this process, 0 .. size - 1. Process 0 writes files and prints.
+        size: the number of processes.
+        local_rank: the number of this process on its machine, and of its GPU.
     """
 
     rank: int = 0
@@ -50,15 +50,15 @@ class Team:
 
     @classmethod
     def join(cls) -> Team:
-        """The team that torchrun's environment variables describe; waits for all its members.
+        """Join the processes that torchrun's environment variables describe; wait for all of them.
 
         Raises:
-            InputError: the variables are incomplete, or the others can't be reached.
+            InputError: the variables are incomplete, or other processes can't be reached.
         """
         size = _variable("WORLD_SIZE", 1)
         if size == 1:
             return cls()
-        # NCCL would otherwise end the process itself, without a message, where another is lost
+        # without this, NCCL ends this process without a message when another one is lost
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
@@ -79,16 +79,16 @@ class Team:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # what a lost process left behind could be waited for; this process ends anyway
+        # if another process is lost, leaving the group could wait for it; this process ends anyway
         if self.size > 1 and not isinstance(error, _LostError):
             dist.destroy_process_group()
 
     def share(self, count: int) -> range:
-        """This process's part of the numbers 0 .. count - 1."""
+        """The numbers among 0 .. count - 1 that belong to this process."""
         return range(self.rank, count, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of everyone's tensor, in place.
+        """Sum the tensors of all processes, in place.
 
         Raises:
             InputError: a process is lost.
@@ -99,7 +99,7 @@ class Team:
         return tensor
 
     def gather(self, value: _T) -> list[_T]:
-        """Everyone's value, by rank; must be picklable.
+        """The values of all processes, by rank. They must be picklable.
 
         Raises:
             InputError: a process is lost.
@@ -111,10 +111,11 @@ class Team:
         return values
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """What `action` returns, once it has succeeded on every process.
+        """Run `action` in every process; return its result if it succeeded in all of them.
 
         Raises:
-            InputError: it raised one somewhere; every process raises it, rank 0 is to print it.
+            InputError: `action` raised an InputError in some process. Every process raises it, and
+                rank 0 prints it.
         """
         if self.size == 1:
             return action()
@@ -124,28 +125,53 @@ class Team:
             result.append(action())
         except InputError as error:
             message = str(error)
-        for rank, told in enumerate(self.gather(message)):
-            if told is not None:
+        for rank, refusal in enumerate(self.gather(message)):
+            if refusal is not None:
                 raise (ToldElsewhereError if self.rank else InputError)(
-                    f"process {rank}: {told}" if rank else told
+                    f"process {rank}: {refusal}" if rank else refusal
                 )
         return result[0]
 
     def first(self, action: Callable[[], _T]) -> _T:
-        """What `action` returns on rank 0, where alone it runs.
+        """Run `action` in the process of rank 0 only; return its result in every process.
 
         Raises:
             InputError: see `together`.
         """
         result = self.together(lambda: None if self.rank else action())
-        return self.gather(result)[0]  # type: ignore[return-value]  # rank 0's is no None
+        return self.gather(result)[0]  # type: ignore[return-value]  # the value of rank 0 is not None
+
+
+def check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """Make sure that all processes work on the same run.
+
+    Args:
+        everyone: the facts that each process has on the run, by rank.
+
+    Raises:
+        InputError: the facts of two processes differ.
+    """
+    for rank, facts in enumerate(everyone):
+        other = [
+            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
+            for name in sorted({*everyone[0], *facts})
+            if everyone[0].get(name) != facts.get(name)
+        ]
+        if other:
+            raise InputError(
+                f"the processes of this run differ ({'; '.join(other)}); give all the same "
+                "command, data, encoder and kind of device"
+            )
 
 
 def require_alone(command: str) -> None:
-    """Refuse to run a command in several processes, which would all do the same.
+    """Refuse to run a command in several processes, which would all do the same work.
+
+    Args:
+        command: the name of the command.
 
     Raises:
-        InputError: torchrun started several.
+        InputError: torchrun started several processes.
     """
     size = _variable("WORLD_SIZE", 1)
     if size > 1:
@@ -157,7 +183,7 @@ def require_alone(command: str) -> None:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Say what torch's errors of communication mean."""
+    """Translate torch's communication errors."""
     try:
         yield
     except RuntimeError as error:
@@ -177,6 +203,6 @@ def _variable(name: str, default: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What torch says, without the place in its sources and without its advice."""
+    """The first sentence of torch's message, without the position in its source code."""
     sentence = re.split(r"\n|\. ", str(error).strip())[0]
     return re.sub(r"^\[[^]]*:\d+\] ", "", sentence)

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from rnnopt.rules.protocol import MatrixTransform, State, UpdateRule, advance, matrix_transform
 
-# A sample this much smaller than its tensor is drawn with repeats, which are rare then: a
-# permutation of a large tensor takes as long as a step of it.
+# A sample that is smaller than its tensor by this factor is drawn with replacement. Repeats are
+# rare then, and a permutation of a large tensor would take as long as a step of it.
 _FEW = 16
 
 
@@ -25,16 +25,20 @@ def draw_samples(
 ) -> list[Sample]:
     """Sample about `total` coordinates, at least one of every tensor.
 
-    As many of each tensor, but no more than it has: what a large tensor's coordinates do to the
-    rule is much alike, and a bias or a head must not be left out. A tensor that the rule turns as a
-    whole is taken as a whole, beside them.
+    Each tensor contributes the same number, or all its coordinates if it has fewer. The coordinates
+    of a large tensor affect the rule in much the same way, and small tensors, such as a bias or a
+    head, must not be left out. A tensor that the rule transforms as a whole is taken in full, in
+    addition to the others.
 
     Args:
         rule: the rule.
         tensors: the parameters.
-        states: the rule's memory of each, before the first step.
-        total: how many coordinates; all of them if there are no more.
-        seed: decides which.
+        states: the rule's state of each parameter, before the first step.
+        total: the number of coordinates; all are taken if there are fewer.
+        seed: decides which coordinates are sampled.
+
+    Returns:
+        One sample for each tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     transforms = [matrix_transform(rule, param) for param in tensors]
@@ -47,7 +51,7 @@ def draw_samples(
 
 
 def fill(sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` as evenly as the sizes allow: min(size, level), the level as it must be."""
+    """Divide `total` as evenly as the sizes allow: each count is min(size, level) for one level."""
     counts, left = [0] * len(sizes), total
     for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         counts[index] = min(sizes[index], left // (len(sizes) - rank))
@@ -56,14 +60,14 @@ def fill(sizes: Sequence[int], total: int) -> list[int]:
 
 
 class Sample:
-    """The coordinates of one tensor that carry the meta-gradient, with the rule's memory of them.
+    """The coordinates of one tensor that carry the meta-gradient, with the rule's state of them.
 
     Args:
-        param: the tensor, (N,) when flat.
-        state: the rule's memory of it, before the first step.
-        count: n.
-        generator: draws them.
-        transform: see `rnnopt.rules.protocol.matrix_transform`; not None only where n = N.
+        param: the tensor, of N coordinates.
+        state: the rule's state of it, before the first step.
+        count: n, the number of coordinates in the sample.
+        generator: draws the coordinates.
+        transform: see `rnnopt.rules.protocol.matrix_transform`; None unless n = N.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Sample:
         self._transform = transform
         self._index: Tensor | None = None
         self._weight = 1.0
-        # by which of the arguments depend on the rule's weights: the first step's don't
+        # For each pattern of arguments that depend on the rule's weights: which results do, too.
         self._learned: dict[tuple[bool, ...], tuple[bool, ...]] = {}
         if count < param.numel():
             if count * _FEW < param.numel():
@@ -91,7 +95,7 @@ class Sample:
         }
 
     def pick(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of these coordinates, (n,) each."""
+        """Copies of these coordinates of a parameter and of its gradient, (n,) each."""
         return self._pick(param.detach().reshape(-1)), self._pick(grad.reshape(-1))
 
     def change(
@@ -102,17 +106,17 @@ class Sample:
         grad: Tensor,
         sums: Tensor | None,
     ) -> Tensor:
-        """What the rule adds to these coordinates, with the rule's graph; steps their memory.
+        """Update the state of these coordinates; return the rule's update, with its graph.
 
         Args:
             rule: the rule.
-            group: of the optimizer, with lr and weight_decay.
-            param: these coordinates' value, (n,).
+            group: the optimizer's param group, with lr and weight_decay.
+            param: the values of these coordinates, (n,).
             grad: their gradient, (n,).
-            sums: of the whole tensor, see `rnnopt.rules.protocol.statistics_of`.
+            sums: sums over the whole tensor, see `rnnopt.rules.protocol.statistics_of`.
 
         Returns:
-            (n,).
+            The update that is added to these coordinates, (n,).
         """
         weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
         call = _Call(
@@ -134,11 +138,11 @@ class Sample:
         return cast(Tensor, change)
 
     def scaled(self, slope: Tensor | None) -> Tensor | None:
-        """dL/dtheta of these coordinates, so that their sum estimates that of all; (n,)."""
+        """dL/dtheta of these coordinates, (n,), scaled so that sums over them are unbiased."""
         return None if slope is None else self._weight * self._pick(slope.reshape(-1))
 
     def cut(self) -> None:
-        """End the graph here."""
+        """Cut the graph here."""
         self._state = {name: leaf.detach() for name, leaf in self._state.items()}
 
     def _pick(self, leaf: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Call:
-    """`advance` with flat arguments: (parameter, gradient, leaves of the state)."""
+    """`advance` as a function of (parameter, gradient, leaves of the state)."""
 
     rule: UpdateRule
     lr: float
@@ -159,7 +163,7 @@ class _Call:
     transform: MatrixTransform | None
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The change and the next leaves."""
+        """The update, and the leaves of the next state."""
         param, grad, *leaves = given
         state = dict(zip(self.names, leaves))
         change, state = advance(
@@ -168,7 +172,7 @@ class _Call:
         return change, *(state[name] for name in self.names)
 
     def learned(self, given: Sequence[Tensor]) -> tuple[bool, ...]:
-        """Which of the results depend on the rule's weights: tried on one coordinate."""
+        """Which results depend on the rule's weights, found by a call on one coordinate."""
         with torch.enable_grad():
             call = replace(self, transform=None)
             results = call([tensor[..., :1] if tensor.dim() else tensor for tensor in given])
@@ -176,10 +180,11 @@ class _Call:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A `_Call` that keeps what goes in; its graph, ten times as large, is made when it is needed.
+    """A `_Call` that keeps its inputs and builds its graph in the backward pass (checkpointing).
 
-    torch.utils.checkpoint does the same, but keeps the graph's nodes, which for many small tensors
-    over many steps are as large as what they would hold.
+    The graph is ten times as large as the inputs. torch.utils.checkpoint does the same, but it
+    keeps the nodes of the graph. For many small tensors over many steps, these nodes are as large
+    as the tensors that checkpointing saves.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What meta-training is told: the unroll, what is learned, and the run."""
+"""The settings of meta-training: the unroll, what is learned, and the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import numpy as np
 
 from rnnopt.errors import InputError
 from rnnopt.rules.files import shipped_rule
@@ -23,27 +25,30 @@ SHIPPED = "shipped"  # the word for the shipped rule of what trains, as the orig
 
 @dataclass(frozen=True)
 class UnrollSettings:
-    """How an unroll is run and what its meta-loss weighs.
+    """How an unroll is run, and how its meta-loss is weighted.
 
     Attributes:
-        steps: T, steps of adaptation.
-        order: 1, everything fed to the rule is a constant; 2, exact, through `higher`.
-        truncation: steps after which the graph is cut (truncated backpropagation through time);
-            None cuts nowhere. Memory grows with the truncation, not with T.
-        coordinates: first order only: how many coordinates carry the meta-gradient, a random
-            sample stratified over tensors, while all are updated; the estimate is unbiased. None
-            takes all where the rule's graph stays within `GRAPH_BYTES`, and else as many as do.
-            What the rule turns as a whole (`rnnopt.rules.protocol.MatrixRule`) is taken beside them.
-        query_weight: weight of the query loss, what adaptation is for.
-        support_weight: weight of the support loss.
-        step_weights: weight of each of the T steps; None weighs all by 1.
-        initial: what an unroll returns of theta_0, the values of all parameters of the model that
-            take a gradient, also of those that the optimizer leaves as they are (ANIL, Raghu et al.
-            2020). ``"gradient"``: the meta-gradient; with order 2 exact (MAML, Finn et al. 2017,
-            arXiv:1703.03400); with order 1 the sum over steps of the meta-loss's slope at theta_t,
-            d theta_t / d theta_0 being taken for the identity (first-order MAML, where the last
-            step alone has a weight). ``"displacement"``: theta_0 - theta_T (Reptile, Nichol et al.
-            2018, arXiv:1803.02999), 0 for what the optimizer leaves. None: nothing.
+        steps: T, the number of adaptation steps.
+        order: 1 treats everything that the rule is fed as a constant in the meta-gradient. 2
+            differentiates through it with `higher` and gives the exact meta-gradient.
+        truncation: the number of steps after which the graph is cut (truncated backpropagation
+            through time); None never cuts it. Memory grows with the truncation and not with T.
+        coordinates: for the first order only: the number of coordinates that carry the
+            meta-gradient. They are a random sample, stratified over tensors; all coordinates are
+            updated, and the estimate is unbiased. None takes all coordinates if the rule's graph
+            fits into `GRAPH_BYTES`, and otherwise as many as fit. A tensor that the rule transforms
+            as a whole (`rnnopt.rules.protocol.MatrixRule`) is always taken in full.
+        query_weight: the weight of the query loss in the meta-loss.
+        support_weight: the weight of the support loss in the meta-loss.
+        step_weights: the weight of each of the T steps; None gives every step the weight 1.
+        initial: what an unroll returns for the initial values theta_0. These are the values of all
+            parameters of the model that require a gradient, including those that the optimizer does
+            not step (ANIL, Raghu et al. 2020). ``"gradient"``: the meta-gradient. With order 2 it
+            is exact (MAML, Finn et al. 2017, arXiv:1703.03400). With order 1 it is the sum over
+            steps of the meta-loss's gradient at theta_t, where d theta_t / d theta_0 is taken to be
+            the identity; this is first-order MAML if only the last step has a weight.
+            ``"displacement"``: theta_0 - theta_T (Reptile, Nichol et al. 2018, arXiv:1803.02999),
+            which is 0 for parameters that the optimizer does not step. None: nothing.
     """
 
     steps: int
@@ -57,33 +62,37 @@ class UnrollSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise InputError(f"steps={self.steps}: at least 1")
+            raise InputError(f"steps={self.steps}: must be at least 1")
         if self.order not in (1, 2):
-            raise InputError(f"order={self.order}: 1 or 2")
+            raise InputError(f"order={self.order}: must be 1 or 2")
         for name in ("truncation", "coordinates"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name}={value}: at least 1, or None")
+                raise InputError(f"{name}={value}: must be at least 1, or None")
         if self.initial not in (None, "gradient", "displacement"):
-            raise InputError(f"initial={self.initial!r}: 'gradient', 'displacement' or None")
+            raise InputError(
+                f"initial={self.initial!r}: must be 'gradient', 'displacement' or None"
+            )
         if self.initial == "displacement" and self.order == 2:
             raise InputError(
-                "initial='displacement' (Reptile) with order 2: it differentiates through nothing; "
-                "use order 1"
+                "initial='displacement' (Reptile) with order 2: Reptile takes no derivative of a "
+                "step; use order 1"
             )
         if self.coordinates is not None and self.order == 2:
             raise InputError(
-                f"coordinates={self.coordinates} with order 2: second order needs all of them, "
-                "since the model connects them; leave coordinates out"
+                f"coordinates={self.coordinates} with order 2: second order needs all "
+                "coordinates, since the model connects them; leave coordinates out"
             )
         if self.initial == "gradient" and self.order == 2 and self.kept_steps < self.steps:
             raise InputError(
-                f"truncation={self.truncation} of {self.steps} steps: with order 2 nothing from "
-                "beyond a cut would reach the initial values; leave truncation out, or use order 1"
+                f"truncation={self.truncation} of {self.steps} steps: with order 2 the "
+                "initial values would get no gradient from the steps after a cut; leave truncation "
+                "out, or use order 1"
             )
         if self.step_weights is not None and len(self.step_weights) != self.steps:
             raise InputError(
-                f"{len(self.step_weights)} step_weights for {self.steps} steps: one for each"
+                f"{len(self.step_weights)} step_weights for {self.steps} steps: give one for each "
+                "step"
             )
         for name, weights in (
             ("query_weight and support_weight", (self.query_weight, self.support_weight)),
@@ -98,6 +107,22 @@ class UnrollSettings:
         """The same with the first `steps` steps only."""
         weights = None if self.step_weights is None else self.step_weights[:steps]
         return replace(self, steps=steps, step_weights=weights)
+
+    def thinned(self, share: float, generator: np.random.Generator) -> UnrollSettings:
+        """The same with the meta-loss taken after a random share of the steps only.
+
+        The weights of the chosen steps are divided by the share, so that the meta-loss keeps its
+        expected value. The last step is always among them, with its own weight.
+
+        Args:
+            share: probability that a step is chosen, above 0 and at most 1.
+            generator: draws the steps.
+        """
+        if share == 1:
+            return self
+        drawn = generator.random(self.steps - 1) < share
+        weights = [self.weight(t) * float(kept) / share for t, kept in enumerate(drawn)]
+        return replace(self, step_weights=[*weights, self.weight(self.steps - 1)])
 
     def weight(self, step: int) -> float:
         """Weight of the losses after step number `step` (from 0)."""
@@ -119,18 +144,22 @@ class LearnedSettings:
     """What is learned, and how tasks start.
 
     Attributes:
-        inner: the inner rule; the LSTM and Meta-SGD are meta-trained, SGD and Adam have no weights;
-            ``"given"`` is an object that the run is handed.
-        inner_lr: its step size, at first (of the LSTM its reach); None for `INNER_LR`.
-        learn: ``"growth"`` leaves directions and step sizes Adam's and learns the growth of tensors
-            alone, see `rnnopt.rules.lstm.CoordinateLSTM`.
-        origin: the LSTM that meta-training begins with, a rule file, a run's folder or `SHIPPED`;
-            None for a fresh one.
-        init: which initial values: pretrained ones, or such as are meta-learned, see
-            `rnnopt.meta.learned.InitialValues`; ``"maml"`` by their meta-gradient of either order, ``"reptile"`` by
-            Reptile's, which the meta-optimizer takes for one, as Nichol et al. 2018 propose.
-        init_lr: the meta-optimizer's learning rate on them.
-        init_penalty: see `rnnopt.meta.learned.InitialValues.add_penalty`.
+        inner: the inner rule. The LSTM and Meta-SGD are meta-trained; SGD and Adam have no weights.
+            ``"given"`` stands for a rule object that is passed to the run.
+        inner_lr: the rule's first step size, in the units of that rule; for the LSTM the decrease
+            of the loss that its first step aims at. None takes the rule's entry in `INNER_LR`.
+        learn: ``"all"`` trains all weights of the LSTM. ``"growth"`` trains only the weights that
+            decide how tensors grow; directions and step sizes stay those of Adam. See
+            `rnnopt.rules.lstm.CoordinateLSTM`.
+        origin: the LSTM that meta-training begins with: a rule file, the folder of a run, or
+            `SHIPPED`. None begins with a new one.
+        init: the initial values. ``"pretrained"`` keeps those of the learner. ``"maml"`` learns
+            them with their meta-gradient, of either order. ``"reptile"`` learns them with the
+            displacement of Reptile in place of a gradient, as Nichol et al. 2018 propose. See
+            `rnnopt.meta.learned.InitialValues`.
+        init_lr: the meta-optimizer's learning rate for the initial values.
+        init_penalty: strength of the penalty on their distance from the pretrained values, see
+            `rnnopt.meta.learned.InitialValues.add_penalty`.
         start: how every task starts, from the learner's own initial values.
     """
 
@@ -144,6 +173,11 @@ class LearnedSettings:
     start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
+        for name, allowed in (("inner", InnerRule), ("learn", Learn), ("init", Init)):
+            if getattr(self, name) not in get_args(allowed):
+                raise InputError(
+                    f"{name}={getattr(self, name)!r}: choose from {', '.join(get_args(allowed))}"
+                )
         for name in ("inner_lr", "init_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -152,11 +186,14 @@ class LearnedSettings:
             raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
         if self.origin is not None and (self.inner != "lstm" or self.inner_lr is not None):
             raise InputError(
-                f"--from {self.origin} with --inner or --inner-lr: a rule brings both; leave them "
-                "out, or --from"
+                f"--from {self.origin} with --inner or --inner-lr: the rule of --from has "
+                "both; leave them out, or leave --from out"
             )
         if self.learn == "growth" and self.inner != "lstm":
-            raise InputError(f"--learn growth with --inner {self.inner}: of the LSTM only")
+            raise InputError(
+                f"--learn growth with --inner {self.inner}: only the LSTM grows tensors; use "
+                "--inner lstm"
+            )
         if self.init == "pretrained" and self.inner in ("sgd", "adam"):
             raise InputError(
                 f"--inner {self.inner} with --init pretrained: neither has anything to learn; "
@@ -164,20 +201,20 @@ class LearnedSettings:
             )
         if self.init == "pretrained" and self.start.adapted == "head":
             raise InputError(
-                "--adapt-only head with --init pretrained: nothing but the head would ever "
-                "move; use --tune head, or --init maml"
+                "--adapt-only head with --init pretrained: only the head would ever "
+                "change; use --tune head, or --init maml"
             )
         if self.init == "reptile" and self.start.adapted == "head":
             raise InputError(
-                "--init reptile with --adapt-only head: it moves initial values to where "
-                "adaptation ends, and those would stay where they are; use --init maml"
+                "--init reptile with --adapt-only head: Reptile moves the initial values towards "
+                "the adapted ones, and only the head is adapted; use --init maml"
             )
 
     def unrolled(self, unroll: UnrollSettings) -> UnrollSettings:
-        """An unroll's settings with what the initial values need.
+        """The settings of an unroll that also returns what the initial values are learned from.
 
         Raises:
-            InputError: an order or a truncation that they can't be learned with.
+            InputError: initial values can't be learned with this order or truncation.
         """
         kinds: dict[str, Literal["gradient", "displacement"] | None] = {
             "pretrained": None, "maml": "gradient", "reptile": "displacement",
@@ -185,7 +222,7 @@ class LearnedSettings:
         return replace(unroll, initial=kinds[self.init])
 
     def origin_path(self, learner: Learner) -> Path | None:
-        """The rule file that `origin` means where this learner is adapted."""
+        """The rule file that `origin` stands for if this learner is adapted."""
         if self.origin == SHIPPED:
             return shipped_rule(self.start.params(learner).values())
         return None if self.origin is None else Path(self.origin)
@@ -193,39 +230,45 @@ class LearnedSettings:
 
 @dataclass(frozen=True)
 class MetaTrainSettings:
-    """What a run of meta-training does, apart from its data and its classifier.
+    """The settings of a run of meta-training, without its data and its learner.
 
     Attributes:
-        meta_steps: steps of the meta-optimizer.
+        meta_steps: the number of steps of the meta-optimizer.
         unroll: the inner loop and its meta-loss.
-        shortest: each task's number of steps is drawn from shortest .. unroll.steps; None for
-            always the latter. A rule that has seen one horizon only counts on it.
-        tasks_per_meta_step: tasks whose meta-gradients are averaged.
-        meta_lr: Adam's learning rate on the rule's weights, falling to a tenth along a cosine.
-        clip: bound on the norm of each task's meta-gradient (per step): tasks that a
-            rule ruins have gradients a hundred times as large, and would drown all others.
-        judged: share of the steps whose query loss is taken, drawn for each task, weighted so that
-            the sum stays what it is on average; the last is always among them. 0.5 saves a third
-            of a first-order meta-step.
-        loss_scale: each task's support loss is multiplied by a factor drawn log-uniformly from
-            1 / loss_scale .. loss_scale, as clipped gradients and odd losses do later on.
-        calibrated: share of the query loss that is taken at the best temperature:
-            a rule can win plain cross-entropy by confidence, with a head that fits the support set
-            at once and leaves the encoder as it was; this it can win by telling classes apart only.
-        sure_from: the first step at which the rest of that share counts; before it the share is 1:
-            a rule is to tell classes apart at once and may be sure of them later, which lets a head
-            stay small while an encoder learns below it.
-        exact: families of learners (see `Learner.family`) whose meta-gradient is of
-            second order whatever `unroll` says. Only that order sees what a step does to the
-            gradients of later ones, and where few coordinates train it costs little more.
-        hidden_size: of the rule, see `rnnopt.meta.learned.Learned`.
+        shortest: the number of adaptation steps of each task is drawn from
+            shortest .. unroll.steps. None gives every task unroll.steps. A rule that was trained
+            with a single number of steps works well with that number only.
+        tasks_per_meta_step: the number of tasks whose meta-gradients are averaged.
+        meta_lr: Adam's learning rate for the rule's weights. It falls along half a cosine to a
+            tenth.
+        clip: the bound on the norm of each task's meta-gradient, per step. A task on which the rule
+            fails has a gradient a hundred times as large as the others and would outweigh them all.
+        query_share: the share of the steps after which the query loss is computed, above 0 and at
+            most 1. The steps are drawn for each task, the last step is always among them, and the
+            losses are weighted so that the expected meta-loss stays the same. A share of 0.5 saves
+            a third of the time of a first-order meta-step.
+        loss_scale: each task's support loss is multiplied by a factor that is drawn log-uniformly
+            from 1 / loss_scale .. loss_scale. The rule then learns to work with clipped gradients
+            and with losses on other scales.
+        calibrated_share: the share of the query loss that is taken at the best temperature, 0 to 1.
+            A rule can lower plain cross-entropy by confidence alone, with a head that fits the
+            support set at once and an encoder that hardly changes. It lowers the loss at the best
+            temperature only if the classes are told apart better.
+        confidence_from: the first step after which `calibrated_share` counts; before that step the
+            share is 1. The rule then learns to tell classes apart first and to become confident
+            later, so that the head stays small while the encoder below it learns.
+        second_order_for: families of learners (see `Learner.family`) whose meta-gradient is of
+            second order whatever `unroll` says. Only second order takes into account how a step
+            changes the gradients of later steps. It costs little more if few coordinates train.
+        hidden_size: the rule's number of hidden units, see `rnnopt.meta.learned.Learned`.
         learned: the inner rule, the initial values, and how tasks start.
-        seed: of everything random.
-        validate_every: meta-steps between validations; one more at the end.
-        validation_tasks: tasks of one validation, always the same ones.
-        checkpoint_every: meta-steps between checkpoints.
-        until: the run ends at the first validation that meets this requirement, of accuracy and
-            loss after some step, see `rnnopt.tasks.requirement`; None: after all meta-steps.
+        seed: decides everything that is drawn, at least 0.
+        validate_every: the number of meta-steps between validations; the last meta-step is always
+            followed by one.
+        validation_tasks: the number of tasks of a validation, the same ones each time.
+        checkpoint_every: the number of meta-steps between checkpoints.
+        until: a requirement on accuracy and loss after some step, see `rnnopt.tasks.requirement`.
+            The run ends at the first validation that meets it. None runs all meta-steps.
     """
 
     meta_steps: int
@@ -234,11 +277,11 @@ class MetaTrainSettings:
     tasks_per_meta_step: int = 1
     meta_lr: float = 5e-3
     clip: float = 1.0
-    judged: float = 1.0
+    query_share: float = 1.0
     loss_scale: float = 1.0
-    calibrated: float = 0.0
-    sure_from: int = 1
-    exact: tuple[str, ...] = ()
+    calibrated_share: float = 0.0
+    confidence_from: int = 1
+    second_order_for: tuple[str, ...] = ()
     hidden_size: int | None = None
     learned: LearnedSettings = field(default_factory=LearnedSettings)
     seed: int = 0
@@ -258,6 +301,8 @@ class MetaTrainSettings:
             if getattr(self, name) < 1:
                 option = " (--tasks)" if name == "tasks_per_meta_step" else ""
                 raise InputError(f"{name}={getattr(self, name)}{option}: must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed}: must be at least 0")
         if self.shortest is not None and not 1 <= self.shortest <= self.unroll.steps:
             raise InputError(
                 f"shortest unroll of {self.shortest} steps: must lie between 1 and the longest, "
@@ -272,38 +317,43 @@ class MetaTrainSettings:
         for name in ("meta_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: must be positive and finite")
-        if not 0 < self.judged <= 1:
-            raise InputError(f"judged={self.judged}: a share of the steps, above 0 and at most 1")
+        if not 0 < self.query_share <= 1:
+            raise InputError(
+                f"query_share={self.query_share}: must be a share of the steps, above 0 and at "
+                "most 1"
+            )
         if not 1 <= self.loss_scale < math.inf:
             raise InputError(f"loss_scale={self.loss_scale}: must be finite and at least 1")
-        if not 0 <= self.calibrated <= 1:
-            raise InputError(f"calibrated={self.calibrated}: a share, from 0 to 1")
-        if not 1 <= self.sure_from <= self.unroll.steps:
+        if not 0 <= self.calibrated_share <= 1:
             raise InputError(
-                f"sure_from={self.sure_from}: must lie between 1 and the last step, "
+                f"calibrated_share={self.calibrated_share}: must be a share, from 0 to 1"
+            )
+        if not 1 <= self.confidence_from <= self.unroll.steps:
+            raise InputError(
+                f"confidence_from={self.confidence_from}: must lie between 1 and the last step, "
                 f"{self.unroll.steps}"
             )
-        self.learned.unrolled(self.unroll)  # or its refusal would wait for the first unroll
-        if self.exact:
-            self.learned.unrolled(self._exactly())
-        _ = self.requirement  # raises where it can't be read
+        self.learned.unrolled(self.unroll)  # raises now what the first unroll would raise
+        if self.second_order_for:
+            self.learned.unrolled(self._second_order())
+        _ = self.requirement  # raises if it can't be parsed
 
     def unroll_of(self, learner: Learner) -> UnrollSettings:
-        """How the tasks of a learner are unrolled."""
-        if learner.family not in self.exact:
+        """The unroll settings for the tasks of a learner."""
+        if learner.family not in self.second_order_for:
             return self.unroll
-        return self._exactly()
+        return self._second_order()
 
     def share(self, step: int) -> float:
         """The calibrated share of the query loss after step number `step` (from 0)."""
-        return self.calibrated if step + 1 >= self.sure_from else 1.0
+        return self.calibrated_share if step + 1 >= self.confidence_from else 1.0
 
-    def _exactly(self) -> UnrollSettings:
+    def _second_order(self) -> UnrollSettings:
         return replace(self.unroll, order=2, coordinates=None)
 
     @property
     def requirement(self) -> Requirement | None:
-        """`until`, read."""
+        """The parsed `until`."""
         if self.until is None:
             return None
         return Requirement.parse(self.until, VALIDATED, self.unroll.steps)

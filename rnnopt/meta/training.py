@@ -1,8 +1,9 @@
-"""The outer loop: episodes -> meta-loss -> meta-step, with validation, checkpoints and resume.
+"""The outer loop of meta-training: tasks, meta-loss and meta-step, validation and checkpoints.
 
-Everything random is a pure function of (seed, number of the task), so a run that was killed and
-resumed ends with the same weights, bit for bit on CPU, as one that was not. Several processes
-share the tasks out; their number changes only the order in which floats are summed.
+Everything random depends only on the seed and the number of the task. A run that was stopped and
+resumed therefore ends with the same weights as one that was not, bit for bit on a CPU. Several
+processes can share the tasks of a meta-step. Their number changes only the order in which floats
+are added.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +22,59 @@ from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.meta.learned import Learned
-from rnnopt.meta.processes import Team
-from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.processes import Team, check_alike
+from rnnopt.meta.settings import MetaTrainSettings
 from rnnopt.meta.unroll import Unrolled, unroll
 from rnnopt.rules.files import RULE_FILE, can_be_saved, save_rule
 from rnnopt.storage.files import save_tensors
 from rnnopt.storage.run_folder import INIT_FOLDER, RunFolder
 from rnnopt.tasks.adaptation import adapt_and_judge
-from rnnopt.tasks.protocol import TaskSource
+from rnnopt.tasks.protocol import CALIBRATED, TaskSource
 from rnnopt.tasks.requirement import DIGITS
 
-# Heads of validation tasks must not repeat those of meta-training tasks.
+# Validation draws the heads of its tasks with other seeds than meta-training.
 _VALIDATION_HEADS = 1_000_000_000
 
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds beside tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     meta_step: int = 0
     skipped: int = 0
     best_score: float = math.inf
     best_step: int = 0
     seconds: float = 0.0
-    checked_step: int = -1  # the meta-step of the last validation, and its figures
+    checked_step: int = -1  # the meta-step of the last validation; `figures` are its results
     figures: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 class MetaTraining:
     """One run of meta-training in its folder.
 
-    The folder gets ``rule.safetensors`` (the best rule so far by validation tasks, with its
-    config and `training` facts), ``init`` (the initial values that go with it, if they are learned,
-    see `rnnopt.tasks.text.init_folder`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. Of a
-    team's processes rank 0 alone reads and writes it.
+    The folder holds ``rule.safetensors`` (the best rule so far by validation, with its config and
+    the facts of `training`), ``init`` (the initial values that belong to that rule, if they are
+    learned; see `Start.save`), ``log.jsonl``, ``run.json`` and ``checkpoint.safetensors``. If
+    several processes share the run, only the process of rank 0 reads and writes the folder.
 
     Args:
-        train: meta-training tasks.
-        validation: tasks of other classes, which choose the rule.
+        train: the meta-training tasks.
+        validation: other tasks, which choose the best rule.
         settings: see `MetaTrainSettings`.
-        folder: the run's folder; created.
-        facts: JSON-compatible facts that tell this run from others (data, encoder, ...): a
-            resumed run must have the same.
-        training: JSON-compatible facts kept inside the rule file.
-        resume: continue the run in the folder, if there is one; also one that another number of
-            processes began.
-        team: the processes that share the tasks; task k of a meta-step belongs to rank
-            k % team.size.
-        rule: the inner rule itself, in place of the one that the settings name.
+        folder: the run's folder, which is created.
+        facts: JSON-compatible facts that distinguish this run from others, such as its data and its
+            encoder. A run can only be resumed with the same facts.
+        training: JSON-compatible facts that are written into the rule file.
+        resume: continue the run that the folder holds, if it holds one. Another number of processes
+            may have begun it.
+        team: the processes that share the tasks. Task k of a meta-step belongs to the process of
+            rank k % team.size.
+        rule: the inner rule, which replaces the one that the settings name.
 
     Raises:
-        InputError: the folder holds a run and resume is False, or a run with other settings; fewer
-            tasks in a meta-step than processes; the processes differ in facts or kind of device.
+        InputError: the folder holds a run and resume is False, or a run with other settings; there
+            are fewer tasks in a meta-step than processes; or the processes have different facts or
+            kinds of device.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class MetaTraining:
         """Meta-train to the end.
 
         Args:
-            report: called with every log record, on rank 0.
+            report: called with every log record, in the process of rank 0.
 
         Returns:
             The best rule by validation.
@@ -123,28 +125,34 @@ class MetaTraining:
             if last or done % self.settings.checkpoint_every == 0:
                 self._save()
         if self.met:
-            # what meets the requirement is what was asked for, be its loss over all steps higher
+            # this rule meets the requirement, even if another one had a lower validation loss
             self._keep()
             self._save()
         self.learned.load_state_dict(self.best)
         if self.learned.init is not None and not (self.folder.path / INIT_FOLDER).exists():
-            self._save_best()  # a crash came between the old folder and the new one
+            self._save_best()  # an earlier process stopped while it replaced the folder
         return self.rule
 
     @property
     def met(self) -> bool:
-        """Whether the rule as it stands was validated and meets the requirement; False without."""
+        """Whether the last validation is of the present rule and meets the requirement.
+
+        False if there is no requirement.
+        """
         requirement, progress = self.settings.requirement, self.progress
         fresh = progress.checked_step == progress.meta_step
         return requirement is not None and fresh and requirement.met(progress.figures)
 
     def _meta_step(self) -> dict[str, Any]:
-        """One step of the meta-optimizer; a task that is not finite is left out and counted."""
+        """Take one step of the meta-optimizer; return its log record.
+
+        A task whose meta-loss or meta-gradient is not finite is left out and counted as skipped.
+        """
         settings, progress = self.settings, self.progress
         first = progress.meta_step * settings.tasks_per_meta_step
         shared = self.team.share(settings.tasks_per_meta_step)
         results, terms = zip(*(self._term(first + k) for k in shared))
-        # all that follows depends on pooled values only: everyone decides alike
+        # from here on, all processes have the same values and take the same decisions
         meta_loss, norm, finite = self._take(self.team.sum(torch.stack(terms).sum(dim=0)))
         if finite:
             for group in self.meta_optimizer.param_groups:
@@ -162,17 +170,19 @@ class MetaTraining:
         }
 
     def _term(self, number: int) -> tuple[Unrolled, Tensor]:
-        """Unroll task `number`; what it adds to the sums of the meta-step.
+        """Unroll task `number`; return the unroll, and the task's term in the meta-step's sums.
 
-        These are its clipped meta-gradient of all P weights, its meta-loss, the norm of its
-        meta-gradient before it was clipped, and 1: all per step and relative to the loss
-        of a guess, so that long tasks and those of many classes count like others; or zeros
-        where anything is not finite. (P + 3,), float64, so that their order, which the number of
-        processes decides, is all but lost in rounding to float32.
+        The term is a vector (P + 3,): the clipped meta-gradient of all P weights, the meta-loss,
+        the norm of the meta-gradient before clipping, and 1, which counts the task. All but the
+        last are divided by the number of steps and by the task's `loss_unit`, so that tasks of any
+        length and number of classes count alike. The term is 0 if a value is not finite.
+
+        The sums are taken in float64. The order of the terms depends on the number of processes,
+        and its effect is almost lost when the sum is rounded to float32.
         """
         self.meta_optimizer.zero_grad()
         result, guess = self._unroll(number)
-        # a task that doesn't depend on the rule leaves no gradient, which is one of zero
+        # a task that does not depend on the rule has no gradient, which counts as 0
         weights = list(self.learned.parameters())
         unit = len(result.query_losses) * guess
         grads = [torch.zeros_like(w) if w.grad is None else w.grad.div_(unit) for w in weights]
@@ -183,10 +193,13 @@ class MetaTraining:
         return result, torch.cat([gradient, gradient.new_tensor([meta_loss, norm, 1.0])])
 
     def _take(self, total: Tensor) -> tuple[float, float, int]:
-        """Take the meta-gradient, a mean over tasks, from the sums (see `_term`).
+        """Set the meta-gradient to the mean over tasks, from the sums of the terms.
+
+        Args:
+            total: the sum of the terms, see `_term`.
 
         Returns:
-            Meta-loss and norm, means as well, and the number of tasks.
+            The means of the meta-loss and of the norm, and the number of tasks that were finite.
         """
         weights = list(self.learned.parameters())
         *parts, plain = torch.split(total, [*(weight.numel() for weight in weights), 3])
@@ -198,7 +211,7 @@ class MetaTraining:
         return meta_loss / tasks, norm / tasks, round(finite)
 
     def _unroll(self, number: int) -> tuple[Unrolled, float]:
-        """Unroll task `number`, adding to the meta-gradient; also the loss of a guess at it."""
+        """Unroll task `number`, which adds its meta-gradient; also return its `loss_unit`."""
         settings = self.settings
         task, learner = self.train.load(number), self.train.learner_of(number)
         self.start.begin(learner, task, seed=settings.seed + number)
@@ -213,26 +226,30 @@ class MetaTraining:
             self.start.optimizer(learner, self.rule),
             lambda module, step: scale * task.support_loss(module, step),
             lambda module, step: task.query_loss(module, step, settings.share(step)),
-            _thinned(unrolled, settings.judged, generator),
+            unrolled.thinned(settings.query_share, generator),
             seed=number,
         )
         self.learned.accumulate(result, learner, task)
         return result, task.loss_unit
 
     def _meta_lr(self, peak: float) -> float:
-        """From the highest learning rate to a tenth of it along half a cosine."""
+        """The learning rate of this meta-step: half a cosine from the peak to a tenth of it."""
         done = self.progress.meta_step / self.settings.meta_steps
         return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def _validate(self) -> dict[str, Any]:
-        """Score the rule on the validation tasks by what judges it in training; keep the best.
+        """Score the rule on the validation tasks, and keep it if it is the best so far.
 
-        The score is the mean over all steps of the query loss with its calibrated share.
+        The score is the query loss of meta-training, with its calibrated share, as a mean over all
+        steps.
+
+        Returns:
+            The part of a log record that describes the validation.
         """
         budgets = range(1, self.settings.unroll.steps + 1)
         metrics = self.validation.metrics
         names = ["loss", *(n for n in metrics if n != "loss" and not metrics[n].tuned_by)]
-        # (tasks, budgets, figures): everyone fills rows of its own, the sum fills all
+        # (tasks, budgets, figures): each process fills its own rows, and the sum has all rows
         table = torch.zeros(
             self.settings.validation_tasks, len(budgets), len(names) + 1, dtype=torch.float64
         )
@@ -241,8 +258,10 @@ class MetaTraining:
             self.start.begin(learner, task, _VALIDATION_HEADS + number)
             optimizer = self.start.optimizer(learner, self.rule)
             scores = adapt_and_judge(learner, optimizer, task, budgets).scores
+            for at_budget in scores.values():
+                self.validation.check_scores(at_budget)
             rows = [[scores[b][name] for name in names] for b in budgets]
-            tempered = [scores[b].get("calibrated", scores[b]["loss"]) for b in budgets]
+            tempered = [scores[b].get(CALIBRATED, scores[b]["loss"]) for b in budgets]
             table[number] = torch.tensor([[*r, c] for r, c in zip(rows, tempered)])
         means = self.team.sum(table).mean(dim=0)  # (budgets, figures)
         loss, calibrated = means[:, 0], means[:, -1]
@@ -263,7 +282,7 @@ class MetaTraining:
         }
 
     def _keep(self) -> None:
-        """Take what is learned, as it stands, for the best."""
+        """Record the present rule and initial values as the best."""
         self.progress.best_step = self.progress.meta_step
         self.best = {name: leaf.clone() for name, leaf in self.learned.state_dict().items()}
         self._save_best()
@@ -274,7 +293,7 @@ class MetaTraining:
             file = self.folder.path / RULE_FILE
             if can_be_saved(self.rule):
                 save_rule(self.rule, file, training)
-            else:  # a user's own kind, which only they can build again
+            else:  # a rule of the user's own class, which `load_rule` can't build
                 save_tensors(file, self.rule.state_dict(), {"training": training})
             if self.learned.init is not None:
                 folder = self.folder.path / INIT_FOLDER
@@ -286,9 +305,9 @@ class MetaTraining:
         self.team.together(self._check_tasks)
         device = {"device": self.device.type}
         everyone = self.team.gather({**facts, **device})
-        self.team.together(lambda: _check_alike(everyone))
+        self.team.together(lambda: check_alike(everyone))
         checkpoint = self.team.first(lambda: self.folder.open(facts, resume, self._restore))
-        if checkpoint and self.team.rank > 0:  # the folder may not be on this machine
+        if checkpoint and self.team.rank > 0:  # another machine may not see the folder
             self._restore(*checkpoint)
 
     def _check_tasks(self) -> None:
@@ -325,38 +344,12 @@ class MetaTraining:
             report(record)
 
 
-def _thinned(
-    settings: UnrollSettings, share: float, generator: np.random.Generator
-) -> UnrollSettings:
-    """Judge the last step and about `share` of the others, with weights that make up for it."""
-    if share == 1:
-        return settings
-    drawn = generator.random(settings.steps - 1) < share
-    weights = [settings.weight(t) * float(kept) / share for t, kept in enumerate(drawn)]
-    return replace(settings, step_weights=[*weights, settings.weight(settings.steps - 1)])
-
-
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)
     }
 
 
-def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
-    """Refuse processes that would not work on the same run; given by rank."""
-    for rank, facts in enumerate(everyone):
-        other = [
-            f"{name}: {everyone[0].get(name)!r} in process 0, {facts.get(name)!r} in process {rank}"
-            for name in sorted({*everyone[0], *facts})
-            if everyone[0].get(name) != facts.get(name)
-        ]
-        if other:
-            raise InputError(
-                f"the processes of this run differ ({'; '.join(other)}); give all the same "
-                "command, data, encoder and kind of device"
-            )
-
-
 def finite_or_none(losses: Sequence[float]) -> list[float | None]:
-    """Losses to 5 digits for a JSON file, which has no NaN and no infinity."""
+    """Round losses to 5 digits; None replaces NaN and infinity, which JSON does not have."""
     return [round(x, DIGITS) if math.isfinite(x) else None for x in losses]

@@ -1,10 +1,11 @@
-"""Unrolled adaptation: T steps of a `LearnedOptimizer`, and the meta-gradient of what they reach.
+"""Unrolled adaptation: T steps of a `LearnedOptimizer`, and the gradient of the meta-loss.
 
-The meta-loss is the recurrent learner's cumulative loss,
-``sum_t weight_t * (query_weight * query_loss(theta_t) + support_weight * support_loss(theta_t))``
-over the parameters theta_1 .. theta_T after each step. Its gradient is *added* to ``.grad`` of the
-rule's weights, so tasks sum up as they do in ordinary training. On demand it is also taken with
-respect to the initial parameters theta_0, as MAML does, and returned.
+The meta-loss is a weighted sum of losses after each step (Andrychowicz et al. 2016,
+arXiv:1606.04474), where theta_t are the parameters after t steps:
+``sum_t weight_t * (query_weight * query_loss(theta_t) + support_weight * support_loss(theta_t))``.
+Its gradient is *added* to ``.grad`` of the rule's weights, so that the gradients of several tasks
+add up, as those of batches do in ordinary training. The gradient with respect to the initial
+parameters theta_0, which MAML needs, is returned on request.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from rnnopt.optim.optimizer import LearnedOptimizer, trainable
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.tasks.protocol import LossFunction
 
-# The rule's graph between two cuts, where the number of coordinates is not set: it holds every
-# coordinate of LoRA over 10 steps, and does not grow with the steps beyond that.
+# The size of the rule's graph between two cuts, if the number of coordinates is not set. It is
+# enough for every coordinate of LoRA over 10 steps; with more steps, fewer coordinates are kept.
 GRAPH_BYTES = 72 * 2**20
-# Kept a coordinate and step beside the rule's memory: parameter, gradient, change and slope.
+# Bytes for each coordinate and step beside the rule's state: parameter, gradient, update and
+# gradient of the meta-loss.
 _OTHER_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """What an unroll measured.
+    """The result of an unroll.
 
     Attributes:
-        support_losses: (T,) before each step, nats per example.
-        query_losses: (T,) after each step; NaN where query_weight or the step's weight is 0.
+        support_losses: (T,), before each step, in the unit of the loss.
+        query_losses: (T,), after each step; NaN if query_weight or the weight of the step is 0.
         meta_loss: the weighted sum that was differentiated.
-        initial: see `UnrollSettings.initial`, by the parameter's name in the model.
+        initial: for each parameter name, what `UnrollSettings.initial` asks for.
     """
 
     support_losses: Tensor
@@ -59,22 +61,25 @@ def unroll(
     """Adapt, add the meta-gradient to the rule's ``.grad``, and put everything back.
 
     Args:
-        model: the model, at its initial parameters; back there, bitwise, when this returns.
-        optimizer: steps its parameters; its own state is the start and stays as it is.
+        model: the model, at its initial parameters. It has the same parameters, bit for bit, when
+            this function returns.
+        optimizer: the optimizer that steps its parameters. The steps begin with a copy of its
+            state; the state itself does not change.
         support_loss: the loss that adaptation descends.
-        query_loss: the loss that judges it.
+        query_loss: the loss after each step.
         settings: see `UnrollSettings`.
         seed: decides which coordinates are sampled.
 
     Returns:
-        The losses along the way.
+        The losses, and the gradient or displacement of the initial parameters.
 
     Raises:
-        InputError: second order with gradient checkpointing on; a rule with frozen weights;
-            nothing that trains.
+        InputError: gradient checkpointing is on with second order, the rule's weights are frozen,
+            or no parameter trains.
 
     Warns:
-        RuntimeWarning: second order whose graph will not fit into memory, after the first step.
+        RuntimeWarning: the graph of second order will not fit into memory. The warning comes after
+            the first step.
     """
     _check_weights(optimizer.rule)
     if not any(True for _ in trainable(optimizer)):
@@ -97,12 +102,12 @@ def unroll(
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that take a gradient, by name."""
+    """The parameters that require a gradient, by name."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def _check_weights(rule: UpdateRule) -> None:
-    """A classical rule has no weights and can be unrolled; frozen ones are a mistake."""
+    """Refuse a rule whose weights are all frozen; a classical rule has none and is accepted."""
     weights = list(rule.parameters()) if isinstance(rule, nn.Module) else []
     if weights and not any(weight.requires_grad for weight in weights):
         raise InputError(
@@ -119,13 +124,13 @@ def _first_order(
     settings: UnrollSettings,
     seed: int,
 ) -> Unrolled:
-    """First order without the model's graph.
+    """First order, without the graph of the model.
 
-    With inputs constant, theta_t depends on the rule's weights only through the changes
-    delta_0 .. delta_{t-1} that were added, so the meta-gradient is
-    ``sum_s < sum_{t > s} dL/dtheta_t , d delta_s / dw >``: every dL/dtheta_t is an ordinary
-    gradient whose graph is gone before the next one is made, and only the rule's graph is kept.
-    The inner products are sums over coordinates, which a sample of them estimates.
+    The inputs of the rule are constants. theta_t then depends on the rule's weights w only through
+    the updates delta_0 .. delta_{t-1} that were added, and the meta-gradient is
+    ``sum_s < sum_{t > s} dL/dtheta_t , d delta_s / dw >``. Each dL/dtheta_t is an ordinary
+    gradient, whose graph is freed before the next one is computed. Only the graph of the rule is
+    kept. The inner products are sums over coordinates, which a sample of coordinates estimates.
     """
     groups, tensors = zip(*trainable(optimizer))
     runner = _runner(optimizer, tensors)
@@ -156,21 +161,21 @@ def _first_order(
 
 
 class _InitialGradient:
-    """The first-order meta-gradient of the initial values: the sum of the slopes.
+    """The first-order meta-gradient of the initial values: the sum of dL/dtheta_t over steps.
 
     Attributes:
-        tensors: whose slopes are wanted: those that are stepped, then, if the initial gradient is
-            asked for, those that only the model has.
+        tensors: the parameters for which dL/dtheta_t is computed: those that are stepped, and
+            after them, if the initial gradient is requested, the other parameters of the model.
     """
 
     def __init__(
         self, model: nn.Module, stepped: Sequence[Tensor], settings: UnrollSettings
     ) -> None:
         self._named = _named(model) if settings.initial == "gradient" else {}
-        known = set(map(id, stepped))
+        already = set(map(id, stepped))
         self.tensors = [
             *stepped,
-            *(param for param in self._named.values() if id(param) not in known),
+            *(param for param in self._named.values() if id(param) not in already),
         ]
         self._sums = [torch.zeros_like(param) for param in self.tensors if self._named]
 
@@ -191,10 +196,10 @@ def _step(
     grads: Sequence[Tensor | None],
     samples: Sequence[Sample],
 ) -> list[Tensor | None]:
-    """Step all coordinates; what the rule added to the sampled ones, with its graph."""
+    """Step all coordinates; return the updates of the sampled ones, with the rule's graph."""
     touched = [i for i, grad in enumerate(grads) if grad is not None]
     work = [(groups[i], tensors[i], cast(Tensor, grads[i])) for i in touched]
-    # before the parameters change in place
+    # copies, because the parameters change in place
     seen = [samples[i].pick(param, grad) for i, (_, param, grad) in zip(touched, work)]
     changes: list[Tensor | None] = [None] * len(tensors)
     for i, (param, grad), sums in zip(touched, seen, runner.apply(work)):
@@ -203,7 +208,7 @@ def _step(
 
 
 def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOptimizer:
-    """A twin that steps the same parameters from a copy of the optimizer's state."""
+    """A second optimizer of the same parameters, with a copy of the optimizer's state."""
     runner = LearnedOptimizer(
         list(tensors),
         optimizer.rule,
@@ -212,14 +217,14 @@ def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOp
     )
     for param in tensors:
         memory = runner.init_state(param)
-        known = optimizer.state.get(param) or {}
-        # what the guard keeps beside it is no part of the rule
-        runner.state[param] = {name: known.get(name, leaf).clone() for name, leaf in memory.items()}
+        kept = optimizer.state.get(param) or {}
+        # the guard keeps further state, which does not belong to the rule
+        runner.state[param] = {name: kept.get(name, leaf).clone() for name, leaf in memory.items()}
     return runner
 
 
 def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
-    """How many coordinates carry the meta-gradient: as set, or as many as `GRAPH_BYTES` hold."""
+    """The number of coordinates in the settings, or as many as fit into `GRAPH_BYTES`."""
     if settings.coordinates is not None:
         return settings.coordinates
     param, state = next(iter(runner.state.items()))
@@ -229,7 +234,7 @@ def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
 
 @dataclass(frozen=True)
 class _Judgement:
-    """The meta-loss's term after one step: its value and its slope in each parameter."""
+    """The meta-loss's term after one step, and its gradient in each parameter (``slopes``)."""
 
     value: float
     query: Tensor
@@ -258,7 +263,7 @@ def _meta_term(
     settings: UnrollSettings,
     t: int,
 ) -> tuple[Tensor, Tensor]:
-    """The meta-loss's term after step t, and the query loss in it (detached; NaN if unweighted)."""
+    """The meta-loss's term after step t, and its query loss, detached; NaN without a weight."""
     terms = []
     query = torch.tensor(float("nan"))
     if settings.query_weight:
@@ -271,7 +276,7 @@ def _meta_term(
 
 
 class _Segment:
-    """The steps between two cuts: their changes, with the rule's graph, and the slopes."""
+    """The steps between two cuts: the updates, with the rule's graph, and dL/dtheta_t."""
 
     def __init__(self, tensors: int) -> None:
         self._changes: list[list[Tensor | None]] = [[] for _ in range(tensors)]
@@ -283,7 +288,7 @@ class _Segment:
             self._slopes[i].append(slope)
 
     def backward(self) -> None:
-        """Pull the slopes back through the changes into the rule's weights."""
+        """Backpropagate dL/dtheta_t through the updates into the rule's weights."""
         outputs, pulls = [], []
         for changes, slopes in zip(self._changes, self._slopes):
             pull: Tensor | None = None
@@ -309,7 +314,7 @@ def _through_higher(
     With order 2 the meta-gradient is exact. With order 1, for a rule with tensor-wise state, what
     the rule is fed is constant; its own graph, across tensors, is kept as a whole.
     """
-    from rnnopt.meta.differentiable import higher  # here: first-order users need not have it
+    from rnnopt.meta.differentiable import higher  # heavy, and not always needed
 
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError(
@@ -319,13 +324,7 @@ def _through_higher(
     rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
-    device = next(model.parameters()).device
-    before = used_bytes(device)
-    if settings.initial == "displacement":
-        raise InputError(
-            f"initial='displacement' (Reptile) with a {type(optimizer.rule).__name__}, which keeps "
-            "a state for each tensor as a whole; use initial='gradient'"
-        )
+    before = used_bytes(device := next(model.parameters()).device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         stepper.first_order = settings.order == 1
         segment: list[Tensor] = []
@@ -349,7 +348,7 @@ def _through_higher(
             if t == 0:
                 warn_if_too_large(before, settings.kept_steps - 1, device)
             if settings.cut_after(t):
-                # a classical rule has no inputs, and can be unrolled all the same
+                # a classical rule has no weights, so there may be no inputs
                 if inputs and segment:
                     torch.autograd.backward(torch.stack(segment).sum(), inputs=inputs)
                 segment = []
@@ -358,14 +357,17 @@ def _through_higher(
             name: torch.zeros_like(start) if start.grad is None else start.grad
             for name, start in initial.items()
         }
+        if settings.initial == "displacement":
+            ends = dict(zip(dict(model.named_parameters()), fmodel.fast_params))
+            gradient = {name: (start - ends[name]).detach() for name, start in initial.items()}
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss, gradient)
 
 
 def _cut(fmodel: Any, stepper: Any) -> None:
-    """End the graph here, and let go of what lies before.
+    """Cut the graph here and free the part before it.
 
-    `higher` keeps every step's parameters in a list of its own; detaching the newest alone frees
-    nothing.
+    `higher` keeps the parameters of every step in a list. Detaching the newest ones alone would
+    free nothing.
     """
     fresh = [param.detach().requires_grad_(param.requires_grad) for param in fmodel.fast_params]
     fmodel._fast_params.clear()

@@ -45,6 +45,7 @@ TENSOR_FEATURES = 26
 SIGNED, EVEN = 3, 5  # inputs of the coordinate-wise LSTM besides its own cell
 # Scalar leaves of the tensor-wise state that every step replaces, in the order of the context.
 _SCALARS = ("step", "first_rms", "last_rms", "last_rate", "first_decrease", "unit", "fallen")
+_SIZES = {"tensor_units": 1, "coordinate_units": 0, "message_units": 1}  # and the least of each
 _VECTORS = ("hidden", "memory")  # of the tensor-wise LSTM, (U,)
 
 
@@ -128,11 +129,8 @@ class TwoLevelLSTM(nn.Module):
         self, tensor_units: int = 24, coordinate_units: int = 4, message_units: int = 8
     ) -> None:
         super().__init__()
-        for name, size, least in (
-            ("tensor_units", tensor_units, 1),
-            ("coordinate_units", coordinate_units, 0),
-            ("message_units", message_units, 1),
-        ):
+        sizes = (tensor_units, coordinate_units, message_units)
+        for (name, least), size in zip(_SIZES.items(), sizes):
             if not least <= size <= 1024:
                 raise InputError(f"{name}={size}: must lie between {least} and 1024")
         self.tensor_units, self.coordinate_units = tensor_units, coordinate_units
@@ -146,10 +144,9 @@ class TwoLevelLSTM(nn.Module):
             self.gates_context = nn.Linear(tensor_units, 3 * H, bias=False)
             self.candidate = nn.Linear(SIGNED + H, H, bias=False)
             self.coordinate_output = nn.Linear(H, 1, bias=False)
-            with torch.no_grad():
-                self.gates.bias[H : 2 * H] += torch.linspace(0, 3, H)  # short and long memory
-                self.candidate.weight.abs_()
-                self.coordinate_output.weight.fill_(1 / H)
+            self.gates.bias.data[H : 2 * H] += torch.linspace(0, 3, H)  # short and long memory
+            self.candidate.weight.data.abs_()
+            self.coordinate_output.weight.data.fill_(1 / H)
         self.zero_output()
 
     @torch.no_grad()
@@ -167,8 +164,7 @@ class TwoLevelLSTM(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values."""
-        names = ("tensor_units", "coordinate_units", "message_units")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _SIZES}
 
     def treats_as_matrix(self, shape: Sequence[int]) -> bool:
         """Whether directions of this shape are orthogonalised: matrices with a narrow side."""
@@ -209,7 +205,7 @@ class TwoLevelLSTM(nn.Module):
 
     def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """`Sums` over a tensor or a shard of it, (..., M); those of its shards add up."""
-        return self.observe(*self._cast(grad, param), state)[0]
+        return self.observe(self._cast(grad), self._cast(param), state)[0]
 
     def observe(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, Observed]:
         """The statistics (..., M), and the coordinates with their state advanced."""
@@ -364,7 +360,7 @@ class TwoLevelLSTM(nn.Module):
         transform: MatrixTransform | None = None,
     ) -> tuple[Tensor, State]:
         """As `rnnopt.rules.protocol.MatrixRule.__call__`; the update is that of the class."""
-        grad, param = self._cast(grad, param)
+        grad, param = self._cast(grad), self._cast(param)
         statistics, seen = self.observe(grad, param, state)
         if context is None:
             alone = {name: state[name].unsqueeze(0) for name in (*self.leaves, *_VECTORS)}
@@ -379,7 +375,7 @@ class TwoLevelLSTM(nn.Module):
         live = (seen.square > 0).to(grad.dtype)
         update = live * (torch.expm1(d.growth) * param - d.rate * step)
         scalars = context[..., count : count + len(_SCALARS)].unbind(-1)
-        hidden, memory = context[..., -2 * units :].split(units, -1)
+        hidden, memory = context[..., -2 * units : -units], context[..., -units:]
         return update, {
             "m": seen.moment, "v": seen.square, "change": update, "cell": seen.cell,
             "slope": (update * grad).sum(-1), "rows": state["rows"], "columns": state["columns"],
@@ -389,10 +385,9 @@ class TwoLevelLSTM(nn.Module):
     # 0-d leaves that `cross_tensor_context` reads, beside those of the LSTM
     leaves = ("rows", "columns", *_SCALARS)
 
-    def _cast(self, *tensors: Tensor) -> list[Tensor]:
+    def _cast(self, tensor: Tensor) -> Tensor:
         """In the dtype of the rule's weights, within bounds whose squares can be summed."""
-        dtype = self.output.weight.dtype
-        return [tensor.to(dtype).clamp(-BOUND, BOUND) for tensor in tensors]
+        return tensor.to(self.output.weight.dtype).clamp(-BOUND, BOUND)
 
 
 def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: atomic files, run folders, provenance."""
+"""Files on disk: atomic writes, run folders, and the provenance of results."""

@@ -1,7 +1,8 @@
-"""Files that rnnopt writes: atomically, and as safetensors; read as data only."""
+"""Atomic writes, and safetensors files with facts in JSON. Reading a file never runs code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 from torch import Tensor
@@ -21,10 +23,10 @@ _ABOUT = "rnnopt"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+    """Write a file so that it has the old or the new content at any time, also after a crash.
 
     Raises:
-        InputError: the folder can't be written to, or the disk is full.
+        InputError: the folder is not writable, or the disk is full.
     """
     temporary = None
     try:
@@ -34,7 +36,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # a temporary file is private by default, results are not
+        temporary.chmod(
+            0o644
+        )  # a temporary file is private by default; a result should be readable
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -48,10 +52,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def claim_folder(folder: Path) -> None:
-    """Make an output folder, or take one that is empty.
+    """Create an output folder, or accept an existing one that is empty.
 
     Raises:
-        InputError: it holds something, or can't be made.
+        InputError: the folder is not empty, or can't be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,13 +69,13 @@ def claim_folder(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically; the same content is the same bytes.
+    """Write a safetensors file atomically. The same content always gives the same bytes.
 
     Args:
         path: the file.
-        tensors: its tensors.
-        about: JSON-compatible facts on them. They are one entry of the file's metadata, since
-            safetensors writes several in no particular order.
+        tensors: the tensors by name.
+        about: JSON-compatible facts on the tensors. They form a single entry of the file's
+            metadata, because safetensors writes several entries in no particular order.
 
     Raises:
         InputError: see `write_atomically`.
@@ -80,11 +84,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
 
 
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """12 hexadecimal digits that differ between tensors of other names or values."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(tensors.items()):
+        digest.update(name.encode())
+        content = leaf.detach().cpu().contiguous().reshape(-1)
+        digest.update(content.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: the tensors, on CPU, and the facts; {} if there are none.
+    """Read a file that `save_tensors` wrote.
+
+    Returns:
+        The tensors, on the CPU, and the facts, which are empty if the file has none.
 
     Raises:
-        InputError: the file is missing, unreadable, truncated, or no safetensors file.
+        InputError: the file is missing, unreadable, truncated, or not a safetensors file.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Where a result is from: versions, options and data, kept in its folder as ``provenance.json``."""
+"""The origin of a result: versions, options and data, in ``provenance.json`` of its folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from rnnopt.storage.files import write_atomically
 
 PROVENANCE_FILE = "provenance.json"
 _PACKAGES = ("torch", "transformers", "peft", "higher", "numpy", "safetensors")
-_NO_OPTIONS = {"run", "command"}  # what argparse's namespace holds beside options
+_NO_OPTIONS = {"run", "command"}  # entries of argparse's namespace that are not options
 
 
 def versions() -> dict[str, str]:
-    """Of rnnopt, Python and the libraries that decide what a run computes; absent ones are left
-    out."""
+    """The versions of rnnopt, Python and the libraries that affect the results of a run.
+
+    Libraries that are not installed are left out.
+    """
     found = {"rnnopt": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -34,13 +36,13 @@ def versions() -> dict[str, str]:
 def write_provenance(
     folder: Path, options: Namespace, data: Mapping[str, Any], meta_step: int = 0
 ) -> None:
-    """Write the file, or add to it that the run was taken up again.
+    """Write ``provenance.json``, or add an entry to it if the run is resumed.
 
     Args:
-        folder: of the run.
-        options: of the command.
-        data: JSON-compatible facts on the data, fingerprints among them.
-        meta_step: where this start begins.
+        folder: the folder of the run.
+        options: the options of the command.
+        data: JSON-compatible facts on the data, with its fingerprints.
+        meta_step: the meta-step at which the run is started or resumed.
 
     Raises:
         InputError: see `rnnopt.storage.files.write_atomically`.
@@ -60,7 +62,7 @@ def write_provenance(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is none, or nothing that could be one."""
+    """The object in a JSON file; {} if there is no file, or if it holds no JSON object."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

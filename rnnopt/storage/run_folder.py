@@ -1,4 +1,4 @@
-"""The folder of a run of meta-training: what run it is, its log, its checkpoint."""
+"""The folder of a run of meta-training: its settings, its log and its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 INIT_FOLDER = "init"  # learned initial values, beside the rule
 
-# tensors, on CPU, and JSON-compatible facts, among them "meta_step"
+# tensors, on the CPU, and JSON-compatible facts with the key "meta_step"
 Checkpoint: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class RunFolder:
-    """One run's ``run.json``, ``log.jsonl`` and ``checkpoint.safetensors``.
+    """The files of one run: ``run.json``, ``log.jsonl`` and ``checkpoint.safetensors``.
 
     Args:
-        path: the folder; nothing is touched before `open`.
+        path: the folder. Nothing is read or written before `open`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,19 +38,19 @@ class RunFolder:
         resume: bool,
         restore: Callable[[dict[str, Tensor], dict[str, Any]], None],
     ) -> Checkpoint | None:
-        """Begin a run in the folder, or take up the one it holds.
+        """Begin a run in the folder, or resume the one that it holds.
 
         Args:
-            facts: JSON-compatible facts that tell this run from others.
+            facts: JSON-compatible facts that distinguish this run from others.
             resume: continue the run in the folder, if there is one.
-            restore: takes the checkpoint up, if there is one.
+            restore: called with the checkpoint, if there is one.
 
         Returns:
-            The checkpoint.
+            The checkpoint; None if there is none.
 
         Raises:
-            InputError: the folder holds a run and resume is False, a run with other facts, a
-                damaged run, or something else.
+            InputError: the folder holds a run and resume is False; it holds a run with other facts
+                or a damaged run; or it holds other files.
         """
         facts = dict(json.loads(json.dumps(facts)))
         run_file = self.path / RUN_FILE
@@ -59,8 +59,8 @@ class RunFolder:
             claim_folder(self.path)
         elif not resume:
             raise InputError(
-                f"{self.path} already holds a run; add --resume to continue it, or choose "
-                "another --output"
+                f"{self.path} already holds a run; add --resume to continue it (in Python "
+                "resume=True), or choose another --output"
             )
         else:
             checkpoint = self._take_up(facts, restore)
@@ -79,7 +79,7 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise InputError(
-                f"can't write {path}: {error.strerror}; mend it, then go on with --resume"
+                f"can't write {path}: {error.strerror}; solve this, then continue with --resume"
             ) from error
 
     def save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ class RunFolder:
         return checkpoint
 
     def _trim_log(self, meta_step: int) -> None:
-        """Drop the log's lines from after the checkpoint: they will be written again."""
+        """Remove the lines of the log after the checkpoint, which will be written again."""
         path = self.path / LOG_FILE
         begun = meta_step > 0
         lines = path.read_text().splitlines(keepends=True) if begun and path.exists() else []
@@ -120,8 +120,7 @@ class RunFolder:
         write_atomically(path, "".join(kept).encode())
 
     def _check_same_run(self, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-        # more meta-steps, or a stricter requirement, continue the same run; checkpoints may come
-        # at any rate
+        # these settings may change when a run is resumed
         free = {"meta_steps", "checkpoint_every", "until"}
         other = [
             f"{name}: {saved.get(name)!r} there, {facts.get(name)!r} here"
@@ -136,7 +135,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The meta-step of a log line; a line cut off by a crash belongs to no step."""
+    """The meta-step of a line of the log; infinity for a line that a crash cut off."""
     try:
         return float(json.loads(line)["meta_step"])
     except (ValueError, KeyError):

@@ -1,1 +1,1 @@
-"""What is adapted: episodes, requirements, and one room for each field."""
+"""What is adapted: the task protocol, episodes, requirements, and one package for each field."""

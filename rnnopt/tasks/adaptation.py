@@ -1,4 +1,4 @@
-"""A run of adaptation to a task, judged along the way."""
+"""Adaptation to a task, with scores on its query set along the way."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
+from rnnopt.errors import InputError
 from rnnopt.tasks.protocol import Learner, Scores, Task
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a run of adaptation reached.
+    """The result of one adaptation.
 
     Attributes:
-        scores: the figures on the query set at each budget of steps.
-        seconds_per_step: forward, backward and step, without judging.
-        undone: steps that the optimizer took back, see `LearnedOptimizer.undone`.
+        scores: the figures on the query set, by the number of steps after which they were taken.
+        seconds_per_step: mean time of forward pass, backward pass and step, without the scoring.
+        undone: the number of steps that the optimizer took back, see `LearnedOptimizer.undone`.
     """
 
     scores: dict[int, Scores]
@@ -30,18 +31,22 @@ class Adaptation:
 def adapt_and_judge(
     learner: Learner, optimizer: torch.optim.Optimizer, task: Task, budgets: Collection[int]
 ) -> Adaptation:
-    """Take steps on a task's support loss, and judge at each budget of steps.
+    """Take steps on a task's support loss, and score the module on the query set at each budget.
 
     Args:
-        learner: at its starting values for this task; adapted when this returns.
-        optimizer: over the learner's trainable parameters; one that has `eval` and `train` is
-            judged in the state of `eval`.
+        learner: the learner, at its starting values for this task. It is adapted in place.
+        optimizer: the optimizer of the parameters to adapt. If it has `eval` and `train`, as
+            Schedule-Free optimizers do, the module is scored in the state of `eval`.
         task: the task.
-        budgets: numbers of steps, 1 or more.
+        budgets: the numbers of steps to score at, each at least 1.
 
     Returns:
         The scores and the time.
+
+    Raises:
+        InputError: there is no budget, or one is below 1.
     """
+    check_budgets(budgets)
     scores, seconds = {}, 0.0
     for step in range(1, max(budgets) + 1):
         started = time.perf_counter()
@@ -49,24 +54,38 @@ def adapt_and_judge(
         torch.autograd.backward(task.support_loss(learner.module, step - 1))
         optimizer.step()
         if learner.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(learner.device)
         seconds += time.perf_counter() - started
         if step in budgets:
-            with _judged_point(optimizer):
+            with _evaluation_point(optimizer):
                 scores[step] = task.scores(learner.module)
     return Adaptation(scores, seconds / max(budgets), getattr(optimizer, "undone", 0))
 
 
+def check_budgets(budgets: Collection[int]) -> None:
+    """Check the numbers of steps to score at.
+
+    Raises:
+        InputError: there is none, or one is below 1.
+    """
+    if not budgets or min(budgets) < 1:
+        raise InputError(
+            f"budgets={tuple(budgets)}: give at least one number of steps, each at least 1"
+        )
+
+
 @contextmanager
-def _judged_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let an optimizer show the parameters that it answers for, if it steps from others.
+def _evaluation_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Switch an optimizer that has a separate evaluation point to it, and back.
 
     Schedule-Free optimizers (Defazio et al. 2024, arXiv:2405.15682) take gradients at one point and
-    judge another, an average; they switch by `eval` and `train`.
+    are evaluated at another, an average. Their `eval` and `train` switch between the two.
     """
     switches = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
     if switches:
         optimizer.eval()  # type: ignore[attr-defined]
-    yield
-    if switches:
-        optimizer.train()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if switches:
+            optimizer.train()  # type: ignore[attr-defined]

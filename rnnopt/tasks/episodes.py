@@ -1,4 +1,4 @@
-"""Episodes out of a corpus: N-way K-shot tasks, each a function of seed and index alone.
+"""Episodes from a corpus: N-way K-shot tasks, each of which depends on seed and index only.
 
 Shapes: N ways (classes), K shots (support texts of each class), Q queries (of each class).
 """
@@ -18,14 +18,14 @@ from rnnopt.errors import InputError
 
 @dataclass(frozen=True)
 class Episode:
-    """A task: a support set to adapt on, a disjoint query set to judge by, both shuffled.
+    """A task: a support set to adapt to, and a disjoint query set to score on, both shuffled.
 
-    Args:
+    Attributes:
         support: indices of texts in the corpus, (N*K,) int64.
         support_labels: their labels, 0 to N - 1, (N*K,) int64.
         query: indices of texts in the corpus, (N*Q,) int64.
         query_labels: their labels, (N*Q,) int64.
-        classes: label i stands for classes[i]; the order is the episode's own.
+        classes: label i stands for classes[i]. Each episode has an order of its own.
     """
 
     support: np.ndarray
@@ -38,24 +38,25 @@ class Episode:
 class EpisodeSampler:
     """Draw episodes, each from one domain of a corpus.
 
-    Episode i depends on the corpus, the arguments and i: nothing has to be saved to go on where a
-    run stopped, and two samplers alike give the same episodes. (Across numpy versions the
-    stream may change, see NEP 19.) A text that repeats an earlier one of its domain, but for
-    case and white space, is never drawn, so that it can't stand in support and query at once.
+    Episode i depends on the corpus, the arguments and i only. A stopped run can therefore go on
+    without a saved state, and two equal samplers give the same episodes. (Another version of numpy
+    may give other episodes, see NEP 19.) A text that differs from an earlier text of its domain
+    only in case and white space is never drawn, so that it can't be in support and query set both.
 
     Args:
-        corpus: where the texts are from.
-        ways: N, how many classes; of several values each episode draws one, uniformly.
-        shots: K, support texts of each class; likewise.
-        queries: Q, query texts of each class.
-        seed: at least 0.
-        domain_weights: how often a domain is drawn, in proportion, among those that have N
-            classes with K + Q texts; 1 for a domain that is not named.
-        most_support: bound on N K: the shots that it leaves are drawn from for each N; None bounds
-            nothing.
+        corpus: the corpus that the texts are drawn from.
+        ways: N, the number of classes. If there are several values, each episode draws one of them,
+            uniformly.
+        shots: K, the number of support texts of each class; several values as for `ways`.
+        queries: Q, the number of query texts of each class.
+        seed: decides the episodes; at least 0.
+        domain_weights: the relative frequency of each domain among those that have N classes with
+            K + Q texts. A domain that is not named has the weight 1.
+        most_support: the largest N K. For each N, only those values of `shots` are drawn that stay
+            within it. None means no limit.
 
     Raises:
-        InputError: a value is out of range, or no domain has texts enough for some N and K.
+        InputError: a value is out of range, or no domain has enough texts for some N and K.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class EpisodeSampler:
         }
 
     def eligible_classes(self, shots: int) -> dict[str, list[ClassKey]]:
-        """Domain -> its classes with enough distinct texts for this many shots and the queries."""
+        """The classes of each domain that have enough distinct texts for shots and queries."""
         eligible: dict[str, list[ClassKey]] = {domain: [] for domain, _ in self._texts}
         for key, indices in self._texts.items():
             if len(indices) >= shots + self.queries:
@@ -159,7 +160,7 @@ class EpisodeSampler:
                 "lower --ways, --shots or --queries"
             )
         weights = np.array([self.domain_weights.get(domain, 1.0) for domain in usable])
-        weights /= weights.max()  # or the sum of huge weights would be infinite
+        weights /= weights.max()  # otherwise the sum of huge weights would be infinite
         return usable, weights / weights.sum()
 
 
@@ -178,7 +179,7 @@ def _checked_weights(weights: Mapping[str, float], corpus: Corpus) -> dict[str, 
     for domain, weight in weights.items():
         if domain not in known:
             raise InputError(
-                f"domain_weights names {domain!r}, which the corpus has not; "
+                f"domain_weights names {domain!r}, which the corpus does not have; "
                 f"its domains are {', '.join(known)}"
             )
         if not 0 < weight < math.inf:

@@ -1,4 +1,4 @@
-"""What part of a model a parameter is."""
+"""The kinds of parameters, by their part in a model: embeddings, attention, head and so on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ KINDS = (
 
 
 def tensor_kinds(learner: Learner) -> dict[str, str]:
-    """Name of each tensor that trains -> one of `KINDS`, in the module's order.
+    """The kind of each trainable parameter, one of `KINDS`, by name and in the module's order.
 
-    ``head`` is what belongs to the task, see `Learner.head_names`; ``layer norm`` is scale and
-    shift of any normalisation; ``other matrix`` is the feed-forward layers and the pooler.
+    ``head``: the parameters that belong to the task, see `Learner.head_names`. ``layer norm``:
+    scale and shift of any normalisation. ``other matrix``: for example the feed-forward layers and
+    the pooler.
     """
     head = set(learner.head_names())
     return {

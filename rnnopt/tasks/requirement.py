@@ -1,6 +1,6 @@
-"""What a run must reach: ``accuracy@5>=0.85 and loss<1``, read, checked and put into words.
+"""Requirements on the metrics of a run, such as ``accuracy@5>=0.85 and loss<1``.
 
-Grammar, white space aside::
+The grammar, in which white space is ignored::
 
     requirement = condition { ("and" | ",") condition }
     condition   = metric ["@" budget] operator number
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from rnnopt.errors import InputError
 
 NOT_MET = 3  # the exit code of a command whose requirement was not met
-# What a figure is rounded to before it is compared and written: a mean of tasks that is 0.85 may
-# be 0.8499999999999999 in floats, and a run and its report must not disagree.
+# Digits to which a figure is rounded before it is compared and written. The mean of tasks may be
+# 0.8499999999999999 instead of 0.85, and a run and its report must come to the same decision.
 DIGITS = 5
 _BOUNDS = {name: (0.0, 1.0) for name in ("accuracy", "precision", "recall", "f1")}
 _BOUNDS["loss"] = (0.0, math.inf)
@@ -36,19 +36,20 @@ _CONDITION = re.compile(
 )
 _AND = re.compile(r",|\band\b", re.IGNORECASE)
 
-# metric -> its values, None for what is not finite: after each step of adaptation, or just one
+# metric -> its values after each adaptation step, or a single value; None if it is not finite
 Figures = Mapping[str, Sequence[float | None]]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison.
+    """One comparison of a metric with a threshold.
 
     Attributes:
-        metric: a key of the figures.
-        budget: the step of adaptation that it is about, from 1; None for the last.
+        metric: the name of the metric, a key of the figures.
+        budget: the number of adaptation steps after which the metric is taken, from 1; None takes
+            the last.
         operator: ``>=``, ``>``, ``<=`` or ``<``.
-        threshold: a share of 1, or nats per text for the loss.
+        threshold: a share from 0 to 1, or nats per text for the loss.
     """
 
     metric: str
@@ -61,23 +62,26 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """The metric, with its budget if there is one."""
+        """The name of the metric, with its budget if there is one."""
         return self.metric if self.budget is None else f"{self.metric}@{self.budget}"
 
     def margin(self, figures: Figures) -> float:
-        """How far the figure is on the right side, negative on the wrong one; -inf for none."""
+        """The distance of the figure from the threshold, negative if the condition fails.
+
+        It is -inf if the figure is not finite.
+        """
         value = self._value(figures)
         if value is None or math.isnan(value):
             return -math.inf
         return value - self.threshold if self.operator[0] == ">" else self.threshold - value
 
     def met(self, figures: Figures) -> bool:
-        """Whether the figure satisfies the condition; one that is not finite never does."""
+        """Whether the figure meets the condition. A figure that is not finite never does."""
         value = self._value(figures)
         return value is not None and _OPERATORS[self.operator](value, self.threshold)
 
     def words(self, figures: Figures) -> str:
-        """The figure and what is asked of it."""
+        """The figure and the condition, as text."""
         value = self._value(figures)
         shown = "not finite" if value is None else f"{value:g}"
         return f"{self.name} {shown} (needs {self.operator} {self.threshold:g})"
@@ -89,22 +93,23 @@ class Condition:
 
 @dataclass(frozen=True)
 class Requirement:
-    """Conditions that must all hold; made by `Requirement.parse`, whose inverse is ``str``."""
+    """Conditions that must all hold. `Requirement.parse` makes it; ``str`` gives its text back."""
 
     conditions: tuple[Condition, ...]
 
     @classmethod
     def parse(cls, text: str, metrics: Sequence[str], horizon: int | None = None) -> Requirement:
-        """Read a requirement.
+        """Parse the text of a requirement.
 
         Args:
-            text: see the module's grammar.
-            metrics: those that there are, each of accuracy, precision, recall, f1, loss.
-            horizon: steps of adaptation, the largest budget; None where there are no budgets.
+            text: the text, in the grammar at the top of this module.
+            metrics: the available metrics, among accuracy, precision, recall, f1 and loss.
+            horizon: the number of adaptation steps, which is the largest budget. None means that
+                there are no budgets.
 
         Raises:
-            InputError: it can't be read, names a metric or a budget that there is not, or could
-                never be met.
+            InputError: the text does not follow the grammar, names an unknown metric or budget, or
+                can never be met.
         """
         example = "accuracy@5>=0.85 and loss<1" if horizon is not None else "accuracy>=0.9, f1>0.8"
         if horizon is not None and horizon < 5:
@@ -120,12 +125,15 @@ class Requirement:
         return all(condition.met(figures) for condition in self.conditions)
 
     def words(self, figures: Figures) -> str:
-        """Every figure, what is asked of it, and whether all is met."""
-        told = "; ".join(condition.words(figures) for condition in self.conditions)
-        return f"{told}: {'met' if self.met(figures) else 'not met'}"
+        """Every figure and its condition, and whether all conditions are met, as text."""
+        text = "; ".join(condition.words(figures) for condition in self.conditions)
+        return f"{text}: {'met' if self.met(figures) else 'not met'}"
 
     def rank(self, figures: Figures) -> tuple[int, float]:
-        """By which figures that don't meet it compare: conditions met, the first one's margin."""
+        """A key that sorts figures by how close they are to meeting the requirement.
+
+        It is the number of conditions that are met, then the margin of the first condition.
+        """
         met = sum(condition.met(figures) for condition in self.conditions)
         return met, self.conditions[0].margin(figures)
 

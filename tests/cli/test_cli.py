@@ -284,7 +284,7 @@ def test_bad_data_is_refused_before_anything_is_written(command, name, encoder, 
     [
         (["--ways", "30"], "lower --ways"),
         (["--shots", "22"], "lower --ways, --shots or --queries"),
-        (["--steps", "0"], "steps=0: at least 1"),
+        (["--steps", "0"], "steps=0: must be at least 1"),
         (["--meta-steps", "0"], "meta_steps=0: must be at least 1"),
         (["--shortest", "9"], "shortest unroll of 9 steps"),
         (["--encoder", "no/such-encoder-anywhere"], "no/such-encoder-anywhere"),
@@ -452,4 +452,4 @@ def test_growth_alone_can_be_learned(csv_file, encoder, tmp_path, capsys):
     command = meta_train(
         csv_file, encoder, tmp_path / "other", "--learn", "growth", "--inner", "sgd"
     )
-    assert "--learn growth with --inner sgd: of the LSTM only" in fails(command, capsys)
+    assert "--learn growth with --inner sgd: only the LSTM grows tensors" in fails(command, capsys)

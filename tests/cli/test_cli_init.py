@@ -162,7 +162,7 @@ def test_learned_rates_for_other_tensors_are_refused(
     [
         ("--tune lora full", "one kind of classifier, and these are 2; give one --tune"),
         ("--tune head", "only the output layer trains"),
-        ("--order 2 --truncation 1", "nothing from beyond a cut would reach the initial values"),
+        ("--order 2 --truncation 1", "values would get no gradient from the steps after a cut"),
         ("--init pretrained --inner sgd", "neither has anything to learn"),
         ("--init-penalty nan", "init_penalty=nan: must be finite"),
     ],

@@ -23,6 +23,14 @@ def test_the_demo_leaves_report_picture_and_rule(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "run" / "log.jsonl").read_text().splitlines()[-1])["meta_step"] == 2
     assert all(name.startswith("stdlib/") for name in read_training(folder / "run")["classes"])
     assert "on modules never seen" in capsys.readouterr().out
+    # the second process has run AdamW, and nothing was run twice
+    lines = (folder / "comparison.runs.jsonl").read_text().splitlines()[1:]
+    runs = [json.loads(line)["run"] for line in lines]
+    assert len(set(runs)) == len(runs)
+    assert [name.startswith("learned demo") for name in runs] == [False] * (len(runs) - 3) + [
+        True
+    ] * 3
+    assert any(name.startswith("adamw") for name in runs)
 
 
 def test_the_demo_overwrites_nothing(tmp_path):

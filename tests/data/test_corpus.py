@@ -767,3 +767,17 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("text,label,text\na,b,c\n")
     with pytest.raises(InputError, match="column 'text' stands twice in the header; rename one"):
         read_corpus(path)
+
+
+@pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
+def test_every_two_parts_of_a_source_are_checked_for_common_classes(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    for part in ("train", "val", "test"):
+        labels = [f"{part} a", f"{part} b", *(["common"] if part in pair else [])]
+        rows = [f"{label} says {part} {i},{label}" for label in labels for i in range(3)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    names = " and ".join(pair).replace("val", "validation")
+    with pytest.raises(InputError, match=f"{names} have classes in common"):
+        read_splits([tmp_path])
+    assert len(read_splits([tmp_path], allow_overlap=True).train.classes) >= 2

@@ -2,12 +2,14 @@
 
 import math
 import re
+import shlex
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from rnnopt.cli.main import parse
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import silence
 
@@ -87,3 +89,38 @@ def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_scripts_that_are_named_are_there(page):
+    """Or the page names the commit that has them."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\bscripts/\w+\.(?:py|sh)\b", text))
+    gone = {name for name in named if not (ROOT / name).exists()}
+    assert gone == set() or re.search(r"history \(commit\s[0-9a-f]{7}\)", text)
+
+
+REQUIRED = ["--data", "DATA", "--encoder", "ENCODER", "--output", "OUT"]  # what `...` stands for
+COMMANDS = sorted(
+    {
+        line.group(1)
+        for page in PAGES
+        for line in re.finditer(
+            r"^ *(?:torchrun .*-m )?rnnopt ((?!is\b)[a-z][^`\n]*)$",
+            page.read_text(encoding="utf-8").replace("\\\n", " "),
+            flags=re.MULTILINE,
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_the_pages_are_commands(command):
+    words = [word for word in shlex.split(command, comments=True) if word != "COMMAND"]
+    if "..." in words:
+        words[words.index("...") : words.index("...") + 1] = REQUIRED
+    assert parse(words).command == words[0]
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 12

@@ -104,6 +104,21 @@ def test_the_rate_is_chosen_on_validation_tasks_for_each_budget_and_metric(sourc
         assert result["methods"]["sgd"]["loss"][budget]["mean"] == pytest.approx(reported)
 
 
+def test_each_metric_has_the_rate_that_is_best_for_it(sources, tmp_path, monkeypatch):
+    run = comparison(sources, Journal(tmp_path / "j", {}), baselines=["sgd"])
+    _, accurate, cautious, *_ = BASELINES["sgd"].grid
+
+    def made(name, lr, number, source, budgets):
+        loss, accuracy = 0.5 if lr == cautious else 1.0, 0.8 if lr == accurate else 0.5
+        score = {"loss": loss, "accuracy": accuracy}
+        return Adaptation(dict.fromkeys(budgets, score), 0.1)
+
+    monkeypatch.setattr(run, "_baseline", made)
+    chosen = run._tune("sgd", 2, (1, 3))
+    assert chosen["accuracy"] == {1: accurate, 3: accurate}
+    assert chosen["loss"] == {1: cautious, 3: cautious}
+
+
 def test_paired_differences_are_learned_minus_baseline(sources, tmp_path):
     result = comparison(sources, Journal(tmp_path / "j", {})).run(3, 2)
     for name in ("adamw", "sgd"):

@@ -152,7 +152,7 @@ def test_where_a_rule_does_nothing_there_is_no_distance(inspected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "LoRA A"}, "--kind 'LoRA A': what trains here is embedding, attention"),
+        ({"kind": "LoRA A"}, "--kind 'LoRA A': no such tensor trains; choose from embedding, att"),
         ({"at_step": 0}, "--at-step 0: must lie between 1 and the last step, 4"),
         ({"at_step": 5}, "--at-step 5: must lie between 1 and the last step, 4"),
     ],

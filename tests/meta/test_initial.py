@@ -219,9 +219,9 @@ def test_asking_for_the_initial_gradient_changes_nothing_else(order):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 2, "truncation": 2, "initial": "gradient"}, "nothing from beyond a cut would"),
+        ({"order": 2, "truncation": 2, "initial": "gradient"}, "no gradient from the steps after"),
         ({"order": 2, "initial": "displacement"}, "Reptile.* with order 2"),
-        ({"initial": "all"}, "initial='all': 'gradient', 'displacement' or None"),
+        ({"initial": "all"}, "initial='all': must be 'gradient', 'displacement' or None"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

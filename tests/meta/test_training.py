@@ -216,7 +216,7 @@ def test_the_shortest_unroll_draws_lengths_between(sources, tmp_path):
 def test_the_calibrated_share_judges_training_and_validation(sources, tmp_path):
     runs = {}
     for share in (0.0, 0.5, 1.0):
-        chosen = settings(2, meta_lr=1e-12, validate_every=1, calibrated=share)
+        chosen = settings(2, meta_lr=1e-12, validate_every=1, calibrated_share=share)
         training(sources, tmp_path / str(share), chosen).run()
         runs[share] = records(tmp_path / str(share))
     scores = {share: lines[0]["validation"]["score"] for share, lines in runs.items()}
@@ -229,8 +229,8 @@ def test_the_calibrated_share_judges_training_and_validation(sources, tmp_path):
 def test_before_it_may_be_sure_a_rule_is_judged_by_the_calibrated_loss_alone(sources, tmp_path):
     scores, losses = {}, {}
     for name, options in {
-        "calibrated": {"calibrated": 1.0},
-        "sure from 3": {"sure_from": 3},
+        "calibrated": {"calibrated_share": 1.0},
+        "sure from 3": {"confidence_from": 3},
         "plain": {},
     }.items():
         chosen = settings(2, meta_lr=1e-12, validate_every=1, **options)
@@ -247,9 +247,9 @@ def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
     plain = settings(2)
     runs = {
         "first": plain,
-        "exact": replace(plain, exact=("head",)),
+        "exact": replace(plain, second_order_for=("head",)),
         "second": replace(plain, unroll=replace(plain.unroll, order=2)),
-        "other kind": replace(plain, exact=("full",)),
+        "other kind": replace(plain, second_order_for=("full",)),
     }
     for name, chosen in runs.items():
         training(sources, tmp_path / name, chosen).run()
@@ -261,7 +261,7 @@ def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
 def test_sampled_coordinates_are_for_kinds_of_first_order(sources, tmp_path):
     for name, coordinates in (("sampled", 5), ("all", None)):
         unrolled = UnrollSettings(3, coordinates=coordinates)
-        chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, exact=("head",))
+        chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, second_order_for=("head",))
         training(sources, tmp_path / name, chosen).run()
     assert same_files(tmp_path / "sampled", tmp_path / "all")
 
@@ -322,10 +322,10 @@ def test_resuming_with_other_settings_is_refused_and_names_them(sources, tmp_pat
         ({"clip": float("nan")}, "clip=nan: must be positive and finite"),
         ({"step_weights": (0, 0, 1), "shortest": 1}, "all 0 within the shortest unroll of 1"),
         ({"until": "accuracy@4>0.5"}, "budget @4 must lie between 1 and 3"),
-        ({"judged": 0.0}, "judged=0.0: a share of the steps, above 0"),
+        ({"query_share": 0.0}, "query_share=0.0: must be a share of the steps, above 0"),
         ({"loss_scale": 0.5}, "loss_scale=0.5: must be finite and at least 1"),
-        ({"calibrated": 1.1}, "calibrated=1.1: a share, from 0 to 1"),
-        ({"sure_from": 4}, "sure_from=4: must lie between 1 and the last step, 3"),
+        ({"calibrated_share": 1.1}, "calibrated_share=1.1: must be a share, from 0 to 1"),
+        ({"confidence_from": 4}, "confidence_from=4: must lie between 1 and the last step, 3"),
         ({"shortest": 4}, "shortest unroll of 4 steps: must lie between 1 and the longest, 3"),
     ],
 )

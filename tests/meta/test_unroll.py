@@ -421,10 +421,10 @@ def test_meta_training_by_these_gradients_lowers_the_meta_loss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps=0: at least 1"),
-        ({"steps": 1, "order": 3}, "order=3: 1 or 2"),
-        ({"steps": 1, "truncation": 0}, "truncation=0: at least 1, or None"),
-        ({"steps": 2, "step_weights": (1,)}, "1 step_weights for 2 steps: one for each"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"steps": 1, "order": 3}, "order=3: must be 1 or 2"),
+        ({"steps": 1, "truncation": 0}, "truncation=0: must be at least 1, or None"),
+        ({"steps": 2, "step_weights": (1,)}, "1 step_weights for 2 steps: give one for each step"),
         ({"steps": 1, "step_weights": (float("nan"),)}, r"step_weights \(nan,\): must be finite"),
         ({"steps": 1, "query_weight": 0}, "must be finite, at least 0, and not all 0"),
     ],

@@ -186,6 +186,16 @@ def test_first_order_reaches_the_weights_of_both_levels():
     rule.zero_grad()
     unroll(net, optimizer, *losses, UnrollSettings(4, order=2))
     assert any(not torch.allclose(first[n], w.grad) for n, w in rule.named_parameters())
-    with pytest.raises(InputError, match="Reptile"):
-        settings_ = UnrollSettings(2, initial="displacement")
-        unroll(net, optimizer, *losses, settings_)
+
+
+def test_reptile_returns_how_far_adaptation_went():
+    net, losses = problem()
+    optimizer = LearnedOptimizer(net.parameters(), random_two_level(torch.float64), lr=0.1)
+    found = unroll(net, optimizer, *losses, UnrollSettings(2, initial="displacement")).initial
+    start = {name: param.detach().clone() for name, param in net.named_parameters()}
+    for step in range(2):
+        optimizer.zero_grad()
+        losses[0](net, step).backward()
+        optimizer.step()
+    for name, param in net.named_parameters():
+        torch.testing.assert_close(found[name], start[name] - param.detach())

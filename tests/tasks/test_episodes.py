@@ -216,7 +216,7 @@ def test_the_same_labels_in_many_domains_are_told_apart() -> None:
         ({"seed": -1}, "seed=-1: must be a whole number, at least 0"),
         (
             {"domain_weights": {"w": 1.0}},
-            "domain_weights names 'w', which the corpus has not; its domains are x, y, z",
+            "domain_weights names 'w', which the corpus does not have; its domains are x, y, z",
         ),
         (
             {"domain_weights": {"x": 0.0}},

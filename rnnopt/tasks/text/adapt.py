@@ -1,4 +1,4 @@
-"""Transfer to the user's own task: a labelled file in, a classifier folder out."""
+"""Adaptation to a user's own labelled texts, and the metrics of the adapted classifier."""
 
 from __future__ import annotations
 
@@ -23,12 +23,21 @@ from rnnopt.tasks.text.tasks import LabelledTexts
 
 
 def label_numbers(train: Corpus, test: Corpus) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The label names, sorted, and each text's label as its place among them.
+    """Number the labels: sort their names, and give each text the index of its label.
 
-    Numbers are sorted by value, so that labels 0 to 11, or 0.0 to 11.0, are the places 0 to 11.
+    Labels that are numbers are sorted by value, so that labels 0 to 11, or 0.0 to 11.0, get the
+    indices 0 to 11.
+
+    Args:
+        train: the training texts; their labels are the classes.
+        test: the test texts.
+
+    Returns:
+        The label names, the training labels (B,) and the test labels (B',), as indices of names.
 
     Raises:
-        InputError: fewer than two labels, or a test label that training does not have.
+        InputError: the training texts have fewer than two labels, or the test texts have a label
+            that the training texts lack.
     """
     names = sorted(set(train.labels))
     if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
@@ -42,7 +51,7 @@ def label_numbers(train: Corpus, test: Corpus) -> tuple[list[str], np.ndarray, n
     if foreign:
         raise InputError(
             f"label {foreign[0]!r} is in the test texts and not in the training texts; drop it "
-            "there, or add training texts for it"
+            "from the test texts, or add training texts for it"
         )
     number = {name: i for i, name in enumerate(names)}
     return (
@@ -63,17 +72,17 @@ def fit(
     seed: int,
     tick: Callable[[float], bool | None] = lambda loss: None,
 ) -> list[float]:
-    """Steps on minibatches, or on everything where it fits one batch.
+    """Adapt a classifier to labelled texts, in minibatches or in one batch if all texts fit.
 
     Args:
-        classifier: adapted in place.
-        optimizer: over its trainable parameters.
-        texts: training texts.
+        classifier: the classifier; it is adapted in place.
+        optimizer: the optimizer of its trainable parameters.
+        texts: B training texts.
         labels: (B,), their classes.
-        steps: optimizer steps.
-        batch_size: texts a step; batches run through a new shuffle in each epoch.
-        seed: of the shuffles.
-        tick: called after each step, with its loss; says True to stop.
+        steps: the number of optimizer steps.
+        batch_size: the number of texts in a step. The texts are shuffled anew in each epoch.
+        seed: decides the shuffles.
+        tick: called after each step with its loss; adaptation stops if it returns True.
 
     Returns:
         The loss before each step, mean nats per text.
@@ -100,7 +109,7 @@ def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(count) if count > batch_size else np.arange(count)
-        # the last, shorter batch of an epoch is left out: its gradient is noisier than the rest
+        # the last, shorter batch of an epoch is left out, since its gradient is noisier
         for start in range(0, max(count - batch_size, 0) + 1, batch_size):
             yield order[start : start + batch_size]
 
@@ -108,7 +117,14 @@ def _shuffled_batches(count: int, batch_size: int, seed: int) -> Any:
 def in_batches(
     classifier: Classifier, texts: Sequence[str], labels: np.ndarray, batch_size: int = 64
 ) -> LabelledTexts:
-    """All texts, ready for a classifier in pieces that fit a GPU whatever their number."""
+    """Tokenise texts for a classifier, in batches that fit a GPU however many texts there are.
+
+    Args:
+        classifier: the classifier that the texts are for.
+        texts: B texts.
+        labels: (B,), their classes.
+        batch_size: the number of texts that are run through the classifier together.
+    """
     parts = [
         LabelledTexts.read(
             classifier,
@@ -125,7 +141,14 @@ def in_batches(
 def class_logits(
     classifier: Classifier, texts: Sequence[str], batch_size: int = 64, *, again: bool = False
 ) -> Tensor:
-    """Logits of each text, (B, C); `again` as in `Classifier.batch`."""
+    """The logits of texts, (B, C).
+
+    Args:
+        classifier: the classifier.
+        texts: B texts, 1 or more.
+        batch_size: the number of texts that are run through the classifier together.
+        again: whether the same texts will be classified again, see `Classifier.batch`.
+    """
     parts = [
         classifier.logits(classifier.batch(texts[start : start + batch_size], again=again))
         for start in range(0, len(texts), batch_size)
@@ -135,12 +158,12 @@ def class_logits(
 
 @dataclass(frozen=True)
 class Judgement:
-    """A classifier on labelled texts.
+    """The performance of a classifier on labelled texts.
 
     Attributes:
-        metrics: see there.
-        loss: mean nats per text.
-        matrix: (C, C), counts of texts [actual, predicted].
+        metrics: accuracy, and macro precision, recall and F1.
+        loss: cross-entropy, mean nats per text.
+        matrix: the confusion matrix, (C, C), counts of texts [actual, predicted].
     """
 
     metrics: Metrics
@@ -148,7 +171,7 @@ class Judgement:
     matrix: np.ndarray
 
     def figures(self) -> dict[str, float | None]:
-        """Metrics and loss as they are written and compared: to 5 digits, None if not finite."""
+        """Metrics and loss by name, rounded to 5 digits; None if a value is not finite."""
         values = {**asdict(self.metrics), "loss": self.loss}
         return {
             name: round(value, DIGITS) if math.isfinite(value) else None
@@ -156,19 +179,19 @@ class Judgement:
         }
 
 
-JUDGED = (*(field.name for field in fields(Metrics)), "loss")  # what `Judgement.figures` holds
+JUDGED = (*(field.name for field in fields(Metrics)), "loss")  # the keys of `Judgement.figures`
 
 
 def judge_texts(
     classifier: Classifier, texts: Sequence[str], labels: np.ndarray, *, again: bool = False
 ) -> Judgement:
-    """Judge the classifier as it stands.
+    """Measure a classifier's performance on labelled texts.
 
     Args:
-        classifier: of C classes.
+        classifier: the classifier, of C classes.
         texts: B texts, 1 or more.
         labels: (B,), their classes.
-        again: they are judged by more than once.
+        again: whether the same texts will be classified again, see `Classifier.batch`.
     """
     logits = class_logits(classifier, texts, again=again).float().cpu()
     loss = float(cross_entropy(logits, torch.as_tensor(labels)))

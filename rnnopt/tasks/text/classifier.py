@@ -1,8 +1,9 @@
 """Text classifiers as what an episode adapts.
 
 A `Classifier` is a pretrained encoder and a head. Every episode starts from the same values:
-`Classifier.reset` restores what trains and draws a fresh head. What knows Hugging Face's libraries
-is in `rnnopt.tasks.text.encoder.loading`; what frozen layers make of a text is kept by `rnnopt.tasks.text.encoder.prefix`.
+`Classifier.reset` restores the parameters that train and draws a new output layer. Reading models
+of Hugging Face is the task of `rnnopt.tasks.text.encoder.loading`. The outputs of frozen layers are
+kept by `rnnopt.tasks.text.encoder.prefix`.
 
 Shapes: B batch, S sequence (tokens), C ways (classes).
 """
@@ -11,19 +12,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import claim_folder
 from rnnopt.tasks.protocol import Learner
 from rnnopt.tasks.text.encoder.layers import freeze_below, top_and_lower
 from rnnopt.tasks.text.encoder.loading import (
@@ -34,30 +31,34 @@ from rnnopt.tasks.text.encoder.loading import (
     position_limit,
     read_encoder,
     seeded,
-    silence,
 )
-from rnnopt.tasks.text.encoder.lora import add_lora, save_adapter
+from rnnopt.tasks.text.encoder.lora import add_lora
 from rnnopt.tasks.text.encoder.prefix import Prefix, find_prefix
 from rnnopt.tasks.text.encoder.tokens import Batch, TokenCache
+from rnnopt.tasks.text.head import adopt_values, head_layers, output_layer
+from rnnopt.tasks.text.saving import save_classifier, save_initial_values
 
 Tune = Literal["full", "lora", "head"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Classifier(Learner):
-    """An encoder with a head: what an episode adapts. Made by `Classifier.load`.
+    """A pretrained encoder with a head, which an episode adapts. `Classifier.load` makes it.
 
-    What doesn't train must keep its values: its work on a text is done once.
+    Frozen parameters must keep their values, since the outputs of frozen layers are computed once
+    for each text and kept.
 
     Attributes:
-        fingerprint: 12 hexadecimal digits that tell one encoder from another.
-        model: the module; its parameters keep their identity, but for an output layer whose
-            number of ways changes.
+        fingerprint: 12 hexadecimal digits that differ between encoders.
+        model: the module. Its parameters stay the same objects, except for an output layer whose
+            number of classes changes.
         tokens: the `TokenCache` of its tokenizer.
-        ways: C, the classes of the current head.
-        precision: ``"fp32"`` or ``"bf16"``, of the encoder's arithmetic.
-        family: what trains, the argument `tune` of `load`.
-        facts: JSON-compatible facts that two classifiers with the same trainable parameters share.
+        ways: C, the number of classes of the current head.
+        precision: the precision of the encoder's arithmetic, ``"fp32"`` or ``"bf16"``.
+        family: the argument `tune` of `load`.
+        adapter: peft's object for the LoRA factors; None without LoRA.
+        facts: JSON-compatible facts that are the same for two classifiers with the same trainable
+            parameters.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class Classifier(Learner):
         limit = min(max_length, position_limit(model))
         self.tokens = TokenCache(tokenizer, limit, list(names))
         if model.config.pad_token_id is None:
-            # GPT-2 and its kind find a text's last token by looking for padding
+            # models like GPT-2 find a text's last token by looking for padding
             model.config.pad_token_id = tokenizer.pad_token_id
-        head = _head_layers(model)
-        self._output = _output_layer(head, ways)
+        head = head_layers(model)
+        self._output = output_layer(head, ways)
         self._fresh = [
             name
             for name, layer in head.items()
@@ -98,7 +99,7 @@ class Classifier(Learner):
             if name.rpartition(".")[0] != self._output
         }
         self.reset(ways, seed)
-        if not dropout:  # with it a layer's output is never the same twice
+        if not dropout:  # with dropout, a layer's output for a text differs each time
             self._prefix = find_prefix(model, self.tokens, device)
         model.train(dropout)
 
@@ -119,30 +120,33 @@ class Classifier(Learner):
         dropout: bool = False,
         precision: Precision = "auto",
     ) -> Classifier:
-        """Load an encoder in float32 and give it a head. Reads safetensors only, runs no code.
+        """Load an encoder in float32 and give it a head.
+
+        Only safetensors files are read, and no code of the model's is run.
 
         Args:
             encoder: a folder, or a name on the Hugging Face hub (the local cache comes first).
-            tune: what trains: ``"full"`` all, ``"head"`` what is outside the encoder, ``"lora"``
-                that and low-rank factors (Hu et al. 2021, arXiv:2106.09685) of the attention's
-                query and value.
-            lora_rank: rank of the factors; their product is added unscaled.
-            top_layers: with ``"full"`` or ``"lora"``: of the encoder's layers only so many, counted
-                from the top, train, and what lies above; None trains them all.
-            pooling: what the head reads: ``"model"``, what the architecture's own classifier
-                reads (BERT: the [CLS] pooler), or ``"mean"``, see `MeanPooled`.
-            ways: C, the classes of the first head.
-            double_backward: use the attention that can be differentiated twice; slower.
-            max_length: longest text in tokens; cut to what the encoder takes.
-            device: where the model goes.
-            seed: decides all that is drawn: head, LoRA factors, layers the files lack. The
-                global random state is left alone.
-            dropout: keep the encoder's dropout on; off, a step is a function of its batch.
-            precision: ``"bf16"`` runs the encoder under autocast, parameters and gradients stay
-                float32; ``"auto"`` does so on a CUDA device that can.
+            tune: which parameters train. ``"full"``: all. ``"head"``: the layers outside the
+                encoder. ``"lora"``: those layers, and low-rank factors (Hu et al. 2021,
+                arXiv:2106.09685) of the query and value projections of the attention.
+            lora_rank: the rank of the factors. Their product is added unscaled.
+            top_layers: with ``"full"`` or ``"lora"``, the number of encoder layers that train,
+                counted from the top. Everything above them trains, too. None trains all layers.
+            pooling: the input of the head. ``"model"``: the one of the architecture's own
+                classifier (for BERT, the [CLS] pooler). ``"mean"``: see `MeanPooled`.
+            ways: C, the number of classes of the first head.
+            double_backward: use an attention that can be differentiated twice; it is slower.
+            max_length: the longest text in tokens, at most as long as the encoder accepts.
+            device: the device that the model is put on.
+            seed: decides everything that is drawn: the head, the LoRA factors, and layers that the
+                files lack. The global random state does not change.
+            dropout: whether the encoder's dropout is on. Without it, the loss depends on nothing
+                but the parameters and the batch.
+            precision: ``"bf16"`` runs the encoder under autocast; parameters and gradients stay in
+                float32. ``"auto"`` chooses bf16 on a CUDA device that supports it, else fp32.
 
         Raises:
-            InputError: an argument out of range, or an encoder that can't be found or used.
+            InputError: an argument is out of range, or the encoder can't be found or used.
         """
         _check_arguments(tune, pooling, precision, lora_rank, ways)
         _check_top_layers(tune, top_layers)
@@ -163,11 +167,11 @@ class Classifier(Learner):
         """Logits (B, C), in the parameters' dtype.
 
         Args:
-            module: `model` itself or what `higher` made of it.
-            batch: what `batch` returned.
+            module: `model` itself, or a functional copy of it that `higher` made.
+            batch: the result of `batch`.
         """
         source, states = getattr(batch, "kept", None) or (None, None)
-        # what another classifier made of the texts has no use here
+        # outputs that the layers of another classifier made are of no use here
         mine = source is self._prefix and not module.training
         with self._autocast():
             if self._prefix is not None and states is not None and mine:
@@ -177,11 +181,12 @@ class Classifier(Learner):
         return logits.float() if self.precision == "bf16" else logits
 
     def batch(self, texts: Sequence[str], *, again: bool = True) -> Batch:
-        """`TokenCache.batch` on the classifier's device, with what frozen layers make of it.
+        """Tokenise texts on the classifier's device, with the outputs of the frozen layers.
 
         Args:
             texts: B texts.
-            again: they come more than once, or meet more than one step; if not, nothing is kept.
+            again: whether the same texts are used again, in this batch or in later ones. If not,
+                the outputs of the frozen layers are neither looked up nor kept.
         """
         batch = self.tokens.batch(texts, self.device)
         if again and self._prefix is not None:
@@ -194,9 +199,9 @@ class Classifier(Learner):
         return self.forward(self.model, batch)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the output layer reads of each text, (B, H), differentiable."""
-        # the output layer hands on its input: what becomes of the logits later on, the choice of
-        # a decoder's last token, say, happens to the features
+        """The input of the output layer for each text, (B, H), differentiable."""
+        # The output layer returns its input, so that everything that the model does to its logits
+        # afterwards, such as choosing a decoder's last token, is done to the features.
         hook = self.output.register_forward_hook(lambda layer, args, output: args[0])
         try:
             return self.logits(batch)
@@ -205,12 +210,12 @@ class Classifier(Learner):
 
     @property
     def output(self) -> nn.Linear:
-        """The layer that makes the logits; `reset` to other ways gives it new parameters."""
+        """The layer that computes the logits. `reset` to other ways gives it new parameters."""
         return cast(nn.Linear, self.model.get_submodule(self._output))
 
     @property
     def output_name(self) -> str:
-        """Of the output layer, in the model."""
+        """The name of the output layer in the model."""
         return self._output
 
     @property
@@ -220,16 +225,16 @@ class Classifier(Learner):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self._device
 
     @property
     def initial_values(self) -> dict[str, Tensor]:
-        """The values that `reset` restores, by name: of all that trains but the output layer."""
+        """The values that `reset` restores, by name. The output layer has none."""
         return dict(self._start)
 
     def head_names(self) -> list[str]:
-        """Names of the parameters that train outside the encoder, output layer included."""
+        """Names of the trainable parameters outside the encoder, with the output layer."""
         body = {id(param) for param in self.model.base_model.parameters()}
         return [name for name, param in self.trainable() if id(param) not in body]
 
@@ -238,20 +243,20 @@ class Classifier(Learner):
         return [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
     def begin(self, task: Any, seed: int) -> None:
-        """See `reset`, with the ways of a `rnnopt.tasks.text.tasks.TextTask`."""
+        """Call `reset` with the ways of a `rnnopt.tasks.text.tasks.TextTask`."""
         self.reset(task.ways, seed)
 
     def reset(self, ways: int, seed: int) -> None:
-        """Start an episode: starting values for all that trains, and a fresh head.
+        """Start an episode: restore the initial values, and draw a new output layer.
 
-        The output layer, and other head layers that the encoder's files lack, are drawn on the
-        CPU by the model's own initialisation: the result is a function of the loaded model, ways
-        and seed, to the bit. Gradients are dropped. Build the optimizer afterwards: an output
-        layer of another shape is made of new parameters.
+        The output layer, and other head layers that the encoder's files lack, are drawn on the CPU
+        by the model's own initialisation. The result depends only on the loaded model, the ways
+        and the seed, bit for bit. Gradients are dropped. Build the optimizer afterwards, because an
+        output layer of another shape has new parameters.
 
         Args:
-            ways: C, the classes of the new head.
-            seed: decides the new head; the global random state is left alone.
+            ways: C, the number of classes of the new output layer.
+            seed: decides the new values. The global random state does not change.
 
         Raises:
             InputError: fewer than 2 ways.
@@ -269,104 +274,20 @@ class Classifier(Learner):
                     drawn = nn.Linear(layer.in_features, ways, bias=layer.bias is not None)
                     layer.out_features = ways
                 self.model._init_weights(drawn)
-                _adopt(layer, drawn)
+                adopt_values(layer, drawn)
         self.ways = self.model.num_labels = self.model.config.num_labels = ways
 
     def save(self, folder: str | Path, label_names: Sequence[str]) -> None:
-        """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
-
-        LoRA is merged into the weights. The folder appears whole or not at all; the classifier
-        stays as it is.
-
-        Args:
-            folder: absent or empty.
-            label_names: one per class, in the order of the logits.
-
-        Raises:
-            InputError: mean pooling, wrong label names, a folder with something in it, or one
-                that can't be written.
-        """
-        target = Path(folder)
-        self._check_save(label_names)
-        claim_folder(target)
-        model, adapter = copy.deepcopy((self.model, self._adapter))
-        if adapter is not None:
-            adapter.merge_and_unload()
-        model.config.id2label = dict(enumerate(label_names))
-        model.config.label2id = {name: i for i, name in enumerate(label_names)}
-        partial = target.parent / f".{target.name}.{os.getpid()}"
-        try:
-            with silence():
-                model.eval().save_pretrained(partial)
-                self.tokens.tokenizer.save_pretrained(partial)
-            os.replace(partial, target)
-        except BaseException as error:
-            target.rmdir()  # still empty
-            if isinstance(error, OSError | SafetensorError):
-                raise InputError(
-                    f"can't write {target}: {first_line(error)}; choose another --output"
-                ) from error
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        """Write the folder of a finished classifier; see `saving.save_classifier`."""
+        save_classifier(self, Path(folder), label_names)
 
     def save_start(self, folder: Path, values: Mapping[str, Tensor]) -> None:
-        """Write the model with other starting values, as an encoder that can be loaded again.
-
-        Under LoRA the folder holds the factors, and head layers that train, as peft's
-        `PeftModel.from_pretrained(model, folder)` loads them; else the whole model, as
-        `AutoModelForSequenceClassification.from_pretrained(folder)` does (`AutoModel` with mean
-        pooling). There is no output layer in it: each task has its own.
-
-        Args:
-            folder: absent or empty.
-            values: by name, those of `start`.
-
-        Raises:
-            InputError: the folder can't be written.
-        """
-        claim_folder(folder)
-        try:
-            with silence():
-                if self._adapter is not None:
-                    save_adapter(self._adapter, self.model, folder, values)
-                else:
-                    self._save_whole(folder, values)
-                self.tokens.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"can't write {folder}: {first_line(error)}; choose another --output"
-            ) from error
-
-    def _save_whole(self, folder: Path, values: Mapping[str, Tensor]) -> None:
-        model = copy.deepcopy(self.model)
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                if name in values:
-                    param.copy_(values[name])
-        model = model.encoder if isinstance(model, MeanPooled) else model
-        kept = {
-            name: leaf
-            for name, leaf in model.state_dict().items()
-            if name.rpartition(".")[0] != self._output
-        }
-        model.eval().save_pretrained(folder, state_dict=kept)
-
-    def _check_save(self, label_names: Sequence[str]) -> None:
-        if isinstance(self.model, MeanPooled):
-            raise InputError(
-                "a classifier with pooling 'mean' can't be saved: transformers' text classifiers "
-                "have no mean pooling; use --pooling model"
-            )
-        if len(label_names) != self.ways or len(set(label_names)) != self.ways:
-            raise InputError(
-                f"label names are {list(label_names)}: the classifier has {self.ways} classes; "
-                "give one distinct name for each"
-            )
+        """Write the model with other initial values; see `saving.save_initial_values`."""
+        save_initial_values(self, folder, values)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
-            return nullcontext()  # what a caller has set stays
+            return nullcontext()  # an autocast of the caller stays in force
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _choose_what_trains(self, tune: Tune, lora_rank: int, top_layers: int | None) -> None:
@@ -374,22 +295,23 @@ class Classifier(Learner):
         top, lower = top_and_lower(body, top_layers) if top_layers else ([], [])
         if tune != "full":
             body.requires_grad_(False)
-        self._adapter = add_lora(body, lora_rank, lower) if tune == "lora" else None
+        self.adapter = add_lora(body, lora_rank, lower) if tune == "lora" else None
         self.model.to(self.device)
         if tune == "full" and top:
             freeze_below(self.model, top[0], self.batch(["probe"]))
         self._freeze_unused()
 
     def _freeze_unused(self) -> None:
-        """Stop what doesn't reach the logits from training: BERT's pooler under mean pooling.
+        """Freeze parameters that don't affect the logits, such as BERT's pooler with mean pooling.
 
-        Its gradient would be None at every step. It also proves the model usable, now.
+        Their gradient would be None at every step. The trial run also shows at once whether the
+        model can be used.
         """
         params = [param for _, param in self.trainable()]
         try:
             logits = self.logits(self.batch(["probe"]))
             grads = torch.autograd.grad(logits.sum(), params, allow_unused=True)
-        except Exception as error:  # whatever an architecture unlike the others may raise
+        except Exception as error:  # other architectures raise errors of any type
             kind = self.model.config.model_type
             raise InputError(
                 f"a {kind} model can't classify a text: {first_line(error)}; "
@@ -400,10 +322,14 @@ class Classifier(Learner):
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Autocast's bfloat16 or float32 for a device.
+    """Choose between autocast to bfloat16 and float32.
+
+    Args:
+        precision: ``"auto"`` chooses bf16 on a CUDA device that supports it, else fp32.
+        device: the device that the model runs on.
 
     Raises:
-        InputError: bfloat16 on a CUDA device without.
+        InputError: the precision is bf16 and the CUDA device does not support it.
     """
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
@@ -443,39 +369,3 @@ def _check_top_layers(tune: Tune, top_layers: int | None) -> None:
 def _check_ways(ways: int) -> None:
     if ways < 2:
         raise InputError(f"ways is {ways}; a classifier needs at least 2 classes")
-
-
-def _head_layers(model: Any) -> dict[str, Any]:
-    """The layers outside the encoder that hold parameters, by name, in the model's order."""
-    body = {id(param) for param in model.base_model.parameters()}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if any(id(param) not in body for param in layer.parameters(recurse=False))
-    }
-
-
-def _output_layer(head: dict[str, Any], ways: int) -> str:
-    """The name of the layer that makes the logits."""
-    linear = [
-        name
-        for name, layer in head.items()
-        if isinstance(layer, nn.Linear) and layer.out_features == ways
-    ]
-    if not linear:
-        raise InputError(
-            f"the classifier's head ({', '.join(head) or 'none'}) has no linear layer with "
-            f"{ways} outputs; use --pooling mean"
-        )
-    return linear[-1]
-
-
-def _adopt(layer: nn.Module, drawn: nn.Module) -> None:
-    """Give layer the values of drawn; its parameters stay the same objects where shapes agree."""
-    for name, value in drawn.named_parameters(recurse=False):
-        param = layer.get_parameter(name)
-        if param.shape == value.shape:
-            param.copy_(value)
-        else:
-            fresh = nn.Parameter(value.to(param.device), requires_grad=param.requires_grad)
-            setattr(layer, name, fresh)

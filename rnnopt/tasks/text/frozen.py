@@ -1,4 +1,4 @@
-"""Classifiers on frozen embeddings: what a task gives without any fine-tuning.
+"""Classifiers on frozen embeddings, which solve a task without fine-tuning.
 
 The features are the inputs of the output layer before the first step. The mean of the support set
 is subtracted, and each vector is scaled to length 1. Wang et al. 2019 (arXiv:1911.04623) subtract
@@ -100,7 +100,7 @@ def judge_frozen(name: str, classifier: Classifier, task: TextTask) -> Scores:
     return {"loss": loss, "accuracy": metrics.accuracy, "f1": metrics.f1}
 
 
-# As a comparison takes them, see `rnnopt.evaluation.comparison.Comparison`.
+# The same as functions of learner and task, for `rnnopt.evaluation.comparison.Comparison`.
 DIRECT: Mapping[str, Callable[[Any, Any], Scores]] = {
     name: partial(judge_frozen, name) for name in FROZEN
 }

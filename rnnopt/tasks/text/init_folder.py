@@ -1,8 +1,7 @@
-"""The folder of meta-learned initial values: an encoder, or an adapter, with the facts on it."""
+"""The folder of meta-learned initial values: an encoder or an adapter, and ``init.json``."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import read_tensors, write_atomically
+from rnnopt.storage.files import fingerprint, read_tensors, write_atomically
 from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import Pooling, read_encoder
@@ -30,17 +29,17 @@ def save_init(
 ) -> None:
     """Write initial values as a folder that `transformers` or `peft` loads, and ``init.json``.
 
-    See `Classifier.save_start` for what is in it. A folder that is there is replaced as a whole: a
-    reader finds the old one or the new one, or none for the moment between.
+    `rnnopt.tasks.text.saving.save_initial_values` describes the other files. An existing folder is
+    replaced as a whole: a reader finds the old folder or the new one, or no folder for a moment.
 
     Args:
-        folder: where to.
-        classifier: whose values they are.
-        start: how tasks began in meta-training: its values, its head and what it adapts.
+        folder: the folder to write.
+        classifier: the classifier whose initial values they are.
+        start: how tasks started in meta-training: the values, the head, and what is adapted.
         training: JSON-compatible facts on the meta-training.
 
     Raises:
-        InputError: it can't be written.
+        InputError: the folder can't be written.
     """
     values = start.values or {}
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
@@ -68,18 +67,18 @@ def save_init(
 
 
 def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart:
-    """How tasks start from the values in a folder.
+    """Read meta-learned initial values from a folder.
 
     Args:
-        path: the folder, or that of the run of meta-training that holds it.
-        classifier: what is to start there.
+        path: the folder, or the folder of the meta-training run that holds it.
+        classifier: the classifier that will start from the values.
 
     Returns:
-        The start of the meta-training, with its values on the classifier's device.
+        The start that meta-training used, with its values on the classifier's device.
 
     Raises:
-        InputError: no such folder, a damaged one, or one of another encoder, LoRA rank, or
-            choice of what trains: says what is there and what is here.
+        InputError: the folder does not exist or is damaged, or its values belong to another
+            encoder, LoRA rank or choice of trainable parameters. The message names both.
     """
     folder, facts = _facts(path)
     other = [
@@ -104,25 +103,16 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart
 
 
 def read_init_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a folder of initial values says of its meta-training.
+    """Read the facts on the meta-training from a folder of initial values.
 
     Raises:
-        InputError: no such folder, or a damaged one.
+        InputError: the folder does not exist or is damaged.
     """
     return dict(_facts(path)[1].get("training", {}))
 
 
-def fingerprint(values: Mapping[str, Tensor]) -> str:
-    """12 hexadecimal digits that tell initial values from others."""
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder that a path means, and what its facts are."""
+    """The folder that a path stands for, and the content of its ``init.json``."""
     folder = Path(path)
     if (folder / INIT_FOLDER / INIT_FILE).exists():
         folder = folder / INIT_FOLDER

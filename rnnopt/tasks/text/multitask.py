@@ -1,7 +1,7 @@
-"""Conventional multi-task pre-training: one joint head over all meta-training classes, AdamW.
+"""Conventional multi-task pre-training: AdamW and one joint head over all meta-training classes.
 
-The baseline that meta-learning has to beat (Chen et al. 2019, arXiv:1904.04232; Tian et al. 2020,
-arXiv:2003.11539): its values are where fine-tuning begins, as MAML's are.
+It is the baseline that meta-learning has to beat (Chen et al. 2019, arXiv:1904.04232; Tian et al.
+2020, arXiv:2003.11539). Fine-tuning begins at the values that it reaches, as it does with MAML.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from rnnopt.tasks.text.init_folder import save_init
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import LabelledTexts, TextTasks
 
-JUDGED_BY = (
-    "nearest-mean"  # in `rnnopt.tasks.text.frozen.FROZEN`: it has no rate or steps to be chosen
-)
+# The method that scores a validation, a key of `rnnopt.tasks.text.frozen.FROZEN`. It has neither a
+# learning rate nor a number of steps to choose.
+JUDGED_BY = "nearest-mean"
 
 
 @dataclass(frozen=True)
 class MultitaskSettings:
-    """What a run of multi-task pre-training does.
+    """The settings of a run of multi-task pre-training.
 
     Attributes:
-        lr: AdamW's learning rate at first, falling linearly to 0.
-        steps: batches.
-        batch_size: texts of a batch; each draws a class uniformly, then one of its texts, so
-            that small sources count as much a class as large ones.
-        check_every: steps between validations, which are where checkpoints are made; one more at
-            the end.
-        validation_tasks: tasks of one validation, always the same ones.
-        seed: of the joint head and the batches.
+        lr: AdamW's first learning rate. It falls linearly to 0.
+        steps: the number of steps.
+        batch_size: the number of texts in a batch. For each text a class is drawn uniformly, then
+            one of its texts, so that the classes of small and large sources count alike.
+        check_every: the number of steps between validations. A checkpoint is written after each
+            validation, and the last step is always followed by one.
+        validation_tasks: the number of tasks of a validation, the same ones each time.
+        seed: decides the joint head and the batches.
     """
 
     lr: float
@@ -63,25 +63,26 @@ class MultitaskSettings:
 class MultitaskTraining:
     """One run of multi-task pre-training in its folder.
 
-    After every validation that is the best so far, accuracy of nearest class means on the tasks'
-    features, the values go to ``init``, see `rnnopt.tasks.text.init_folder`; the pretrained ones count as the
-    first. ``log.jsonl``, ``run.json`` and the checkpoint are as in `rnnopt.storage.run_folder`.
+    A validation measures the accuracy of nearest class means on the features of validation tasks.
+    Whenever it is the best so far, the values are written to the folder ``init``, see
+    `rnnopt.tasks.text.init_folder`. The first validation is that of the pretrained values.
+    ``log.jsonl``, ``run.json`` and the checkpoint are those of `rnnopt.storage.run_folder`.
 
     Args:
-        classifier: what is trained; its head becomes the joint one.
+        classifier: the classifier that is trained. It gets the joint head.
         corpus: the meta-training classes.
-        validation: tasks of other classes, for another classifier of the same kind.
+        validation: tasks of other classes, with a second classifier of the same kind.
         settings: see `MultitaskSettings`.
-        folder: the run's folder; created, or resumed.
-        facts: JSON-compatible facts that tell this run from others.
-        training: JSON-compatible facts kept with the values.
+        folder: the run's folder. It is created, or the run in it is resumed.
+        facts: JSON-compatible facts that distinguish this run from others.
+        training: JSON-compatible facts that are written beside the values.
 
     Attributes:
-        best_score: of the best validation so far.
+        best_score: the score of the best validation so far.
 
     Raises:
-        InputError: nothing but the output layer trains; both classifiers are one, or differ in
-            what trains; the folder holds a run with other settings.
+        InputError: only the output layer trains; the two classifiers are the same object, or differ
+            in their trainable parameters; or the folder holds a run with other settings.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class MultitaskTraining:
     ) -> None:
         if not classifier.initial_values:
             raise InputError(
-                "multi-task pre-training: of this classifier only the output layer trains, and "
-                "every task has one of its own; use tune 'lora' or 'full'"
+                "multi-task pre-training: only the output layer trains, and every task has one "
+                "of its own; use tune 'lora' or 'full'"
             )
         if classifier is validation.classifier or classifier.facts != validation.classifier.facts:
             raise InputError(
@@ -133,14 +134,17 @@ class MultitaskTraining:
         return self.folder.path / INIT_FOLDER
 
     def draw(self, step: int) -> tuple[list[str], list[int]]:
-        """The texts of a batch, by seed and step alone, and the places of their classes."""
+        """Draw the batch of a step: its texts, and the indices of their classes.
+
+        The batch depends on the seed and the step only.
+        """
         generator = np.random.default_rng([self.settings.seed, step])
         labels = generator.integers(len(self._members), size=self.settings.batch_size).tolist()
         rows = [generator.choice(self._members[label]) for label in labels]
         return [self.corpus.texts[row] for row in rows], labels
 
     def _train(self) -> float:
-        """One step of AdamW; the loss before it, nats per text."""
+        """Take one step of AdamW; return the loss before it, nats per text."""
         settings = self.settings
         texts, labels = self.draw(self._step)
         batch = LabelledTexts.read(self.classifier, texts, labels, again=False)
@@ -153,7 +157,7 @@ class MultitaskTraining:
         return float(loss.detach())
 
     def _check(self, loss: float | None, report: Callable[[dict[str, Any]], None]) -> None:
-        """Validate, keep the values if they are the best, make a checkpoint."""
+        """Validate, write the values if they are the best so far, and write a checkpoint."""
         names = self.classifier.initial_values
         values = {name: p.detach() for name, p in self._params.items() if name in names}
         start, judged = TextStart(values=values), self.validation.classifier
@@ -167,7 +171,7 @@ class MultitaskTraining:
             self.best_score = score
             training = {**self.training, "step": self._step}
             save_init(self.folder.path / INIT_FOLDER, self.classifier, start, training)
-        # the folder counts in meta-steps, whatever a run's steps are
+        # a run folder calls the steps of every kind of run meta-steps
         finite = loss if loss is not None and math.isfinite(loss) else None
         record = {"meta_step": self._step, "loss": finite, "validation": {"score": score}}
         self.folder.log(record)

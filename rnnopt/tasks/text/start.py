@@ -1,6 +1,6 @@
-"""Where adaptation of a classifier starts: initial values, and the task's own head.
+"""Where adaptation of a classifier starts: the initial values, and the task's own output layer.
 
-Shapes: B texts, C ways (classes), H the output layer's input.
+Shapes: B texts, C ways (classes), H input size of the output layer.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ Head = Literal["random", "zero", "prototype"]
 
 @dataclass(frozen=True)
 class TextStart(Start):
-    """How every task of a run starts: initial values, and the task's own head.
+    """How adaptation of a classifier starts on every task of a run.
 
     Attributes:
-        head: the output layer: drawn (``"random"``), zeros, or made of the support set's class
-            means (``"prototype"``, see `prototype_head`).
+        head: the output layer: drawn at random (``"random"``), all zeros (``"zero"``), or computed
+            from the class means of the support set (``"prototype"``, see `prototype_head`).
     """
 
     head: Head = "random"
 
     def begin(self, learner: Learner, task: Task, seed: int) -> None:
-        """As `Start.begin`.
+        """Put the classifier where this task starts, see `Start.begin`.
 
         Raises:
-            InputError: fewer than 2 ways; a prototype head for an output layer without bias.
+            InputError: the task has fewer than 2 ways, or the head is a prototype head and the
+                output layer has no bias.
         """
         super().begin(learner, task, seed)
         classifier, task = cast(Classifier, learner), cast(TextTask, task)
@@ -55,10 +56,11 @@ class TextStart(Start):
     def gradient_through(
         self, learner: Learner, task: Task, gradient: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What reaches the initial values through a task's prototype head.
+        """The part of the meta-gradient that reaches the initial values through a prototype head.
 
-        The head is a function of them, so their meta-gradient has a second part, the head's own
-        pulled back through `prototype_head`: exactly, whatever the order.
+        A prototype head is a function of the initial values. Their meta-gradient therefore has a
+        second part: the head's meta-gradient, multiplied by the Jacobian of `prototype_head`. This
+        part is exact for either order.
         """
         if self.head != "prototype":
             return {}
@@ -74,24 +76,28 @@ class TextStart(Start):
         return {name: slope for (name, _), slope in zip(params, slopes) if slope is not None}
 
     def save(self, folder: Path, learner: Learner, training: Mapping[str, Any]) -> None:
-        """Write them as a folder that `transformers` or `peft` loads; see `save_init`."""
-        from rnnopt.tasks.text.init_folder import save_init  # which reads starts, too
+        """Write the initial values as a folder that `transformers` or `peft` loads.
+
+        See `rnnopt.tasks.text.init_folder.save_init`.
+        """
+        from rnnopt.tasks.text.init_folder import save_init  # it imports this module
 
         save_init(folder, cast(Classifier, learner), self, training)
 
 
 def prototype_head(classifier: Classifier, support: LabelledTexts) -> tuple[Tensor, Tensor]:
-    """An output layer whose logits are ``-|x - c_k|^2 / s``, up to what all classes share.
+    """An output layer whose logits are ``-|x - c_k|^2 / s``, up to a term that all classes share.
 
-    Triantafillou et al. 2020 (Proto-MAML, arXiv:1903.03096): ``W_k = 2 c_k, b_k = -|c_k|^2`` with
-    the class means c_k. Two changes. The mean of the class means, m, is taken off W, which changes
-    no probability: ``W_k = 2 (c_k - m) / s, b_k = -(c_k - m)(c_k + m) / s``. And s, the mean of
-    ``|c_k - m|^2``, makes the head the same at every scale of the features: with s = 1 a wide
-    encoder's logits lie so far apart that the first steps have no gradient to go by.
+    Proto-MAML (Triantafillou et al. 2020, arXiv:1903.03096) sets ``W_k = 2 c_k, b_k = -|c_k|^2``,
+    where c_k is the mean of the features of class k. This function makes two changes. It subtracts
+    the mean m of the class means, which changes no probability, and divides by s, the mean of
+    ``|c_k - m|^2``: ``W_k = 2 (c_k - m) / s, b_k = -(c_k - m)(c_k + m) / s``. The division makes
+    the head independent of the scale of the features. With s = 1 the logits of a wide encoder are
+    so far apart that the first steps have almost no gradient.
 
     Args:
-        classifier: at its initial values; no dropout.
-        support: texts of every class.
+        classifier: the classifier, at its initial values and without dropout.
+        support: the support set, with texts of every class.
 
     Returns:
         Weight (C, H) and bias (C,), differentiable.
@@ -103,11 +109,11 @@ def prototype_head(classifier: Classifier, support: LabelledTexts) -> tuple[Tens
     features = torch.cat([classifier.features(batch) for batch, _ in support.pieces])  # (B, H)
     labels = torch.cat([labels for _, labels in support.pieces])
     chosen = one_hot(labels, classifier.ways).to(features.dtype)  # (B, C)
-    # a matrix product and no scatter: it adds in the same order at every run, on a GPU too
+    # A matrix product adds in the same order in every run, on a GPU as well; a scatter does not.
     means = (chosen.T @ features) / chosen.sum(dim=0).unsqueeze(1)  # (C, H)
     middle = means.mean(dim=0)
     spread = (means - middle).square().sum(dim=1).mean()
-    spread = spread.clamp_min(torch.finfo(spread.dtype).tiny)  # texts that are all alike
+    spread = spread.clamp_min(torch.finfo(spread.dtype).tiny)  # 0 if all texts are alike
     weight = 2 * (means - middle) / spread
     bias = -((means - middle) * (means + middle)).sum(dim=1) / spread
     return weight, bias

@@ -1,4 +1,4 @@
-"""Text classification as tasks: an episode made ready for a classifier.
+"""Text classification as tasks: episodes that are tokenised for a classifier.
 
 Shapes: B texts, S tokens, C ways.
 """
@@ -21,14 +21,13 @@ from rnnopt.tasks.protocol import Metric, Scores, Task, TaskSource, bounded_loss
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.tokens import Batch
 
-# Tells the draw of a task's classifier from that of its episode.
+# A task's episode, classifier and batch size are drawn from separate random streams.
 _CLASSIFIER_STREAM = 1
-# Tells the draw of its batch size from both.
 _BATCH_STREAM = 2
-# Temperatures tried by `calibrated_loss`: logits of a head that has hardly moved differ by a
-# hundredth, those of one that was driven far by hundreds.
+# The temperatures that `calibrated_loss` tries. The logits of a head that has hardly been adapted
+# differ by hundredths, those of a head after many large steps by hundreds.
 _TEMPERATURES = tuple(0.02 * 10 ** (step / 12) for step in range(61))
-# Texts to a piece on a CPU: small enough to be of like length, large enough for the matrix units.
+# Texts in a piece on a CPU: few enough to have similar lengths, enough for fast matrix products.
 PIECE = 16
 TEXT_METRICS = {
     "accuracy": Metric(higher_is_better=True),
@@ -39,10 +38,14 @@ TEXT_METRICS = {
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts ready for a classifier, as pieces of texts of like length, with their labels (B,).
+    """Labelled texts that are tokenised for a classifier, in pieces of texts of similar length.
 
-    On a CPU time goes with the number of tokens, and texts differ: padding all of them to the
-    longest would double it.
+    On a CPU the time of a forward pass grows with the number of tokens. Padding all texts to the
+    length of the longest would double it.
+
+    Attributes:
+        pieces: (batch, labels (B,)) of each piece.
+        count: the number of texts in all pieces.
     """
 
     pieces: tuple[tuple[Batch, Tensor], ...]
@@ -57,13 +60,13 @@ class LabelledTexts:
         *,
         again: bool = True,
     ) -> LabelledTexts:
-        """Tokenise texts for a classifier, onto its device.
+        """Tokenise texts for a classifier, on its device.
 
         Args:
-            classifier: what they are for.
+            classifier: the classifier that the texts are for.
             texts: B texts.
-            labels: their classes.
-            again: they are read more than once: keep what frozen layers make of them.
+            labels: their classes, 0 to C - 1.
+            again: whether the same texts are used again, see `Classifier.batch`.
         """
         size = len(texts) if classifier.device.type == "cuda" else PIECE
         lengths = classifier.tokens.lengths(texts)
@@ -79,12 +82,12 @@ class LabelledTexts:
         return cls(pieces, len(texts))
 
     def loss(self, classifier: Classifier, module: nn.Module, calibrated: float = 0.0) -> Tensor:
-        """Cross-entropy of `module`, mean nats per text; 0-d.
+        """The cross-entropy of a module on these texts, mean nats per text; 0-d.
 
         Args:
-            classifier: whose texts these are.
-            module: its model, or a functional copy.
-            calibrated: share of `calibrated_loss` in it, 0 to 1.
+            classifier: the classifier that the texts were tokenised for.
+            module: its model, or a functional copy of it.
+            calibrated: the share of `calibrated_loss` in the loss, 0 to 1.
         """
         logits, labels = zip(
             *((classifier.forward(module, batch), labels) for batch, labels in self.pieces)
@@ -98,7 +101,7 @@ def mixed_loss(logits: Tensor, labels: Tensor, calibrated: float) -> Tensor:
     Args:
         logits: (B, C).
         labels: (B,).
-        calibrated: 0 to 1.
+        calibrated: the share of `calibrated_loss`, 0 to 1.
     """
     plain = cross_entropy(logits, labels)
     if not calibrated:
@@ -107,12 +110,13 @@ def mixed_loss(logits: Tensor, labels: Tensor, calibrated: float) -> Tensor:
 
 
 def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy at the temperature that suits these logits best, mean nats; 0-d.
+    """Cross-entropy at the temperature that is best for these logits, mean nats; 0-d.
 
-    Confidence alone neither lowers nor raises it, within the range of temperatures tried: what
-    counts is how far the classes are told apart. Source: temperature scaling, Guo et al. 2017,
-    arXiv:1706.04599. The temperature is the best of a grid and held constant, so that by the
-    envelope theorem the gradient is that of the minimum.
+    Multiplying all logits by a factor does not change this loss, within the range of the
+    temperatures that are tried. It measures how well the classes are told apart and not how
+    confident the predictions are. Source: temperature scaling, Guo et al. 2017, arXiv:1706.04599.
+    The temperature is the best one of a grid. It is treated as a constant; by the envelope theorem
+    the gradient is still that of the minimum over temperatures.
 
     Args:
         logits: (B, C).
@@ -129,11 +133,11 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TextTask(Task):
-    """One episode, ready for a classifier.
+    """One episode, tokenised for a classifier.
 
     Args:
-        classifier: what adapts.
-        batches: the support set in minibatches, which the steps of adaptation take in turn.
+        classifier: the classifier that adapts.
+        batches: the support set in minibatches, which the adaptation steps use in turn.
         query: the query set.
         ways: C, the number of classes.
     """
@@ -155,30 +159,35 @@ class TextTask(Task):
         return LabelledTexts(pieces, sum(batch.count for batch in self.batches))
 
     def support_loss(self, module: nn.Module, step: int) -> Tensor:
-        """Cross-entropy of the minibatch that is due, mean nats per text; 0-d."""
+        """Cross-entropy on the minibatch of this step, mean nats per text; 0-d."""
         return self.batches[step % len(self.batches)].loss(self.classifier, module)
 
     def query_loss(self, module: nn.Module, step: int, calibrated: float = 0.0) -> Tensor:
-        """Cross-entropy of the query set, mean nats per text; 0-d; see `mixed_loss`."""
+        """Cross-entropy on the query set, mean nats per text; 0-d; see `mixed_loss`."""
         return self.query.loss(self.classifier, module, calibrated)
 
     def scores(self, module: nn.Module) -> Scores:
-        """See `judge`."""
+        """The figures of a module on the query set, see `judge`."""
         return judge(self.classifier, self.query, module)
 
 
 class TextTasks(TaskSource):
-    """Tasks by number: the same sampler, classifiers and number is always the same task.
+    """Text classification tasks by number.
+
+    A task depends only on the sampler, the classifiers and the number.
 
     Args:
         sampler: draws the episodes.
-        classifiers: what the tasks adapt; of several each task draws one, uniformly. One may stand
-            there more than once, to be drawn more often.
-        batch_sizes: texts of the support set to a minibatch, at most; of several each task draws
-            one. None takes all at once.
+        classifiers: the classifiers that adapt. If there are several, each task draws one of them,
+            uniformly; a classifier that is listed more than once is drawn more often.
+        batch_sizes: the largest number of support texts in a minibatch. If there are several, each
+            task draws one of them. None uses the whole support set in every step.
 
     Attributes:
-        classifier: the first of them.
+        classifier: the first classifier.
+
+    Raises:
+        InputError: a batch size below 1.
     """
 
     metrics = TEXT_METRICS
@@ -205,7 +214,7 @@ class TextTasks(TaskSource):
         return self.classifier
 
     def learner_of(self, number: int) -> Classifier:
-        """What task `number` adapts."""
+        """The classifier that adapts to task `number`."""
         generator = np.random.default_rng([self.sampler.seed, number, _CLASSIFIER_STREAM])
         return self._classifiers[generator.integers(len(self._classifiers))]
 
@@ -219,7 +228,7 @@ class TextTasks(TaskSource):
             return LabelledTexts.read(classifier, [texts[i] for i in rows], labels.tolist())
 
         pieces = self._pieces(number, len(episode.support))
-        batches = zip(  # shuffled already, so that any division is random
+        batches = zip(  # an episode is shuffled, so that this division is random
             np.array_split(episode.support, pieces), np.array_split(episode.support_labels, pieces)
         )
         return TextTask(
@@ -230,7 +239,7 @@ class TextTasks(TaskSource):
         )
 
     def _pieces(self, number: int, texts: int) -> int:
-        """How many minibatches the support set of task `number` is divided into."""
+        """The number of minibatches of the support set of task `number`."""
         if self._batch_sizes is None:
             return 1
         generator = np.random.default_rng([self.sampler.seed, number, _BATCH_STREAM])
@@ -240,17 +249,17 @@ class TextTasks(TaskSource):
 
 @torch.no_grad()
 def judge(classifier: Classifier, texts: LabelledTexts, module: nn.Module | None = None) -> Scores:
-    """Figures of a classifier on texts, without dropout.
+    """The figures of a classifier on labelled texts, without dropout.
 
     Args:
-        classifier: whose texts these are.
-        texts: with the classes of its head.
+        classifier: the classifier that the texts were tokenised for.
+        texts: the texts, with the classes of its head.
         module: the module to run; None means the classifier's own.
 
     Returns:
-        ``loss``, mean nats per text, at most `DIVERGED_LOSS`; ``accuracy``; ``f1``, macro F1;
-        ``calibrated``, see `calibrated_loss`. Macro recall is the accuracy, since an episode has
-        as many query texts of every class.
+        ``loss``, mean nats per text, at most `DIVERGED_LOSS`; ``accuracy``; ``f1``, macro F1; and
+        ``calibrated``, see `calibrated_loss`. Macro recall is not among them, because it equals the
+        accuracy: an episode has the same number of query texts in every class.
     """
     model = classifier.model if module is None else module
     training = model.training

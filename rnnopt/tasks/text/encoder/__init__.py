@@ -1,1 +1,1 @@
-"""The pretrained encoder: loading, LoRA, layers, tokens, and what frozen layers make of a text."""
+"""The pretrained encoder: loading, LoRA, layers, tokens, and the outputs of frozen layers."""

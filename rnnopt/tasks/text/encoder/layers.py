@@ -1,4 +1,4 @@
-"""An encoder's layers: which there are, and which of them train.
+"""The layers of an encoder: finding them, and freezing those below a layer.
 
 Shapes: B batch, S sequence (tokens), D hidden size.
 """
@@ -15,16 +15,23 @@ from rnnopt.tasks.text.encoder.tokens import Batch
 
 
 def top_and_lower(encoder: Any, top_layers: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The encoder's top layers, so many, and those below; the lowest first.
+    """Divide the encoder's layers into the top ones and those below them.
+
+    Args:
+        encoder: a `transformers` model without a head.
+        top_layers: the number of top layers.
+
+    Returns:
+        The top layers and the lower layers, each from the lowest to the highest.
 
     Raises:
-        InputError: more than there are, or layers that can't be told apart.
+        InputError: the encoder has fewer layers, or its layers can't be identified.
     """
     layers = layer_stack(encoder)
     if layers is None:
         raise InputError(
             f"top_layers is {top_layers}: the layers of {encoder.config.model_type} models can't "
-            "be told apart; leave --top-layers out"
+            "be identified; leave --top-layers out"
         )
     if top_layers > len(layers):
         raise InputError(
@@ -35,9 +42,9 @@ def top_and_lower(encoder: Any, top_layers: int) -> tuple[list[nn.Module], list[
 
 
 def layer_stack(encoder: Any) -> nn.ModuleList | None:
-    """The encoder's layers, the lowest first; None where they can't be told apart.
+    """The encoder's layers, from the lowest to the highest; None if they can't be identified.
 
-    ALBERT runs one layer many times, and an encoder-decoder has two stacks.
+    ALBERT runs one layer many times, and an encoder-decoder has two stacks of layers.
     """
     count = getattr(encoder.config, "num_hidden_layers", None)
     stacks = [
@@ -51,12 +58,12 @@ def layer_stack(encoder: Any) -> nn.ModuleList | None:
 
 
 def freeze_below(model: Any, layer: nn.Module, batch: Batch) -> None:
-    """Stop from training what the input of this layer is made from.
+    """Freeze the parameters that the input of a layer depends on.
 
     Args:
         model: a text classifier.
-        layer: one of its encoder's.
-        batch: any; it shows what comes before what.
+        layer: a layer of its encoder.
+        batch: any batch. A forward pass on it shows which parameters the input depends on.
     """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,11 +77,17 @@ def freeze_below(model: Any, layer: nn.Module, batch: Batch) -> None:
 
 
 class Reached(Exception):
-    """Ends a forward pass where its result is known; holds the result."""
+    """Ends a forward pass as soon as the wanted value is known, and holds that value."""
 
 
 def reach(model: Any, batch: Batch, hook: Any) -> Any:
-    """What the hook that raises `Reached` saw."""
+    """Run the model until a hook raises `Reached`; return the value that it holds.
+
+    Args:
+        model: the model.
+        batch: its input.
+        hook: the handle of the hook, which is removed.
+    """
     try:
         model(**batch)
     except Reached as reached:

@@ -1,4 +1,6 @@
-"""Pretrained encoders: found, read, given LoRA factors, or made; alone imports `transformers`.
+"""Pretrained encoders: finding and reading them, and making a small one.
+
+Only this module imports `transformers`.
 
 Shapes: B batch, S sequence (tokens), C ways (classes), H hidden size.
 """
@@ -28,19 +30,19 @@ except ImportError as error:
 
 Pooling = Literal["model", "mean"]
 
-# What is fetched from the hub: never a pickle, never code.
+# The files that are downloaded from the hub: no pickles and no code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class MeanPooled(nn.Module):
-    """A linear head on the mean of the encoder's last hidden states, padding left out.
+    """A linear head on the mean of the encoder's last hidden states, without padding.
 
-    What sentence encoders are trained for; their [CLS] pooler often never was.
+    Sentence encoders are trained for this mean. Their [CLS] pooler is often untrained.
 
     Args:
         encoder: a model as `transformers.AutoModel` loads it.
-        ways: C, the classes of the head.
+        ways: C, the number of classes of the head.
     """
 
     def __init__(self, encoder: Any, ways: int) -> None:
@@ -71,19 +73,19 @@ class MeanPooled(nn.Module):
 def read_encoder(
     encoder: str | Path, pooling: Pooling, ways: int, attention: str | None
 ) -> tuple[Any, Any, set[str]]:
-    """Read a text classifier in float32 from safetensors; runs no code of the model's.
+    """Read a text classifier in float32 from safetensors, without running code of the model.
 
     Args:
         encoder: a folder, or a name on the Hugging Face hub (the local cache comes first).
         pooling: see `rnnopt.tasks.text.classifier.Classifier.load`.
-        ways: C, the classes of its head.
-        attention: transformers' `attn_implementation`; None for its default.
+        ways: C, the number of classes of its head.
+        attention: the `attn_implementation` of transformers; None takes its default.
 
     Returns:
         The model, its tokenizer, and the names of the parameters that the files lack.
 
     Raises:
-        InputError: it can't be found, read or used.
+        InputError: the encoder can't be found, read or used.
     """
     folder = _find(encoder)
     with silence():
@@ -92,7 +94,7 @@ def read_encoder(
 
 
 def _find(encoder: str | Path) -> Path:
-    """The folder with the encoder's files, checked for what can be told without loading."""
+    """The folder with the encoder's files, after the checks that need no loading."""
     folder = Path(encoder).expanduser()
     if folder.is_file():
         raise InputError(f"{encoder} is a file; give the folder that holds config.json")
@@ -113,7 +115,7 @@ def _find(encoder: str | Path) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    """A model of the hub, from the cache if it is there."""
+    """The folder of a model of the hub, from the local cache if it is there."""
     remedy = "give a folder that save_pretrained wrote, or a model's name on huggingface.co"
     if not HUB_ID.fullmatch(name):
         raise InputError(f"there is no folder {name}; {remedy}")
@@ -124,10 +126,10 @@ def _fetch(name: str) -> Path:
                 folder = huggingface_hub.snapshot_download(
                     name, allow_patterns=HUB_FILES, ignore_patterns="*/*", local_files_only=cached
                 )
-        except Exception as error:  # the hub's client raises its own, requests' and httpx's
+        except Exception as error:  # the client raises errors of its own, of requests and of httpx
             cause = error
             continue
-        if not cached or any(Path(folder).glob("*.safetensors")):  # the cache may hold a part
+        if not cached or any(Path(folder).glob("*.safetensors")):  # the cache may be incomplete
             return Path(folder)
     raise InputError(
         f"{name} is neither a folder here nor a model that huggingface.co gave "
@@ -138,7 +140,7 @@ def _fetch(name: str) -> Path:
 def _read_model(
     folder: Path, encoder: str | Path, pooling: Pooling, ways: int, attention: str | None
 ) -> tuple[Any, set[str]]:
-    """The model and the names of its parameters that the files lack."""
+    """Read the model; return it, and the names of the parameters that the files lack."""
     options = {
         "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32,
         "attn_implementation": attention, "output_loading_info": True, "local_files_only": True,
@@ -155,7 +157,7 @@ def _read_model(
         else:
             raise InputError(
                 f"{encoder} is a {config.model_type} model, and transformers has no text "
-                "classifier for those; choose another encoder, or try --pooling mean"
+                "classifier for such models; choose another encoder, or try --pooling mean"
             )
     except InputError:
         raise
@@ -171,9 +173,9 @@ def _read_model(
 
 
 def _check_complete(model: Any, absent: set[str], encoder: str | Path, pooling: Pooling) -> None:
-    """A body with random layers would load in silence and learn nothing."""
+    """Refuse files that lack layers of the encoder, since these layers would be random."""
     prefix = "" if pooling == "mean" else f"{model.base_model_prefix}."
-    # files of masked language models have no pooler, and its fresh one is what all start from
+    # files of masked language models have no pooler; a new one is drawn, as is usual
     lost = sorted(key for key in absent if key.startswith(prefix) and "pooler" not in key)
     if lost:
         raise InputError(
@@ -192,24 +194,24 @@ def _read_tokenizer(folder: Path, encoder: str | Path) -> Any:
         raise InputError(
             f"{encoder}: its tokenizer can't be loaded: {first_line(error)}; {remedy}"
         ) from error
-    # without files transformers makes a tokenizer that knows special tokens only
+    # without files, transformers makes a tokenizer that has special tokens only
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{encoder} has no tokenizer; {remedy}")
     return tokenizer
 
 
 def position_limit(model: Any) -> int:
-    """The longest input that the encoder takes, in tokens."""
+    """The longest input that the encoder accepts, in tokens."""
     for name, module in model.base_model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one after the padding's
+            # RoBERTa numbers positions from the padding's index + 1
             used = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - used
     return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def encoder_name(encoder: str | Path) -> str:
-    """A short name for reports: the hub's name, or the folder's without where it lies."""
+    """A short name for reports: the name on the hub, or the folder's name without its path."""
     path = Path(encoder)
     if not path.is_dir():
         return str(encoder)
@@ -220,9 +222,9 @@ def encoder_name(encoder: str | Path) -> str:
 
 
 def encoder_fingerprint(encoder: Any, tokenizer: Any) -> str:
-    """12 hexadecimal digits of the encoder's weights and vocabulary.
+    """12 hexadecimal digits that differ between encoders of other weights or vocabularies.
 
-    A name is no identity: another model may lie in a folder of the same name.
+    A name does not identify an encoder, since another model may be in a folder of the same name.
     """
     digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for param in encoder.parameters():
@@ -239,15 +241,15 @@ def small_bert(
     seed: int = 0,
     folder: str | Path,
 ) -> Path:
-    """Write a BERT with random weights and a tokenizer trained on `texts`; needs no download.
+    """Write a BERT with random weights and a tokenizer trained on `texts`, without a download.
 
     Args:
-        texts: what the vocabulary is learned from.
-        hidden_size: a multiple of heads.
-        layers: number of transformer layers.
-        heads: attention heads.
-        seed: decides the weights; the global random state is left alone.
-        folder: where to; files of the same names are overwritten.
+        texts: the texts that the vocabulary is learned from.
+        hidden_size: the width of the hidden states, a multiple of heads.
+        layers: the number of transformer layers.
+        heads: the number of attention heads.
+        seed: decides the weights. The global random state does not change.
+        folder: the folder to write. Files of the same names are overwritten.
 
     Returns:
         The folder, which `Classifier.load` takes.
@@ -265,12 +267,12 @@ def small_bert(
 
 
 def word_piece(texts: Sequence[str], vocab_size: int = 2000, max_length: int = 128) -> Any:
-    """A lowercasing WordPiece tokenizer trained on `texts`; a function of its arguments.
+    """Train a lowercasing WordPiece tokenizer; the result depends on the arguments only.
 
     Args:
-        texts: what the vocabulary is learned from.
-        vocab_size: most entries, special tokens included.
-        max_length: the most tokens that the tokenizer makes when asked to cut off.
+        texts: the texts that the vocabulary is learned from.
+        vocab_size: the largest number of entries, with special tokens.
+        max_length: the length in tokens to which the tokenizer truncates a text.
 
     Returns:
         A `transformers` tokenizer that puts a text between [CLS] and [SEP].
@@ -281,8 +283,8 @@ def word_piece(texts: Sequence[str], vocab_size: int = 2000, max_length: int = 1
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     normalizer = normalizers.BertNormalizer(lowercase=True)
     text = "".join(map(normalizer.normalize_str, texts))
-    # The trainer numbers the pieces of one letter in the order of a hash table, and breaks ties
-    # by number: naming them beforehand makes the vocabulary the same at every run.
+    # The trainer numbers the pieces of one letter in the order of a hash table, and breaks ties by
+    # number. Passing these pieces as special tokens gives the same vocabulary in every run.
     letters = sorted(set(text) - set(string.whitespace))
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
@@ -293,7 +295,7 @@ def word_piece(texts: Sequence[str], vocab_size: int = 2000, max_length: int = 1
     trained.normalizer = normalizer
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trained.train_from_iterator(texts, trainer)
-    # a new one, in which single letters aren't special
+    # a new tokenizer, in which single letters aren't special tokens
     tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer = trained.normalizer
     tokenizer.pre_tokenizer = trained.pre_tokenizer
@@ -311,15 +313,15 @@ def word_piece(texts: Sequence[str], vocab_size: int = 2000, max_length: int = 1
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU from `seed`; afterwards the global random state is what it was."""
+    """Seed the CPU's random state for a block, and restore the previous state after it."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         yield
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No report on missing head weights, which are meant to be missing, and no progress bars."""
+    """Hide progress bars, and warnings about head weights, which are missing on purpose."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -333,5 +335,5 @@ def silence() -> Iterator[None]:
 
 
 def first_line(error: Exception | None) -> str:
-    """What a library's error says, short enough to be quoted in ours."""
+    """The first line of a library's error, to be quoted in an error of rnnopt."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from rnnopt.storage.files import save_tensors
 from rnnopt.tasks.text.encoder.loading import first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's name for it
-# Query and value projections, as peft's own defaults have them, of encoders that peft leaves out.
+# The query and value projections of encoders for which peft has no defaults.
 LORA_TARGETS = {
     "albert": ["query", "value"],
     "camembert": ["query", "value"],
@@ -26,22 +26,24 @@ LORA_TARGETS = {
 
 
 def add_lora(encoder: Any, rank: int, without: Sequence[nn.Module] = ()) -> Any:
-    """Put LoRA factors into the encoder, in place; they alone train.
+    """Put LoRA factors into the encoder, in place.
 
-    The factors' matrix A is drawn from torch's global random state, see `seeded`; B is zero.
-    The encoder and not the whole classifier is given to peft: the head stays as it is (peft
-    would put a copy beside the original, and freeze those head layers it doesn't know by name).
+    Afterwards the factors are the only parameters of the encoder that train.
+
+    The matrix A of a factor is drawn from torch's global random state, see `seeded`; B is zero.
+    peft gets the encoder and not the whole classifier, so that the head stays as it is. (peft would
+    copy head layers that it knows by name, and freeze the others.)
 
     Args:
         encoder: a `transformers` model without a head.
-        rank: of the factors.
-        without: layers of the encoder that get none.
+        rank: the rank of the factors.
+        without: layers of the encoder that get no factors.
 
     Returns:
-        What can merge them, peft's `LoraModel`.
+        peft's `LoraModel`, which can merge the factors into the weights.
 
     Raises:
-        InputError: peft isn't installed, or which layers to give factors isn't known.
+        InputError: peft isn't installed, or has no target layers for this kind of encoder.
     """
     try:
         from peft import LoraConfig
@@ -53,14 +55,14 @@ def add_lora(encoder: Any, rank: int, without: Sequence[nn.Module] = ()) -> Any:
     kind = encoder.config.model_type
     left_out = {id(module) for layer in without for module in layer.modules()}
     names = [name for name, module in encoder.named_modules() if id(module) in left_out]
-    # alpha = rank: the product is added unscaled, whatever the rank
+    # with alpha = rank, the product is added unscaled
     config = LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=LORA_TARGETS.get(kind),
         exclude_modules=names or None,
     )  # fmt: skip
     try:
         with warnings.catch_warnings():
-            # peft sees by itself that GPT-2's layers are stored transposed, and says so
+            # peft warns that it has noticed that GPT-2 stores its layers transposed
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             return LoraModel(encoder, config, "default")
     except ValueError as error:
@@ -70,13 +72,13 @@ def add_lora(encoder: Any, rank: int, without: Sequence[nn.Module] = ()) -> Any:
 
 
 def save_adapter(adapter: Any, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write values of what trains beside a frozen encoder in peft's own format.
+    """Write LoRA factors and head layers in peft's own format.
 
     Args:
-        adapter: what `add_lora` returned.
-        model: the whole classifier, or what else the names start from.
+        adapter: the result of `add_lora`.
+        model: the module that the names of the values refer to.
         folder: gets ``adapter_config.json`` and ``adapter_model.safetensors``.
-        values: by name in `model`: factors, and parameters of head layers.
+        values: the factors and the parameters of head layers, by their names in `model`.
     """
     layers = [name.rpartition(".")[0] for name in values if not is_factor(name)]
     config = copy.deepcopy(adapter.peft_config["default"])
@@ -94,5 +96,5 @@ def is_factor(name: str) -> bool:
 
 
 def adapter_key(name: str) -> str:
-    """A parameter's name in peft's files: without the adapter's own, which they don't store."""
+    """A parameter's name in peft's files, which leave out the name of the adapter."""
     return "base_model.model." + (name.replace(".default.", ".") if is_factor(name) else name)

@@ -1,10 +1,10 @@
-"""What frozen layers make of a text, computed once.
+"""The outputs of frozen layers, which are computed once for each text and kept.
 
-Below the lowest trainable parameter nothing changes from step to step: the output of the layers
-there is kept for every text, in memory or on disk by size, and a step costs what trains.
+The layers below the lowest trainable parameter give the same output for a text at every step.
+This output is kept, in memory or on disk, so that a step only runs the layers above.
 
-Shapes: B batch, S sequence (tokens), D hidden size, C ways, R rows kept of a text: its tokens
-without padding, and one more for the pooler's output where the whole encoder is frozen.
+Shapes: B batch, S sequence (tokens), D hidden size, C ways, R rows that are kept of a text: one for
+each token without padding, and one for the pooler's output if the whole encoder is frozen.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.layers import Reached, layer_stack, reach
 from rnnopt.tasks.text.encoder.tokens import Batch, TokenCache
 
-# Bytes of main memory for kept states; what comes later goes to disk. 1 GiB holds 60 000 texts of
-# 12 tokens at hidden size 384.
+# Bytes of main memory for the outputs; further outputs are written to disk. 1 GiB holds 60 000
+# texts of 12 tokens at hidden size 384.
 MEMORY = 2**30
-GPU_PIECE = 64  # texts read together on a GPU
+GPU_PIECE = 64  # texts that a GPU runs through the frozen layers together
 PROBES = ("probe", "a longer probe of the same")
 
 
 class Prefix:
-    """The output of frozen layers, by text. Made by `find_prefix`.
+    """The outputs of frozen layers, by text. `find_prefix` makes it.
 
-    It stays right for as long as the frozen parameters keep their values.
+    The outputs are correct as long as the frozen parameters keep their values.
 
     Args:
         model: a text classifier, on its device and without dropout.
-        tokens: makes its batches.
-        layers: what is skipped; only the last one's output is kept.
-        memory: bytes of main memory before states go to disk.
+        tokens: tokenises the texts.
+        layers: the frozen layers, from the lowest on. Only the output of the last one is kept.
+        memory: bytes of main memory to use before outputs are written to disk.
     """
 
     def __init__(
@@ -50,18 +50,22 @@ class Prefix:
         names = {layer: name for name, layer in model.named_modules()}
         self._names = [names[layer] for layer in layers]
         self._store = _Store(memory)
-        self._example: Any = None  # an output of the last layer, to make others like it
+        self._example: Any = None  # an output of the last layer, which shows its type
 
     def read(self, batch: Batch, texts: Sequence[str]) -> Tensor:
-        """States (B, R, D) of these texts, which are those of the batch, on its device.
+        """The outputs of the frozen layers for a batch, (B, R, D), on the batch's device.
+
+        Args:
+            batch: the tokenised texts.
+            texts: the same B texts.
 
         Raises:
             InputError: the disk is full.
         """
         missing = [text for text in dict.fromkeys(texts) if text not in self._store]
         device = batch["input_ids"].device
-        # On a CPU each text by itself: what is kept must not depend on the texts read beside it,
-        # or a resumed run would differ in the last bit from one that never stopped.
+        # On a CPU each text is run alone: its output must not depend on the texts beside it, or a
+        # resumed run would differ in the last bit from a run that was never stopped.
         size = GPU_PIECE if device.type == "cuda" else 1
         lengths = dict(zip(missing, self._tokens.lengths(missing)))
         missing.sort(key=lengths.__getitem__)
@@ -72,7 +76,7 @@ class Prefix:
         return self._assemble(batch, [self._store.get(text) for text in texts])
 
     def logits(self, module: nn.Module, batch: Mapping[str, Tensor], states: Tensor) -> Tensor:
-        """Logits (B, C) of the model, or of a functional copy, from what `read` returned."""
+        """Logits (B, C) of the model, or of a functional copy, from the result of `read`."""
         output = _like(self._example, states)
         with ExitStack() as stack:
             for name in self._names:
@@ -81,23 +85,23 @@ class Prefix:
             return cast(Tensor, module(**batch).logits)
 
     def works(self, device: torch.device) -> bool:
-        """Whether the logits of two texts are the same with and without what is kept."""
+        """Whether two texts have the same logits with and without the kept outputs."""
         try:
             batch = self._tokens.batch(PROBES, device)
-            with torch.enable_grad():  # a trainable parameter below would show
+            with torch.enable_grad():  # shows whether a parameter below trains
                 frozen = not _flat(self._run(batch)).requires_grad
-            # each by itself: where padding tells on a text's states, nothing can be kept
+            # run alone: if padding changes a text's output, the outputs can't be kept
             alone = [rows for text in PROBES for rows in self._compute([text], device)]
             states = self._assemble(batch, alone)
             with torch.no_grad():
                 plain, quick = self._model(**batch).logits, self.logits(self._model, batch, states)
             return frozen and torch.allclose(quick, plain, rtol=1e-4, atol=1e-5)
-        except Exception:  # an architecture unlike the others: everything runs at every step
+        except Exception:  # for other architectures, all layers run at every step
             return False
 
     def _compute(self, texts: Sequence[str], device: torch.device) -> list[Tensor]:
-        """Rows (R, D) of each text, on the CPU."""
-        # tensors made in a caller's inference mode could never enter a graph
+        """The rows (R, D) of each text, on the CPU."""
+        # tensors that are made in a caller's inference mode could not be used in a graph
         with torch.inference_mode(False), torch.no_grad():
             batch = self._tokens.batch(texts, device)
             self._example = self._run(batch)
@@ -116,7 +120,7 @@ class Prefix:
             return states
 
     def _run(self, batch: Batch) -> Any:
-        """The last layer's output, and nothing that lies above is run."""
+        """The last frozen layer's output. The layers above it are not run."""
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             raise Reached(output)
@@ -125,17 +129,17 @@ class Prefix:
 
 
 def find_prefix(model: Any, tokens: TokenCache, device: torch.device) -> Prefix | None:
-    """A `Prefix` for all that is frozen, if there is a layer of it and its results agree.
+    """A `Prefix` of all frozen layers; None if there are none, or if the logits would change.
 
     Args:
         model: a text classifier, on its device and without dropout.
-        tokens: makes its batches.
-        device: where the model is.
+        tokens: tokenises the texts.
+        device: the device that the model is on.
     """
     body = model.base_model
     layers = [body]
     if not _frozen(body):
-        # Embeddings alone are no reason: to look up a word is no dearer than to look up a state.
+        # Frozen embeddings alone save nothing: a word is looked up as fast as a kept output.
         layers = list(itertools.takewhile(_frozen, layer_stack(body) or []))
     prefix = Prefix(model, tokens, layers) if layers else None
     return prefix if prefix is not None and prefix.works(device) else None
@@ -143,7 +147,7 @@ def find_prefix(model: Any, tokens: TokenCache, device: torch.device) -> Prefix 
 
 @contextmanager
 def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Let the module answer by this function: its attributes, which some models read, stay."""
+    """Replace the module's forward pass for a block; its attributes, which models read, stay."""
     own = vars(module).get("forward")
     module.forward = function
     try:
@@ -163,7 +167,7 @@ def _pooled(output: Any) -> Tensor | None:
 
 
 def _flat(output: Any) -> Tensor:
-    """The states (B, R, D) in a layer's or an encoder's output."""
+    """The hidden states (B, R, D) in the output of a layer or an encoder."""
     pooled = _pooled(output)
     if pooled is not None:
         return torch.cat([output["last_hidden_state"], pooled.unsqueeze(1)], dim=1)
@@ -173,7 +177,7 @@ def _flat(output: Any) -> Tensor:
 
 
 def _like(example: Any, states: Tensor) -> Any:
-    """An output of the example's type with these states."""
+    """An output of the same type as the example that holds these hidden states."""
     kind: Any = type(example)
     if _pooled(example) is not None:
         return kind(last_hidden_state=states[:, :-1], pooler_output=states[:, -1])
@@ -183,13 +187,17 @@ def _like(example: Any, states: Tensor) -> Any:
 
 
 def _rows(batch: Batch, length: int) -> Tensor:
-    """Which rows are kept: all but padding; (B, length), bool."""
+    """Which rows are kept, (B, length), bool: all rows except padding."""
     mask = batch["attention_mask"].bool()
     return nn.functional.pad(mask, (0, length - mask.shape[1]), value=True)
 
 
 class _Store:
-    """Rows (R, D) by text: in memory up to so many bytes, then in a file that dies with us."""
+    """The rows (R, D) of each text, in memory up to a limit and then in a temporary file.
+
+    Args:
+        memory: the limit in bytes.
+    """
 
     def __init__(self, memory: int) -> None:
         self._left = memory
@@ -207,9 +215,9 @@ class _Store:
             return
         content = rows.contiguous().view(torch.uint8).numpy().tobytes()
         try:
-            # written and not mapped: on a full disk a write is an error, a mapping a crash
+            # a write to a full disk raises an error, a write to a memory map crashes
             if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as we live
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
                 weakref.finalize(self, self._file.close)
             place = self._file.seek(0, 2)
             self._file.write(content)

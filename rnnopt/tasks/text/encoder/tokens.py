@@ -1,6 +1,7 @@
-"""Texts as an encoder's input: tokenised once, padded batch by batch.
+"""Texts as an encoder's input: each is tokenised once, and padded again in every batch.
 
-Shapes: B batch, S sequence (tokens), R rows that `rnnopt.tasks.text.encoder.prefix` keeps, D hidden size.
+Shapes: B batch, S sequence (tokens), D hidden size, R rows of a text that
+`rnnopt.tasks.text.encoder.prefix` keeps.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ class Batch(dict[str, Tensor]):
     """An encoder's input by name.
 
     Attributes:
-        kept: what frozen layers make of it, (B, R, D), and the `rnnopt.tasks.text.encoder.prefix.Prefix` it is from;
-            None where there is nothing. Beside the items and not one of them: ``module(**batch)``
-            runs any module on the texts themselves.
+        kept: the `rnnopt.tasks.text.encoder.prefix.Prefix` that computed the outputs of the frozen
+            layers, and these outputs, (B, R, D); None if they were not computed. This is an
+            attribute and not an item, so that ``module(**batch)`` runs any module on the texts
+            themselves.
     """
 
     kept: tuple[object, Tensor] | None = None
 
 
 class TokenCache:
-    """Tokenises each distinct text once and pads batches from what it kept.
+    """Tokenises each distinct text once, keeps the tokens, and pads them to batches.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; without a pad token its end-of-text token pads.
-        max_length: longest text in tokens, special tokens included; the rest is cut off.
-        names: the inputs to give; all that the tokenizer makes by default.
+        tokenizer: a Hugging Face tokenizer. If it has no pad token, its end-of-text token is used.
+        max_length: the longest text in tokens, with special tokens. Longer texts are truncated.
+        names: the names of the inputs that the encoder accepts; None means the tokenizer's.
 
     Raises:
-        InputError: max_length leaves no room for text, or there is nothing to pad with.
+        InputError: max_length leaves no room for text, or the tokenizer has no token to pad with.
     """
 
     def __init__(
@@ -66,11 +68,11 @@ class TokenCache:
 
         Args:
             texts: B texts.
-            device: where the tensors go.
+            device: the device of the tensors.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, where the encoder takes them,
-            ``token_type_ids``: int64, (B, S).
+            ``input_ids``, ``attention_mask`` and, if the encoder accepts them, ``token_type_ids``;
+            int64, (B, S).
 
         Raises:
             InputError: there are no texts.
@@ -87,7 +89,7 @@ class TokenCache:
         return Batch({name: torch.tensor(ids, device=device) for name, ids in padded.items()})
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has."""
+        """The number of tokens of each text."""
         self._read([text for text in dict.fromkeys(texts) if text not in self._rows])
         return [len(self._rows[text]["input_ids"]) for text in texts]
 
@@ -102,6 +104,6 @@ class TokenCache:
         for i, text in enumerate(texts):
             row = {name: encoded[name][i] for name in self._names if name in encoded}
             if not row["input_ids"]:
-                # GPT-2 makes nothing of an empty text, and an encoder needs something to read
+                # GPT-2 makes no token of an empty text, and an encoder needs at least one
                 row = {name: [self._pad[name]] for name in row} | {"attention_mask": [1]}
             self._rows[text] = row
