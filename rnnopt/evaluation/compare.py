@@ -34,13 +34,15 @@ class Compared:
 
     Attributes:
         figures: see `rnnopt.evaluation.comparison.Comparison.run`.
+        metrics: the names of the metrics that the tasks report, the loss last.
     """
 
     figures: dict[str, Any]
+    metrics: Sequence[str] = ("loss",)
 
     def table(self) -> str:
-        """The figures as a Markdown table, with 95 % intervals."""
-        return comparison_table(self.figures)
+        """The figures as Markdown, a table for each metric, with 95 % intervals."""
+        return comparison_table(self.figures, self.metrics)
 
 
 def compare(
@@ -101,7 +103,8 @@ def compare(
     )  # fmt: skip
     figures = comparison.run(episodes, tuning_episodes)
     learner.begin(report.load(0), 0)
-    return Compared(figures)
+    others = [name for name in report.metrics if name != "loss"]
+    return Compared(figures, (*others, "loss"))
 
 
 def _check_start(start: Start, learner: Learner) -> None:

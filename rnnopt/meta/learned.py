@@ -26,7 +26,7 @@ from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
 from rnnopt.tasks.protocol import Learner, Task
 
-HIDDEN_SIZE = 8  # of a new LSTM
+HIDDEN_SIZE = 8  # hidden units of a new LSTM
 INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 

@@ -20,7 +20,7 @@ Init = Literal["pretrained", "maml", "reptile"]
 InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam", "given"]
 Learn = Literal["all", "growth"]
 VALIDATED = ("accuracy", "loss")  # the metrics of a validation, after each step
-SHIPPED = "shipped"  # the word for the shipped rule of what trains, as the origin of a new one
+SHIPPED = "shipped"  # the value of `LearnedSettings.origin` that stands for the shipped rule
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ class EpisodeSampler:
             hint = ", or leave out the domain column" if len(counts) > 1 else ""
             raise InputError(
                 f"{max(self.ways)}-way episodes need a domain with {max(self.ways)} classes; "
-                f"{domain} has {most}, no domain more: lower --ways{hint}; to compare by all "
-                "classes of a file take --report-on all --tuning-data stdlib"
+                f"{domain} has {most}, and no domain has more: lower --ways{hint}; to compare "
+                "on all classes of a file use --report-on all --tuning-data stdlib"
             )
 
     def _usable_domains(self, ways: int, shots: int) -> tuple[list[str], np.ndarray]:

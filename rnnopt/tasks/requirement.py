@@ -153,7 +153,7 @@ def _condition(
     metric = found["metric"].lower()
     if metric not in metrics:
         raise InputError(
-            f"{where}: there is no metric {metric!r} here; choose from {', '.join(metrics)}, such "
+            f"{where}: there is no metric {metric!r}; choose from {', '.join(metrics)}, such "
             f"as {example!r}"
         )
     budget = int(found["budget"]) if found["budget"] else None
@@ -165,7 +165,8 @@ def _condition(
         if math.isinf(high):
             span = f"be finite and at least {low:g}"
         raise InputError(
-            f"{where}: {metric} against {threshold:g}, which must {span}, such as {example!r}"
+            f"{where}: {metric} is compared with {threshold:g}, which must {span}, such as "
+            f"{example!r}"
         )
     if (found["operator"], threshold) in ((">", high), ("<", low)):
         raise InputError(
@@ -179,8 +180,8 @@ def _condition(
 def _check_budget(budget: int, where: str, horizon: int | None, example: str) -> None:
     if horizon is None:
         raise InputError(
-            f"{where}: budget @{budget}, and here every check is of the newest step; leave it "
-            f"out, such as {example!r}: the option for the most steps is the budget"
+            f"{where}: budget @{budget}: this command checks the newest step only; leave the "
+            f"budget out, such as {example!r}, and limit the steps with --steps"
         )
     if not 1 <= budget <= horizon:
         raise InputError(

@@ -93,7 +93,7 @@ def test_exact_kinds_stand_among_those_that_train(csv_file, encoder, tmp_path, c
     command = meta_train(csv_file, encoder, tmp_path / "run", "--tune", "head", "full", "--exact")
     assert "--exact lora: not among --tune head full" in fails([*command, "lora"], capsys)
     assert run([*command, "head"]) == 0
-    assert read_training(tmp_path / "run")["settings"]["exact"] == ["head"]
+    assert read_training(tmp_path / "run")["settings"]["second_order_for"] == ["head"]
 
 
 def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_path):

@@ -107,7 +107,7 @@ def test_compare_starts_every_method_there_and_keeps_its_runs_apart(
 
 def test_head_and_what_is_adapted_are_those_of_the_init_unless_said_otherwise(encoder, tmp_path):
     classifier = Classifier.load(encoder, lora_rank=2, ways=2, device=torch.device("cpu"))
-    start = TextStart("prototype", "head", classifier.initial_values)
+    start = TextStart("head", classifier.initial_values, "prototype")
     save_init(tmp_path / "init", classifier, start, {})
     for head, expected in ((None, "prototype"), ("zero", "zero")):
         found = choose_start(RuleSettings(init=tmp_path, head=head), classifier)

@@ -128,7 +128,7 @@ def test_an_untrained_rule_may_do(csv_file, encoder, tmp_path):
 @pytest.mark.parametrize(
     ("until", "message"),
     [
-        ("f1>=0.5", "no metric 'f1' here; choose from accuracy, loss"),
+        ("f1>=0.5", "no metric 'f1'; choose from accuracy, loss"),
         ("accuracy@3>=0.5", "budget @3 must lie between 1 and 2"),
         ("accuracy@0>=0.5", "budget @0 must lie between 1 and 2"),
         ("", "can't read ''"),
@@ -320,8 +320,8 @@ def test_a_test_file_with_nothing_new_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--until", "speed>1"], "no metric 'speed' here; choose from accuracy, precision, recall"),
-        (["--until", "accuracy@5>=0.9"], "budget @5, and here every check is of the newest step"),
+        (["--until", "speed>1"], "no metric 'speed'; choose from accuracy, precision, recall"),
+        (["--until", "accuracy@5>=0.9"], "budget @5: this command checks the newest step only"),
         (["--until", "accuracy>=0.9", "--max-steps", "0"], "--steps 0: must be at least 1"),
         (["--until", "f1>0.9", "--validate-every", "0"], "--validate-every 0: must be at least 1"),
         (["--held-out", "0"], "--held-out 0.0: must lie between 0 and 1"),

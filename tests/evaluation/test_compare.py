@@ -101,6 +101,7 @@ def test_a_learning_rate_is_chosen_for_each_metric_in_its_direction():
         "lr": {"1": 30.0, "2": 30.0},
         "lr_for_loss": {"1": 0.1, "2": 0.1},
     }
+    assert re.findall(r"(\w+) after", result.table()) == ["size", "loss"]
 
 
 def test_only_the_head_is_stepped_where_the_start_says_so():
@@ -137,6 +138,7 @@ def test_a_direct_method_takes_no_steps():
         direct={"zero": lambda learner, task: {"loss": 1.5}}, **SMALL,
     )  # fmt: skip
     assert result.figures["values"]["zero"]["loss"] == {"1": [1.5] * 3, "2": [1.5] * 3}
+    assert "| zero | 1.500 ± 0.000 | 1.500 ± 0.000 |" in result.table()
 
 
 @pytest.mark.parametrize(

@@ -533,7 +533,7 @@ def test_an_unreachable_hub_name_is_an_error(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match=r"owner/name is neither a folder here nor a model that hu"
+        InputError, match=r"owner/name is neither a folder nor a model that could be had"
     ):
         load("owner/name")
 

@@ -230,8 +230,8 @@ def test_the_same_labels_in_many_domains_are_told_apart() -> None:
         ),
         (
             {"ways": [2, 7]},
-            "7-way episodes need a domain with 7 classes; x has 6, no domain more: lower --ways, "
-            "or leave out the domain column; to compare by all classes of a file take "
+            "7-way episodes need a domain with 7 classes; x has 6, and no domain has more: lower "
+            "--ways, or leave out the domain column; to compare on all classes of a file use "
             "--report-on all --tuning-data stdlib",
         ),
         (
@@ -255,8 +255,8 @@ def test_the_domain_that_comes_closest_is_named() -> None:
 
 def test_a_single_domain_with_too_few_classes_has_no_domain_column_to_blame() -> None:
     assert error(make({("d", "a"): 9, ("d", "b"): 9})) == (
-        "3-way episodes need a domain with 3 classes; d has 2, no domain more: lower --ways; to "
-        "compare by all classes of a file take --report-on all --tuning-data stdlib"
+        "3-way episodes need a domain with 3 classes; d has 2, and no domain has more: lower "
+        "--ways; to compare on all classes of a file use --report-on all --tuning-data stdlib"
     )
 
 

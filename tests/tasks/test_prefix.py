@@ -394,7 +394,7 @@ def test_as_many_top_layers_as_there_are_leave_out_the_embeddings(
         ("bert", {"top_layers": 0}, "top_layers is 0; it must be at least 1: for none, use --tun"),
         ("bert", {"top_layers": 4}, "top_layers is 4: the encoder has 3 layers; give at most that"),
         ("bert", {"top_layers": 1, "tune": "head"}, "top_layers is 1, .* no layer trains; leave"),
-        ("albert", {"top_layers": 1}, "top_layers is 1: the layers of albert models can't be told"),
+        ("albert", {"top_layers": 1}, "top_layers is 1: the layers of albert models can't be iden"),
     ],
 )
 def test_top_layers_that_cannot_be_had_are_errors(

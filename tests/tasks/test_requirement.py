@@ -117,13 +117,13 @@ def test_the_decision_says_figure_and_mark():
         ("accuracy>=0.9 or loss<1", "can't read 'accuracy>=0.9 or loss<1'"),
         ("accuracy@>=0.9", "can't read 'accuracy@>=0.9'"),
         ("accuracy@1.5>=0.9", "can't read 'accuracy@1.5>=0.9'"),
-        ("speed>=1", "no metric 'speed' here; choose from accuracy, precision, recall, f1, loss"),
+        ("speed>=1", "no metric 'speed'; choose from accuracy, precision, recall, f1, loss"),
         ("accuracy@0>=0.9", r"budget @0 must lie between 1 and 10, the steps of adaptation"),
         ("accuracy@-3>=0.9", r"budget @-3 must lie between 1 and 10"),
         ("accuracy@11>=0.9", r"budget @11 must lie between 1 and 10"),
-        ("accuracy>=90", "accuracy against 90, which must lie between 0 and 1"),
-        ("loss<-1", "loss against -1, which must be finite and at least 0"),
-        ("loss<inf", "loss against inf"),
+        ("accuracy>=90", "accuracy is compared with 90, which must lie between 0 and 1"),
+        ("loss<-1", "loss is compared with -1, which must be finite and at least 0"),
+        ("loss<inf", "loss is compared with inf"),
         ("accuracy>1", "is never > 1; use >= or another number"),
         ("loss<0", "is never < 0; use <= or another number"),
     ],
@@ -137,7 +137,7 @@ def test_what_can_not_be_meant_is_refused_with_value_constraint_and_example(text
 
 
 def test_budgets_are_refused_where_there_are_none():
-    with pytest.raises(InputError, match="budget @5, and here every check is of the newest step"):
+    with pytest.raises(InputError, match="budget @5: this command checks the newest step only"):
         parse("accuracy@5>=0.9", horizon=None)
 
 

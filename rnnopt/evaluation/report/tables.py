@@ -100,21 +100,25 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
     return table(["actual", "predicted", "texts"], rows)
 
 
-def comparison_table(result: Mapping[str, Any]) -> str:
-    """Accuracy and loss of every method at every number of steps, and the paired differences.
+def comparison_table(
+    result: Mapping[str, Any], metrics: Sequence[str] = ("accuracy", "loss")
+) -> str:
+    """The metrics of every method at every number of steps, and the paired differences.
 
     Args:
         result: what `rnnopt.evaluation.comparison.Comparison.run` returned.
+        metrics: the metrics to show, if the result has them.
 
     Returns:
-        Markdown: a table of accuracy and a table of loss, means with the half-widths of their 95 %
-        intervals.
+        Markdown: a table for each metric, means with the half-widths of their 95 % intervals.
     """
     parts = []
     first = next(iter(result["methods"].values()))
-    for metric in [name for name in ("accuracy", "loss") if name in first]:
-        rows = {name: method[metric] for name, method in result["methods"].items()}
+    for metric in [name for name in metrics if name in first]:
+        rows = {name: of[metric] for name, of in result["methods"].items() if metric in of}
         for name, difference in result["paired"].items():
+            if metric not in difference:
+                continue
             rows[f"*learned - {name}, paired*"] = difference[metric]
         budgets = sorted({int(b) for row in rows.values() for b in row})
         cells = [

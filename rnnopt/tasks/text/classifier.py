@@ -335,7 +335,7 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
     if precision == "auto":
         return "bf16" if fast else "fp32"
     if precision == "bf16" and device.type == "cuda" and not fast:
-        raise InputError("precision is bf16: this CUDA device has none; use --precision fp32")
+        raise InputError("precision is bf16: this CUDA device has no bf16; use --precision fp32")
     return precision
 
 

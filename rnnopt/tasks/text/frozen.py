@@ -25,7 +25,10 @@ from rnnopt.tasks.text.encoder.tokens import Batch
 from rnnopt.tasks.text.tasks import TextTask
 
 PENALTY = 1.0  # L2 penalty on the weights, against the *sum* of the losses: 1 / C of scikit-learn
-_ITERATIONS, _TOLERANCE = 1000, 1e-6  # the loss is convex and small: L-BFGS ends long before
+_ITERATIONS, _TOLERANCE = (
+    1000,
+    1e-6,
+)  # the problem is convex and small: L-BFGS converges long before
 
 
 def nearest_mean(features: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:

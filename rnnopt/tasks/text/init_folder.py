@@ -89,8 +89,8 @@ def read_init(path: str | os.PathLike[str], classifier: Classifier) -> TextStart
     if other:
         raise InputError(
             f"the initial values in {folder} are those of another classifier ({'; '.join(other)}); "
-            "give the --encoder, --tune, --lora-rank, --top-layers and --pooling (`adapt` knows "
-            "the model's own only) that they were meta-trained with, or leave --init out"
+            "give the --encoder, --tune, --lora-rank, --top-layers and --pooling (`adapt` has "
+            "--pooling model only) that they were meta-trained with, or leave --init out"
         )
     values = _values(folder, classifier)
     if fingerprint(values) != facts.get("values"):

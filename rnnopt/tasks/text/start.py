@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,17 @@ class TextStart(Start):
     Attributes:
         head: the output layer: drawn at random (``"random"``), all zeros (``"zero"``), or computed
             from the class means of the support set (``"prototype"``, see `prototype_head`).
+
+    Raises:
+        InputError: `adapted` or `head` is something else.
     """
 
     head: Head = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head not in get_args(Head):
+            raise InputError(f"head={self.head!r}: choose from {', '.join(get_args(Head))}")
 
     def begin(self, learner: Learner, task: Task, seed: int) -> None:
         """Put the classifier where this task starts, see `Start.begin`.

@@ -132,7 +132,7 @@ def _fetch(name: str) -> Path:
         if not cached or any(Path(folder).glob("*.safetensors")):  # the cache may be incomplete
             return Path(folder)
     raise InputError(
-        f"{name} is neither a folder here nor a model that huggingface.co gave "
+        f"{name} is neither a folder nor a model that could be had from huggingface.co "
         f"({first_line(cause)}); {remedy}"
     ) from cause
 
