@@ -17,7 +17,7 @@ from torch import Tensor
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.classical import Adam
-from rnnopt.rules.protocol import State, UpdateRule, advance, matrix_transform
+from rnnopt.rules.protocol import State, UpdateRule, advance, is_coordinate_wise, matrix_transform
 from rnnopt.tasks.kinds import KINDS, tensor_kinds
 from rnnopt.tasks.protocol import Learner, Task
 
@@ -253,7 +253,10 @@ def _seen_of(optimizer: LearnedOptimizer, param: Tensor, stride: int, ratios: Te
     grad = cast(Tensor, param.grad)
     # the last axis of a parameter-wise leaf is the coordinates, see rnnopt.rules.protocol
     state = {
-        name: (leaf[..., ::stride] if leaf.dim() else leaf).clone() for name, leaf in memory.items()
+        name: (
+            leaf[..., ::stride] if is_coordinate_wise(optimizer.rule, name, leaf) else leaf
+        ).clone()
+        for name, leaf in memory.items()
     }
     return _Seen(
         param,

@@ -54,9 +54,9 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
         sums = [
             statistics_of(self.rule, seen, slope, states[i]) for _, states, i, seen, slope in work
         ]
-        for (group, states, i, seen, slope), context in zip(
-            work, cross_tensor_context(self.rule, sums)
-        ):
+        before = [states[i] for _, states, i, _, _ in work]
+        contexts = cross_tensor_context(self.rule, sums, before)
+        for (group, states, i, seen, slope), context in zip(work, contexts):
             delta, states[i] = advance(
                 self.rule, seen, slope, states[i], group["lr"], group["weight_decay"], context
             )

@@ -84,8 +84,8 @@ def unroll(
     _check_weights(optimizer.rule)
     if not any(True for _ in trainable(optimizer)):
         raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
-    if settings.order == 2:
-        return _second_order(model, optimizer, support_loss, query_loss, settings)
+    if settings.order == 2 or hasattr(optimizer.rule, "tensor_state"):
+        return _through_higher(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:
@@ -302,15 +302,19 @@ class _Segment:
             torch.autograd.backward(outputs, pulls)
 
 
-def _second_order(
+def _through_higher(
     model: nn.Module,
     optimizer: LearnedOptimizer,
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
 ) -> Unrolled:
-    """Second order, which is exact: `higher` keeps the graph of every step between two cuts."""
-    from rnnopt.meta.differentiable import higher  # first order does not need it
+    """`higher` keeps the graph of every step between two cuts.
+
+    With order 2 the meta-gradient is exact. With order 1, for a rule with tensor-wise state, what
+    the rule is fed is constant; its own graph, across tensors, is kept as a whole.
+    """
+    from rnnopt.meta.differentiable import higher  # heavy, and not always needed
 
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError(
@@ -320,9 +324,9 @@ def _second_order(
     rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
     support_losses, query_losses, meta_loss = [], [], 0.0
-    device = next(model.parameters()).device
-    before = used_bytes(device)
+    before = used_bytes(device := next(model.parameters()).device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
+        stepper.first_order = settings.order == 1
         segment: list[Tensor] = []
         # `higher` keeps its parameters in the model's order
         initial = {
@@ -353,6 +357,9 @@ def _second_order(
             name: torch.zeros_like(start) if start.grad is None else start.grad
             for name, start in initial.items()
         }
+        if settings.initial == "displacement":
+            ends = dict(zip(dict(model.named_parameters()), fmodel.fast_params))
+            gradient = {name: (start - ends[name]).detach() for name, start in initial.items()}
     return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss, gradient)
 
 

@@ -239,7 +239,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # all tensors in order: another process may divide them otherwise between kernel and rule
         rows = [statistics[i] for i in range(len(work))]
         contexts = cross_tensor_context(
-            rule, sum_over_shards(rows, [param for _, param, _ in work])
+            rule,
+            sum_over_shards(rows, [param for _, param, _ in work]),
+            [piece.state for piece in pieces],
         )
         for batch, found in measured:
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])

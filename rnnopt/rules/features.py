@@ -15,6 +15,7 @@ None needs a value on the host, so nothing waits for a GPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -265,7 +266,11 @@ def growth_multiplier(context: Tensor, threshold: float) -> Tensor:
     return (-context[..., _PARAM_DOT_GRAD] / threshold).clamp(1, _MAX_GROWTH_MULTIPLIER)
 
 
-def orthogonalized(direction: Tensor) -> Tensor:
+def orthogonalized(
+    direction: Tensor,
+    iterations: Sequence[tuple[float, float, float]] | None = None,
+    floor: float | None = None,
+) -> Tensor:
     """A matrix's direction with equal singular values and the same Frobenius norm.
 
     ``U V^T`` for ``D = U S V^T``, scaled to the norm of D, as in Muon (Jordan et al. 2024,
@@ -276,18 +281,22 @@ def orthogonalized(direction: Tensor) -> Tensor:
 
     Args:
         direction: (..., R, C).
+        iterations: coefficients (a, b, c) of ``a X + (b X X^T + c (X X^T)^2) X``; None means those.
+        floor: added to squared norms.
 
     Returns:
         (..., R, C); zeros for zeros.
     """
+    iterations = _NEWTON_SCHULZ if iterations is None else iterations
+    floor = _DIRECTION_FLOOR if floor is None else floor
     tall = direction.shape[-2] > direction.shape[-1]
     wide = direction.mT if tall else direction
-    square = (wide * wide).sum(dim=(-2, -1), keepdim=True) + _DIRECTION_FLOOR
+    square = (wide * wide).sum(dim=(-2, -1), keepdim=True) + floor
     x = wide / torch.sqrt(square)
-    for a, b, c in _NEWTON_SCHULZ:
+    for a, b, c in iterations:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    norm = (x * x).sum(dim=(-2, -1), keepdim=True) + _DIRECTION_FLOOR
+    norm = (x * x).sum(dim=(-2, -1), keepdim=True) + floor
     x = x * torch.sqrt(square / norm)
     return x.mT if tall else x
 

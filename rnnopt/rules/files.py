@@ -16,16 +16,17 @@ from rnnopt.errors import InputError
 from rnnopt.rules.classical import SGD, Adam
 from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
+from rnnopt.rules.two_level import TwoLevelLSTM
 from rnnopt.storage.files import read_tensors, save_tensors
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
 # The rules that a file can hold. A format's number rises when the arithmetic or the config changes.
-SavedRule: TypeAlias = CoordinateLSTM | MetaSGD | SGD | Adam
+SavedRule: TypeAlias = CoordinateLSTM | TwoLevelLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
     "rnnopt.CoordinateLSTM.8": CoordinateLSTM,
-    **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
+    **{f"rnnopt.{kind.__name__}.1": kind for kind in (TwoLevelLSTM, MetaSGD, SGD, Adam)},
 }
 # Older formats with the same arithmetic: the current name of each argument that was renamed.
 _RENAMED = {

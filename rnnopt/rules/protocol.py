@@ -4,7 +4,7 @@ Shapes: N coordinates (scalars) of one parameter tensor, M statistics of it, K n
 A rule sees the parameter and its gradient as flat vectors (N,). Parameter-wise state has shape
 (N,) or (H, N), with N last; the coordinates of one feature are then contiguous in memory, which
 makes matrix products and elementwise operations fast. Tensor-wise state, such as the step count,
-is 0-d.
+is 0-d, or it is named in the rule's attribute `tensor_state`.
 
 Sign: an update is *added* to the parameter.
 """
@@ -98,6 +98,28 @@ class TensorAwareRule(UpdateRule, Protocol):
 
 
 @runtime_checkable
+class TensorStateRule(TensorAwareRule, Protocol):
+    """A rule that keeps a state for each tensor as a whole, and steps it with all tensors at hand.
+
+    Attributes:
+        tensor_state: names of the leaves that belong to the tensor as a whole and are not 0-d.
+        leaves: names of the 0-d leaves that `cross_tensor_context` reads.
+    """
+
+    tensor_state: frozenset[str]
+    leaves: tuple[str, ...]
+
+    def cross_tensor_context(self, statistics: Tensor, states: State) -> Tensor:  # type: ignore[override]
+        """As `TensorAwareRule.cross_tensor_context`; the context holds the next tensor-wise state.
+
+        Args:
+            statistics: of P whole tensors, (P, M).
+            states: `leaves` and `tensor_state` of the same tensors, stacked, (P, ...).
+        """
+        ...
+
+
+@runtime_checkable
 class MatrixRule(TensorAwareRule, Protocol):
     """A rule that transforms the direction of some matrices as a whole, as Muon does."""
 
@@ -136,6 +158,11 @@ class MatrixRule(TensorAwareRule, Protocol):
             transform: the result of `matrix_transform` for this tensor.
         """
         ...
+
+
+def is_coordinate_wise(rule: UpdateRule, name: str, leaf: Tensor) -> bool:
+    """Whether a leaf of the state ends with the tensor's coordinates, (..., N)."""
+    return leaf.dim() > 0 and name not in getattr(rule, "tensor_state", ())
 
 
 def matrix_transform(rule: UpdateRule, param: Tensor) -> MatrixTransform | None:
@@ -181,7 +208,7 @@ def advance(
     """
     if transform is None:
         transform = matrix_transform(rule, param)
-    if param.numel() == 0 and transform is None:
+    if param.numel() == 0 and transform is None and not hasattr(rule, "tensor_state"):
         return torch.zeros_like(param), state
     flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)  # (N,), in logical order
     finite = torch.isfinite(flat_grad)
@@ -193,20 +220,23 @@ def advance(
         update = update - (rule.step_size * weight_decay) * flat_param
     delta = lr * torch.where(finite, update, 0)
     new_state = {
-        name: torch.where(finite, leaf, state[name]) if leaf.dim() else leaf
+        name: torch.where(finite, leaf, state[name])
+        if is_coordinate_wise(rule, name, leaf)
+        else leaf
         for name, leaf in new_state.items()
     }
     return delta.reshape(param.shape), new_state
 
 
 def cross_tensor_context(
-    rule: UpdateRule, statistics: Sequence[Tensor | None]
+    rule: UpdateRule, statistics: Sequence[Tensor | None], states: Sequence[State] = ()
 ) -> list[Tensor | None]:
     """The `context` argument of `advance` for each of the tensors that are stepped together.
 
     Args:
         rule: the rule.
         statistics: the result of `statistics_of` for each tensor, summed over its shards.
+        states: the rule's state of each tensor; only a `TensorStateRule` reads it.
 
     Returns:
         (K,) for each tensor, on the device of its statistics; None for a rule that needs none.
@@ -214,7 +244,16 @@ def cross_tensor_context(
     if not isinstance(rule, TensorAwareRule) or not statistics:
         return list(statistics)
     rows = [cast(Tensor, row) for row in statistics]
-    context = rule.cross_tensor_context(torch.stack([row.to(rows[0]) for row in rows]))
+    stacked = torch.stack([row.to(rows[0]) for row in rows])
+    if hasattr(rule, "tensor_state"):
+        keeper = cast(TensorStateRule, rule)
+        known = {
+            name: torch.stack([state[name].to(rows[0]) for state in states])
+            for name in (*keeper.leaves, *keeper.tensor_state)
+        }
+        context = keeper.cross_tensor_context(stacked, known)
+    else:
+        context = rule.cross_tensor_context(stacked)
     return [new.to(row) for row, new in zip(rows, context)]
 
 

@@ -1,0 +1,422 @@
+"""`TwoLevelLSTM`: a learned rule with an LSTM for every coordinate and one for every tensor.
+
+Shapes: N coordinates of one tensor, H units of the coordinate-wise LSTM, U units of the tensor-wise
+one, P tensors that are stepped together, M statistics, K numbers of context. Leading batch
+dimensions are allowed everywhere, (..., N) for (N,).
+
+One step of a model:
+
+1. `statistics` measures each tensor, or each shard of it: sums over coordinates of products of
+   gradient, parameter and state.
+2. `cross_tensor_context` takes the statistics of all tensors. It advances the tensor-wise LSTMs,
+   which see an average of each other's messages, and returns what each tensor does.
+3. `forward` turns that into the update of each coordinate and advances the coordinate-wise LSTM.
+
+The rule does not depend on the scale of the loss: multiply every gradient by one constant and the
+updates stay as they were, but for the floors that keep roots away from 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rnnopt.errors import InputError
+from rnnopt.rules.features import orthogonalized
+from rnnopt.rules.protocol import MatrixTransform, State
+
+# The constants that are not learned, each with its reason.
+FIRST_DISTANCE = 6.0  # Euclidean length of Adam's first step over the whole model, `base_rates`
+SHARE_POWER = 0.25  # tensors with small gradients move less: the power of their share
+BETAS = (0.9, 0.999)  # Adam's decay rates
+LOG_RATE_BOUND = 4.0  # a learned factor on the rate lies within exp(-4) .. exp(4)
+NARROW = 64  # a matrix with a side of at most this has orthogonalised directions as well
+WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM, to save memory
+MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
+BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
+FLOOR = 1e-20  # inside roots, whose derivative at 0 is infinite
+
+TENSOR_FEATURES = 26
+SIGNED, EVEN = 3, 5  # inputs of the coordinate-wise LSTM besides its own cell
+# Scalar leaves of the tensor-wise state that every step replaces, in the order of the context.
+_SCALARS = ("step", "first_rms", "last_rms", "last_rate", "first_decrease", "unit", "fallen")
+_SIZES = {"tensor_units": 1, "coordinate_units": 0, "message_units": 1}  # and the least of each
+_VECTORS = ("hidden", "memory")  # of the tensor-wise LSTM, (U,)
+
+
+class Sums(NamedTuple):
+    """Sums over the coordinates of a tensor, (...) each.
+
+    g is the gradient, p the parameter, m Adam's first moment before this step, a Adam's direction,
+    u the last update, q the direction of the coordinate-wise LSTM.
+    """
+
+    live: Tensor  # coordinates that ever had a gradient
+    nonzero: Tensor  # coordinates that have one now
+    g_abs: Tensor
+    g_g: Tensor
+    p_p: Tensor
+    p_g: Tensor
+    m_m: Tensor
+    m_g: Tensor
+    u_u: Tensor
+    u_g: Tensor
+    slope: Tensor  # u times the gradient at the start of that update
+    a_a: Tensor
+    a_g: Tensor
+    q_q: Tensor
+    q_g: Tensor
+    q_a: Tensor
+
+
+class Decisions(NamedTuple):
+    """What a tensor does in this step, (...) each; see `TwoLevelLSTM.forward`."""
+
+    rate: Tensor
+    growth: Tensor
+    adam: Tensor
+    gradient: Tensor
+    orthogonal_adam: Tensor
+    orthogonal_gradient: Tensor
+    last: Tensor
+    cell: Tensor
+
+
+class Observed(NamedTuple):
+    """A tensor's coordinates after the moments and the coordinate-wise LSTM have advanced."""
+
+    moment: Tensor
+    square: Tensor
+    cell: Tensor
+    adam: Tensor
+    direction: Tensor
+
+
+class TwoLevelLSTM(nn.Module):
+    """A small LSTM for every coordinate and one for every tensor, with shared weights each.
+
+    The update of a tensor is ::
+
+        (exp(w) - 1) p - rate (k_a a + k_g g / RMS(g) + k_u u + k_q q + o_a orth(a) + o_g orth(g))
+
+    with a Adam's direction, u the last update and q the direction of the coordinate-wise LSTM, the
+    latter two scaled to an RMS of 1, and orth as in Muon (Jordan et al. 2024), for narrow matrices
+    only. The tensor-wise LSTM decides w, rate and the k and o at every step. Coordinate-wise LSTMs
+    are those of Andrychowicz et al. 2016, arXiv:1606.04474; tensor-wise ones with messages are
+    those of Metz et al. 2022 (VeLO), arXiv:2211.09760.
+
+    With its output layer at zero, as it is made, the rule is Adam at the rates of `base_rates`.
+
+    Args:
+        tensor_units: U.
+        coordinate_units: H; with 0 there is no coordinate-wise LSTM.
+        message_units: length of the message that is averaged over tensors.
+
+    Raises:
+        InputError: a size is out of range.
+    """
+
+    step_size = 1e-3  # the unit of decoupled weight decay
+    # Leaves that belong to a tensor as a whole and are not 0-d.
+    tensor_state = frozenset(_VECTORS)
+
+    def __init__(
+        self, tensor_units: int = 24, coordinate_units: int = 4, message_units: int = 8
+    ) -> None:
+        super().__init__()
+        sizes = (tensor_units, coordinate_units, message_units)
+        for (name, least), size in zip(_SIZES.items(), sizes):
+            if not least <= size <= 1024:
+                raise InputError(f"{name}={size}: must lie between {least} and 1024")
+        self.tensor_units, self.coordinate_units = tensor_units, coordinate_units
+        self.message_units = message_units
+        self.tensor_cell = nn.LSTMCell(TENSOR_FEATURES + message_units, tensor_units)
+        self.message = nn.Linear(tensor_units + TENSOR_FEATURES, message_units)
+        self.output = nn.Linear(tensor_units, len(Decisions._fields))
+        H = coordinate_units
+        if H:
+            self.gates = nn.Linear(EVEN + 2 * H, 3 * H)  # input, forget and output gate
+            self.gates_context = nn.Linear(tensor_units, 3 * H, bias=False)
+            self.candidate = nn.Linear(SIGNED + H, H, bias=False)
+            self.coordinate_output = nn.Linear(H, 1, bias=False)
+            self.gates.bias.data[H : 2 * H] += torch.linspace(0, 3, H)  # short and long memory
+            self.candidate.weight.data.abs_()
+            self.coordinate_output.weight.data.fill_(1 / H)
+        self.zero_output()
+
+    @torch.no_grad()
+    def zero_output(self) -> None:
+        """Make the rule Adam at the rates of `base_rates`."""
+        self.output.weight.zero_()
+        self.output.bias.zero_()
+
+    def fallback(self) -> TwoLevelLSTM:
+        """Adam at the base rates; see `rnnopt.optim.safeguard.GuardedRule.fallback`."""
+        twin = copy.deepcopy(self)
+        twin.zero_output()
+        return twin
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values."""
+        return {name: getattr(self, name) for name in _SIZES}
+
+    def treats_as_matrix(self, shape: Sequence[int]) -> bool:
+        """Whether directions of this shape are orthogonalised: matrices with a narrow side."""
+        return len(shape) == 2 and 0 < min(shape) <= NARROW
+
+    def transform_matrix(self, direction: Tensor) -> Tensor:
+        """See `rnnopt.rules.features.orthogonalized`; (..., R, C)."""
+        return orthogonalized(direction, MUON, FLOOR)
+
+    def init_state(self, param: Tensor, shape: Sequence[int] | None = None) -> State:
+        """The state before the first step. All leaves but ``rows`` and ``columns`` are zero.
+
+        - ``m``, ``v``, ``change`` (N,): Adam's moments and the last update.
+        - ``cell`` (H, N): the coordinate-wise LSTM's, (0, N) in a matrix wider than `WIDEST`.
+        - ``slope`` 0-d: the last update times the gradient before it, of this shard.
+        - ``rows``, ``columns`` 0-d: the tensor's shape; 0 rows mark a vector.
+        - ``hidden``, ``memory`` (U,): the tensor-wise LSTM's.
+        - 0-d each: step count, RMS of the first and last gradient, last rate, first-order decrease
+          of the first step, the largest so far (``unit``), and the estimated fall of the loss.
+
+        Args:
+            param: the parameter, or a shard of it, (N,) when flat.
+            shape: of the whole tensor, if param is a shard.
+        """
+        shape = tuple(param.shape if shape is None else shape)
+        matrix = len(shape) > 1
+        rows, columns = (shape[0], math.prod(shape[1:])) if matrix else (0, math.prod(shape))
+        units = 0 if matrix and min(rows, columns) > WIDEST else self.coordinate_units
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=self.output.weight.dtype, device=param.device)
+
+        state = {name: zeros(param.numel()) for name in ("m", "v", "change")}
+        state |= {"cell": zeros(units, param.numel()), "slope": zeros()}
+        state |= {"rows": zeros() + rows, "columns": zeros() + columns}
+        state |= {name: zeros() for name in _SCALARS}
+        return state | {name: zeros(self.tensor_units) for name in _VECTORS}
+
+    def statistics(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """`Sums` over a tensor or a shard of it, (..., M); those of its shards add up."""
+        return self.observe(self._cast(grad), self._cast(param), state)[0]
+
+    def observe(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, Observed]:
+        """The statistics (..., M), and the coordinates with their state advanced."""
+        step = state["step"].unsqueeze(-1) + 1
+        moment = BETAS[0] * state["m"] + (1 - BETAS[0]) * grad
+        square = BETAS[1] * state["v"] + (1 - BETAS[1]) * grad * grad
+        root = torch.sqrt(square / (1 - BETAS[1] ** step) + FLOOR)
+        adam = moment / (1 - BETAS[0] ** step) / root
+        cell, direction = self.next_cell(adam, grad / root, root, state)
+        last, m = state["change"], state["m"]
+        pairs = (
+            (grad, grad), (param, param), (param, grad), (m, m), (m, grad), (last, last),
+            (last, grad), (adam, adam), (adam, grad), (direction, direction), (direction, grad),
+            (direction, adam),
+        )  # fmt: skip
+        g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a = (
+            (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1) for x, y in pairs
+        )
+        live, nonzero = ((x != 0).to(grad.dtype).sum(-1) for x in (square, grad))
+        found = Sums(
+            live, nonzero, grad.abs().sum(-1), g_g, p_p, p_g, m_m, m_g, u_u, u_g,
+            state["slope"], a_a, a_g, q_q, q_g, q_a,
+        )  # fmt: skip
+        return torch.stack(found, -1), Observed(moment, square, cell, adam, direction)
+
+    def next_cell(
+        self, adam: Tensor, score: Tensor, root: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the coordinate-wise LSTM.
+
+        An LSTM with peepholes (Gers & Schmidhuber 2000). Its gates see magnitudes only, and its
+        candidate is linear in signed quantities: if a coordinate changes its sign, its direction
+        does. With x the signed inputs (Adam's direction, g / sqrt(v), the last update over its
+        rate) and e the even ones::
+
+            i, f, o = sigmoid(W [e, tanh(c)^2, tanh(c) g / sqrt(v)] + V hidden of the tensor + b)
+            c = f c + i tanh(R [x, tanh(c)]);    q = w . (o tanh(c))
+
+        Each unit is a momentum whose decay is decided for every coordinate and step. A coordinate
+        that never had a gradient keeps a zero cell, and q = 0.
+
+        Returns:
+            The next cell, (..., H, N), and the direction q, (..., N).
+        """
+        cell = state["cell"]
+        if not cell.shape[-2]:
+            return cell, torch.zeros_like(adam)
+        score = torch.asinh(score)
+        moved = torch.asinh(state["change"] / (state["last_rate"].unsqueeze(-1) + FLOOR))
+        begun = (state["last_rms"] > 0).to(adam.dtype).unsqueeze(-1)
+        size = torch.log((root + FLOOR) / (state["last_rms"].unsqueeze(-1) + FLOOR))
+        even = (
+            adam.abs(), score.abs(), torch.tanh(adam * score), torch.tanh(adam * moved),
+            begun * size.clamp(-6, 6) / 3,
+        )  # fmt: skip
+        was = torch.tanh(cell)
+        seen = torch.cat([torch.stack(even, -2), was * was, was * score.unsqueeze(-2)], -2)
+        signed = torch.cat([torch.stack((adam, score, moved), -2), was], -2)
+        context = self.gates_context(state["hidden"]) + self.gates.bias
+        gates = torch.sigmoid(self.gates.weight @ seen + context.unsqueeze(-1))
+        enter, keep, leave = gates.chunk(3, -2)
+        cell = keep * cell + enter * torch.tanh(self.candidate.weight @ signed)
+        direction = self.coordinate_output.weight @ (leave * torch.tanh(cell))
+        return cell, direction.squeeze(-2)
+
+    def cross_tensor_context(self, statistics: Tensor, states: State) -> Tensor:
+        """What each tensor does, and its tensor-wise state after this step.
+
+        Args:
+            statistics: of P whole tensors that are stepped together, (..., P, M).
+            states: their tensor-wise leaves, stacked: (..., P), and (..., P, U) for the LSTM's.
+
+        Returns:
+            (..., P, K): `Decisions`, the scalar leaves, and the LSTM's leaves.
+        """
+        s = Sums(*statistics.unbind(-1))
+        step = states["step"] + 1
+        rates, share = base_rates(s)
+        promised = (rates * s.g_abs).sum(-1, keepdim=True)
+        unit = torch.maximum(states["unit"].amax(-1, keepdim=True), promised) + FLOOR
+        seen = self.features(s, states, unit, share)
+        said = torch.tanh(self.message(torch.cat([states["hidden"], seen], -1)))
+        said = said.mean(-2, keepdim=True)
+        x = torch.cat([seen, said.expand(*seen.shape[:-1], -1)], -1)
+        flat = [y.reshape(-1, y.shape[-1]) for y in (x, states["hidden"], states["memory"])]
+        hidden, memory = (
+            y.view(*x.shape[:-1], -1) for y in self.tensor_cell(flat[0], (flat[1], flat[2]))
+        )
+        out = Decisions(*self.output(hidden).unbind(-1))
+        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
+        rates = rates * torch.exp(LOG_RATE_BOUND * torch.tanh(out.rate / LOG_RATE_BOUND))
+        decisions = Decisions(
+            rates, torch.tanh(out.growth), 1 + out.adam, out.gradient / rms, out.orthogonal_adam,
+            out.orthogonal_gradient / rms, -out.last * _inverse_rms(s.u_u, s.live),
+            out.cell * _inverse_rms(s.q_q, s.live),
+        )  # fmt: skip
+        decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
+        fall = (s.u_g + s.slope).sum(-1, keepdim=True) / 2
+        first = step <= 1
+        scalars = (
+            step, torch.where(first, rms, states["first_rms"]), rms, rates,
+            torch.where(first, decrease, states["first_decrease"]), unit.expand_as(step),
+            states["fallen"] + torch.where(first, 0, fall),
+        )  # fmt: skip
+        return torch.cat([torch.stack([*decisions, *scalars], -1), hidden, memory], -1)
+
+    def features(self, s: Sums, states: State, unit: Tensor, share: Tensor) -> Tensor:
+        """The inputs of the tensor-wise LSTM, (..., P, F); none depends on the loss's scale.
+
+        Args:
+            s: of all tensors, (..., P) each.
+            states: the tensors' leaves, (..., P) and (..., P, U).
+            unit: the largest first-order decrease of a base step so far, (..., 1).
+            share: see `base_rates`.
+        """
+        step, n = states["step"] + 1, states["rows"].clamp(min=1) * states["columns"]
+        whole, ones = Sums(*(x.sum(-1, keepdim=True) for x in s)), torch.ones_like(step)
+        matrix = (states["rows"] > 0).to(step.dtype)
+        narrow = matrix * (torch.minimum(states["rows"], states["columns"]) <= NARROW)
+        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
+        first = torch.where(step > 1, states["first_rms"], rms)
+        decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
+        begun = torch.where(step > 1, states["first_decrease"], decrease)
+        fall = (step > 1).to(step.dtype) * (whole.u_g + whole.slope) / 2
+        own = [
+            _log(s.p_p / n, 1e-8) / 4 + 1.5, _log(s.a_a / s.live.clamp(min=1), 1e-6) / 2,
+            _log(rms / first, 1e-6).clamp(-5, 5) / 2, _cosine(s.m_g, s.m_m, s.g_g),
+            _cosine(s.u_g, s.u_u, s.g_g), (_log(n) - 9) / 3, matrix, narrow,
+            matrix * _log(states["rows"].clamp(min=1) / states["columns"]) / 3,
+            -2 * _cosine(s.p_g, s.p_p, s.g_g), torch.asinh(-6 * s.p_g / unit) / 1.5,
+            _log(share, 1e-4) / 3, 1 / step, _log(step.clamp(max=64)) - 1.5,
+        ]  # fmt: skip
+        model = [
+            _log(decrease / (begun + FLOOR), 1e-6).clamp(-5, 5) / 2,
+            _cosine(whole.m_g, whole.m_m, whole.g_g), (_log(whole.live) - 12) / 4,
+            _log(whole.g_abs**2) - _log(whole.g_g * whole.live) + 2,
+            torch.asinh(3 * fall / unit), torch.asinh(1.5 * (states["fallen"] + fall) / unit),
+            _cosine(whole.u_g, whole.u_u, whole.g_g), ones * math.log(step.shape[-1]) / 3,
+        ]  # fmt: skip
+        new = [
+            _slope_ratio(s), _slope_ratio(whole), _cosine(s.q_g, s.q_q, s.g_g),
+            _cosine(s.q_a, s.q_q, s.a_a),
+        ]  # fmt: skip
+        return torch.stack([x * ones for x in (*own, *model, *new)], -1)
+
+    def forward(
+        self,
+        grad: Tensor,
+        state: State,
+        param: Tensor,
+        context: Tensor | None = None,
+        transform: MatrixTransform | None = None,
+    ) -> tuple[Tensor, State]:
+        """As `rnnopt.rules.protocol.MatrixRule.__call__`; the update is that of the class."""
+        grad, param = self._cast(grad), self._cast(param)
+        statistics, seen = self.observe(grad, param, state)
+        if context is None:
+            alone = {name: state[name].unsqueeze(0) for name in (*self.leaves, *_VECTORS)}
+            context = self.cross_tensor_context(statistics.unsqueeze(0), alone)[0]
+        count, units = len(Decisions._fields), self.tensor_units
+        d = Decisions(*(x.unsqueeze(-1) for x in context[..., :count].unbind(-1)))
+        step = d.adam * seen.adam + d.gradient * grad + d.last * state["change"]
+        step = step + d.cell * seen.direction
+        if transform is not None:
+            step = step + d.orthogonal_adam * transform(seen.adam)
+            step = step + d.orthogonal_gradient * transform(grad)
+        live = (seen.square > 0).to(grad.dtype)
+        update = live * (torch.expm1(d.growth) * param - d.rate * step)
+        scalars = context[..., count : count + len(_SCALARS)].unbind(-1)
+        hidden, memory = context[..., -2 * units : -units], context[..., -units:]
+        return update, {
+            "m": seen.moment, "v": seen.square, "change": update, "cell": seen.cell,
+            "slope": (update * grad).sum(-1), "rows": state["rows"], "columns": state["columns"],
+            **dict(zip(_SCALARS, scalars)), "hidden": hidden, "memory": memory,
+        }  # fmt: skip
+
+    # 0-d leaves that `cross_tensor_context` reads, beside those of the LSTM
+    leaves = ("rows", "columns", *_SCALARS)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """In the dtype of the rule's weights, within bounds whose squares can be summed."""
+        return tensor.to(self.output.weight.dtype).clamp(-BOUND, BOUND)
+
+
+def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:
+    """The rate (..., P) that an untrained rule gives each tensor, and the tensor's share.
+
+    ``rate = FIRST_DISTANCE / sqrt(coordinates that ever had a gradient) * share^(1/4)`` with
+    ``share = RMS(g) / largest RMS(g) of any tensor``. Entries of Adam's first step have this size,
+    so the model as a whole moves by one distance, whatever trains: a head, LoRA factors, an
+    encoder.
+    """
+    rms = torch.sqrt(sums.g_g / sums.nonzero.clamp(min=1) + FLOOR)
+    share = rms / rms.amax(-1, keepdim=True)
+    total = sums.live.sum(-1, keepdim=True).clamp(min=1)
+    return FIRST_DISTANCE / torch.sqrt(total) * share**SHARE_POWER, share
+
+
+def _cosine(product: Tensor, square: Tensor, other: Tensor) -> Tensor:
+    """x y / sqrt(x x * y y) of three sums; 0 where one of the vectors is 0."""
+    return product / (torch.sqrt(square + FLOOR) * torch.sqrt(other + FLOOR))
+
+
+def _log(x: Tensor, least: float = FLOOR) -> Tensor:
+    return torch.log(x + least)
+
+
+def _inverse_rms(square: Tensor, count: Tensor) -> Tensor:
+    return 1 / torch.sqrt(square / count.clamp(min=1) + 1e-12)
+
+
+def _slope_ratio(sums: Sums) -> Tensor:
+    """The slope of the loss at the end of the last update, against both ends, -1 .. 1."""
+    return -sums.u_g / torch.sqrt(sums.u_g**2 + sums.slope**2 + 1e-30)
