@@ -156,6 +156,12 @@ def test_a_wrong_arrow_is_found(tmp_path):
     ]
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports a test file by its name alone, whatever its folder."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_the_house_is_small():
     """At most nine entries at the top, nine files in a room, 250 code lines in a module."""
     entries = {path.name for path in PACKAGE.iterdir()} - {

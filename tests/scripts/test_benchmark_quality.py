@@ -11,7 +11,7 @@ import pytest
 from rule_table import random_lstm
 
 from rnnopt import save_rule
-from rnnopt.cli.main import _parser
+from rnnopt.cli.main import parse
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -158,7 +158,8 @@ def test_every_cell_has_a_name_of_its_own_and_a_command_that_parses(script):
         allow_overlap=False,
     )  # fmt: skip
     for cell in cells:
-        _parser().parse_args(cell.arguments(options))
+        parsed = parse(cell.arguments(options))
+        assert parsed.report_on == "test" or parsed.tuning_data
 
 
 def made_result(learned, **baselines):

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# All that this project measures on a GPU, in one call of at most ten minutes: the CUDA tests, the cost of a
+# step and of an unroll (BERT-base's shape, bf16), and a comparison on core cells.
+#   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]
+# OUT gets a log and a JSON file of each part, and device.txt. A part that fails or runs out of its time
+# leaves its log, and the others run all the same; the exit code counts the parts that failed.
+# Needs Python 3.11 or newer with torch, safetensors, transformers, higher, peft, pytest and hypothesis.
+# `--device cpu --small` tries the whole script within minutes, without a GPU.
+# Last line: "parts that failed: N".
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:?usage: bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]}
+shift
+device=cuda small=() data="" encoder="" failed=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2; shift 2 ;;
+    --small) small=(--tiny); shift ;;
+    --data) data=$2; shift 2 ;;
+    --encoder) encoder=$2; shift 2 ;;
+    *) echo "unknown option $1" >&2; exit 2 ;;
+  esac
+done
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+mkdir -p "$out"
+{ "$python" --version; "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"; } >"$out/device.txt" 2>&1
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 code=0
+  shift 2
+  timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || code=$?
+  [ $code -eq 0 ] || failed=$((failed + 1))
+  echo "$name: exit code $code; $(tail -n 1 "$out/$name.log")"
+}
+
+marker=gpu
+[ "$device" = cuda ] || marker="not slow and not gpu"
+part tests 150 "$python" -m pytest -q -p no:cacheprovider -m "$marker" tests/test_gpu.py tests/optim/test_kernel_cuda.py
+part step 120 "$python" scripts/benchmark_step.py --device "$device" "${small[@]}" --json "$out/step.json"
+part unroll 120 "$python" scripts/benchmark_unroll.py --device "$device" "${small[@]}" --json "$out/unroll.json"
+if [ -n "$data" ] && [ -n "$encoder" ]; then
+  cells=("core-clinc150-lora-*" "core-clinc150-full-*") episodes=20
+  [ ${#small[@]} -eq 0 ] || cells=("core-clinc150-head-5way-1shot") episodes=2
+  part quality 200 "$python" scripts/benchmark_quality.py --data "$data" --encoder "$encoder" \
+    --device "$device" --output "$out/quality" --episodes "$episodes" --tuning-episodes 2 \
+    --cells "${cells[@]}"
+fi
+echo "parts that failed: $failed"
+exit "$failed"
