@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from rnnopt.optim.arguments import (
@@ -189,7 +190,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     # The guard decides by values, and the kernel is compiled already: torch.compile breaks its
     # graph here, and the step is the same as without it.
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step_eagerly(self, work: Work) -> None:
         refuse_sparse(work)
         states = [self._state_of(param) for _, param, _ in work]

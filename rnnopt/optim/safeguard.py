@@ -186,7 +186,7 @@ def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
     Masked, it is over the coordinates with a finite gradient, which takes several passes.
     """
     dtype, parts = torch.promote_types(grad.dtype, torch.float32), []
-    for flat, move in zip(grad.reshape(-1).split(_CHUNK), step.reshape(-1).split(_CHUNK)):
+    for flat, move in zip(*(torch.split(x.reshape(-1), _CHUNK) for x in (grad, step))):
         part = flat.to(dtype)
         if masked:
             part = torch.where(torch.isfinite(part), part, 0)
