@@ -71,8 +71,8 @@ def as_number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
-                f"{name} is a tensor of shape {tuple(value.shape)}: give a tensor of one element, "
-                "and other values in parameter groups of their own"
+                f"Tensor {name} must be 1-element, and this one has shape {tuple(value.shape)}; "
+                "give other values in parameter groups of their own"
             )
         if not value.is_complex() and not value.is_meta:
             return float(value.detach())

@@ -88,7 +88,7 @@ def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> 
         if index in states:
             states[index] = {
                 name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
-                for name, leaf in states[index].items()
+                for name, leaf in state_dict["state"][index].items()
             }
     return {**state_dict, "state": states}
 

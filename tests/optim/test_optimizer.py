@@ -349,7 +349,7 @@ def test_without_a_rule_a_shipped_one_is_loaded():
         ({"lr": [1.0]}, TypeError, r"lr=\[1.0\]: give a real number"),
         ({"lr": 1j}, TypeError, "lr=1j: give a real number"),
         ({"lr": torch.tensor(-1.0)}, ValueError, "lr=-1.0: must be finite and at least 0"),
-        ({"lr": torch.ones(2)}, ValueError, r"lr is a tensor of shape \(2,\)"),
+        ({"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element, .* shape \(2,\)"),
         ({"lr": torch.ones(1, device="meta")}, TypeError, "give a real number, or a tensor"),
         ({"weight_decay": "0"}, TypeError, "weight_decay='0': give a real number"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1: must be finite and at least 0"),
