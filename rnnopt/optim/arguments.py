@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,20 +59,52 @@ def check_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> None:
         )
 
 
+def as_number(name: str, value: Any) -> float:
+    """The value of `lr` or `weight_decay`: a number, or a tensor of one element.
+
+    Schedulers of torch write to the tensor where a group has one.
+
+    Raises:
+        TypeError: it is neither a real number nor a tensor of one.
+        ValueError: the tensor has more than one element, or none.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"Tensor {name} must be 1-element, and this one has shape {tuple(value.shape)}; "
+                "give other values in parameter groups of their own"
+            )
+        if not value.is_complex() and not value.is_meta:
+            return float(value.detach())
+    elif isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{name}={value!r}: give a real number, or a tensor of one")
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Check the `lr` and the `weight_decay` of a param group.
+
+    Raises:
+        TypeError: one is no number, see `as_number`.
+        ValueError: one is negative or not finite, or a tensor of several elements.
+    """
+    for name in ("lr", "weight_decay"):
+        if not 0 <= as_number(name, group[name]) < math.inf:
+            raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the values and the parameters of a param group.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite, or a parameter occurs twice.
-        TypeError: a parameter is complex or integer.
+        TypeError: a parameter is complex or integer, or lr or weight_decay is no number.
 
     Warns:
         UserWarning: lr looks like the learning rate of another optimizer.
     """
-    for name in ("lr", "weight_decay"):
-        if not 0 <= float(group[name]) < float("inf"):
-            raise ValueError(f"{name}={group[name]}: must be finite and at least 0")
-    if 0 < float(group["lr"]) < _MIN_LR:
+    check_numbers(group)
+    if 0 < as_number("lr", group["lr"]) < _MIN_LR:
         warnings.warn(
             f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
             "with this one next to nothing is learned; leave lr out",
@@ -101,6 +135,19 @@ def refuse_sparse(work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> None
                 f"a sparse gradient for a parameter of shape {tuple(param.shape)}: the rule "
                 "needs dense gradients; build the embedding with sparse=False"
             )
+
+
+def refuse_capture() -> None:
+    """Check that no CUDA graph is being captured.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "LearnedOptimizer.step in a CUDA graph: its replay would not advance the state; "
+            "capture forward and backward, and step outside of the graph"
+        )
 
 
 def first_device(groups: Sequence[dict[str, Any]]) -> torch.device:

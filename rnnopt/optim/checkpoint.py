@@ -1,19 +1,102 @@
-"""Load the state of a `LearnedOptimizer`: checked against its rule, in the saved dtype."""
+"""Save and load the state of a `LearnedOptimizer`: the leaves' shapes, dtypes and placements.
+
+In the optimizer a leaf that belongs to coordinates is flat, (..., N) of this process's shard. In a
+state_dict it has the shape of its parameter, (..., *shape), as the state of torch's optimizers
+does, and the placements of a DTensor parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rnnopt.optim.safeguard import LAST_STEP, init_guard_state
-from rnnopt.rules.protocol import State
+from rnnopt.optim.arguments import check_numbers
+from rnnopt.optim.safeguard import GROUP_STATE, LAST_STEP, init_guard_state
+from rnnopt.optim.sharding import like_param, of_shard
+from rnnopt.rules.protocol import State, UpdateRule
+
+Groups = Sequence[dict[str, Any]]
 
 
-def saved_states(
+@contextlib.contextmanager
+def saving(optimizer: torch.optim.Optimizer, rule: UpdateRule) -> Iterator[None]:
+    """Within it `torch.optim.Optimizer.state_dict` gives coordinate-wise leaves their shape.
+
+    Args:
+        optimizer: the optimizer that is saved.
+        rule: its rule.
+    """
+    hook = optimizer.register_state_dict_post_hook(
+        lambda _, found: _shaped(found, optimizer.param_groups, rule), prepend=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def loading(
+    optimizer: torch.optim.Optimizer, rule: UpdateRule, init_state: Callable[[Tensor], State]
+) -> Iterator[None]:
+    """Within it `torch.optim.Optimizer.load_state_dict` checks the states and keeps their dtypes.
+
+    Args:
+        optimizer: the optimizer that loads.
+        rule: its rule.
+        init_state: `LearnedOptimizer.init_state`, for the leaves that the rule expects.
+
+    Raises:
+        ValueError: see `LearnedOptimizer.load_state_dict`.
+        TypeError: see there.
+    """
+    states: dict[Tensor, State] = {}
+
+    def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        _check_groups(given, {"lr", "weight_decay", *GROUP_STATE})
+        states.update(_loaded(given, optimizer.param_groups, rule, init_state))
+        return {**given, "state": _others(given)}
+
+    # after all hooks of the user that change what is loaded, before those that see the result
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(
+            lambda _: optimizer.state.update(states), prepend=True
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> dict[str, Any]:
+    """A state_dict whose coordinate-wise leaves have the shape of their parameter.
+
+    Args:
+        state_dict: as torch makes it, with leaves (..., N) of this process's shards.
+        groups: the optimizer's own param groups.
+        rule: the optimizer's.
+    """
+    states = dict(state_dict["state"])
+    for index, param in _pairs(state_dict, groups):
+        if index in states:
+            states[index] = {
+                name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
+                for name, leaf in state_dict["state"][index].items()
+            }
+    return {**state_dict, "state": states}
+
+
+def _loaded(
     state_dict: Mapping[str, Any],
-    groups: Sequence[dict[str, Any]],
+    groups: Groups,
+    rule: UpdateRule,
     init_state: Callable[[Tensor], State],
 ) -> dict[Tensor, State]:
     """The state of each parameter that has one in a state_dict.
@@ -24,49 +107,112 @@ def saved_states(
     Args:
         state_dict: of a `LearnedOptimizer`.
         groups: param groups of the optimizer that loads it.
-        init_state: `LearnedOptimizer.init_state`, for the shapes that the rule expects.
+        rule: the optimizer's.
+        init_state: `LearnedOptimizer.init_state`, for the leaves that the rule expects.
 
     Returns:
         Copies of the saved leaves, on the parameters' devices.
 
     Raises:
-        ValueError: a saved state is that of another rule or of another parameter.
+        ValueError: a saved state is that of another rule or of another parameter, or the parameter
+            is on the meta device.
     """
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-    own = [param for group in groups for param in group["params"]]
+    states = state_dict["state"]
     return {
-        param: _matching(param, state_dict["state"][index], init_state)
-        for index, param in zip(saved, own)
-        if state_dict["state"].get(index)
+        param: _matching(param, states[index], rule, init_state(param))
+        for index, param in _pairs(state_dict, groups)
+        if states.get(index)
     }
 
 
-def check_groups(state_dict: Mapping[str, Any], expected: set[str]) -> None:
-    """Check that every saved param group has these entries.
+def _others(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """What a state_dict holds beside the parameters' states; torch keeps it as it is."""
+    known = {index for group in state_dict["param_groups"] for index in group["params"]}
+    return {key: value for key, value in state_dict["state"].items() if key not in known}
+
+
+def _check_groups(state_dict: Mapping[str, Any], expected: set[str]) -> None:
+    """Check that every saved param group has these entries, and their numbers.
 
     Raises:
-        ValueError: one has not; then it was saved by another optimizer.
+        ValueError: one has not, since it was saved by another optimizer; or its lr or weight_decay
+            is negative or not finite.
+        TypeError: its lr or weight_decay is no number.
     """
     for group in state_dict["param_groups"]:
         if missing := expected - group.keys():
             raise ValueError(
-                f"a saved group has {sorted(group)} and no {sorted(missing)}: it is not of a "
-                "LearnedOptimizer of this version; load the state of one"
+                f"the saved groups have no {sorted(missing)}, so they are not of a "
+                "LearnedOptimizer of this version; load the state_dict of one"
             )
+        check_numbers(group)
 
 
-def _matching(param: Tensor, saved: State, init_state: Callable[[Tensor], State]) -> State:
-    expected = _shapes(init_state(param))
-    if LAST_STEP in saved:
-        expected |= _shapes(init_guard_state(param))
-    found = _shapes(saved)
-    if expected != found:
+def _pairs(state_dict: Mapping[str, Any], groups: Groups) -> list[tuple[Any, Tensor]]:
+    """(index in the state_dict, parameter); none where the groups differ, which torch refuses."""
+    saved = [group["params"] for group in state_dict["param_groups"]]
+    own = [group["params"] for group in groups]
+    if [len(params) for params in saved] != [len(params) for params in own]:
+        return []
+    return [pair for rows in zip(saved, own) for pair in zip(*rows)]
+
+
+def _is_coordinate_wise(rule: UpdateRule, name: str, leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and name not in _tensor_state(rule)
+
+
+def _tensor_state(rule: UpdateRule) -> Sequence[str]:
+    """Names of leaves that belong to the tensor as a whole and are not 0-d."""
+    names: Sequence[str] = getattr(rule, "tensor_state", ())
+    return names
+
+
+def _matching(param: Tensor, saved: State, rule: UpdateRule, expected: State) -> State:
+    if param.is_meta:
         raise ValueError(
-            f"the saved state of a parameter of shape {tuple(param.shape)} is {found}, but this "
-            f"optimizer's rule keeps {expected}; load it with the rule that it was saved with"
+            f"a parameter of shape {tuple(param.shape)} is on the meta device, which keeps no "
+            "values: give the model its memory (model.to_empty) before its optimizer loads a state"
         )
-    return {name: leaf.to(param.device, copy=True) for name, leaf in saved.items()}
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f"the saved state of a parameter of shape {tuple(param.shape)} is a "
+            f"{type(saved).__name__}, not a dict of tensors; load the state_dict of a "
+            "LearnedOptimizer"
+        )
+    if LAST_STEP in saved:
+        expected = expected | init_guard_state(param)
+    # a plain number is what torch's optimizers take for a step count, too
+    leaves = {
+        name: torch.tensor(float(leaf)) if isinstance(leaf, int | float) else leaf
+        for name, leaf in saved.items()
+    }
+    fitting = {
+        name: [(*leaf.shape[:-1], *param.shape), (*leaf.shape[:-1], param.numel())]
+        if _is_coordinate_wise(rule, name, leaf)
+        else [tuple(leaf.shape)]
+        for name, leaf in expected.items()
+    }
+    fits = leaves.keys() == expected.keys() and all(
+        isinstance(leaf, Tensor) and tuple(leaf.shape) in fitting[name]
+        for name, leaf in leaves.items()
+    )
+    if not fits:
+        raise ValueError(
+            f"the saved state of a parameter of shape {tuple(param.shape)} is {_shapes(saved)}, "
+            f"but this optimizer's rule keeps { ({k: v[0] for k, v in fitting.items()}) }; load it "
+            "with the rule that it was saved with"
+        )
+    return {name: _own(leaves[name], name, param, rule, leaf) for name, leaf in expected.items()}
 
 
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in state.items()}
+def _own(leaf: Tensor, name: str, param: Tensor, rule: UpdateRule, expected: Tensor) -> Tensor:
+    """A copy of a saved leaf, in the layout that the optimizer keeps."""
+    if _is_coordinate_wise(rule, name, expected):
+        leaf = of_shard(leaf, param, expected.shape[:-1])
+    elif hasattr(leaf, "full_tensor"):
+        leaf = leaf.full_tensor()
+    return leaf.detach().to(expected.device, copy=True, memory_format=torch.contiguous_format)
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(getattr(leaf, "shape", ())) for name, leaf in state.items()}

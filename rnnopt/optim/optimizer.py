@@ -9,17 +9,21 @@ from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from rnnopt.optim.arguments import (
+    as_number,
     check_group,
     check_state_dtype,
     first_device,
+    refuse_capture,
     refuse_sparse,
     resolve_rule,
     trainable_or_all,
 )
-from rnnopt.optim.checkpoint import check_groups, saved_states
+from rnnopt.optim.checkpoint import loading, saving
+from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import FusedStep, Piece
 from rnnopt.optim.safeguard import (
@@ -28,6 +32,7 @@ from rnnopt.optim.safeguard import (
     LAST_STEP,
     GuardedRule,
     Work,
+    check_guard,
     check_last_step,
     remember,
 )
@@ -93,6 +98,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     guard: bool | None = None
     _fallback: UpdateRule | None = None
     _for_a_head = False  # whether the rule was chosen here, for a head alone
+    _has_gradient = False  # whether a gradient has been seen that was not all zero
 
     def __init__(
         self,
@@ -119,11 +125,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.rule.to(first_device(self.param_groups))  # type: ignore[attr-defined]
         if fused:
             self._kernel(self.rule)
-        if guard and not isinstance(self.rule, GuardedRule):
-            raise RuntimeError(
-                f"guard=True, but {type(self.rule).__name__} has no fallback (no method "
-                "`fallback`); leave guard out"
-            )
+        check_guard(guard, self.rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes.
@@ -164,11 +166,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             TypeError: a gradient is sparse; then no parameter has been changed.
             RuntimeError: a CUDA graph is being captured: its replay would not update the state.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "LearnedOptimizer.step in a CUDA graph: its replay would not advance the state; "
-                "capture forward and backward, and step outside of the graph"
-            )
+        refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,23 +184,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "ruins an encoder: make a new LearnedOptimizer of all that trains now",
                 stacklevel=4,  # past the two wrappers that torch puts around a step
             )
-        if work and self._guards():
-            self._guarded_step(work)
-        else:
-            self.apply(work)
+        if work:
+            self._step_eagerly(work)
         return loss
 
-    def _guards(self) -> bool:
-        guarded = self.guard is not False and isinstance(self.rule, GuardedRule)
-        return guarded and not torch.compiler.is_compiling()
-
-    def _guarded_step(self, work: Work) -> None:
+    # The guard decides by values, and the kernel is compiled already: torch.compile breaks its
+    # graph here, and the step is the same as without it.
+    @_disable_dynamo
+    def _step_eagerly(self, work: Work) -> None:
         refuse_sparse(work)
         states = [self._state_of(param) for _, param, _ in work]
+        on_meta = any(param.is_meta for _, param, _ in work)  # has no values to decide by
+        if not self._has_gradient and not on_meta:
+            self._has_gradient = has_gradient(work, states, self.init_state)
+        if self.guard is not False and isinstance(self.rule, GuardedRule) and not on_meta:
+            self._guarded_step(work, states)
+        else:
+            self._apply(work, self._has_gradient)
+
+    def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
         proceed, finite = check_last_step(work, states, self.param_groups, self.state)
         if proceed:
             before = [local(param).clone() for _, param, _ in work]
-            self.apply(work)
+            self._apply(work, self._has_gradient)
             remember(work, states, before, finite, self.state)
 
     @torch.no_grad()
@@ -218,10 +222,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a gradient is sparse; then no parameter has been changed.
         """
+        return self._apply(work)
+
+    def _apply(
+        self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]], counts: bool = True
+    ) -> list[Tensor | None]:
+        """See `apply`; a step that does not count leaves the state as it is."""
         refuse_sparse(work)
         rule, multiplier = self._active_rule()
         pieces = [self._piece(rule, *item, multiplier) for item in work]
-        kernel = self._kernel(rule)
+        kernel = self._kernel(rule) if counts else None
         batches: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, piece in enumerate(pieces):
             if kernel is not None and kernel.supports(piece):
@@ -247,7 +257,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
             cast(FusedStep, kernel).step(found, context)
         for i in plain:
-            self.state[work[i][1]].update(_plain_step(rule, pieces[i], contexts[i]))
+            state = _plain_step(rule, pieces[i], contexts[i])
+            if counts:
+                self.state[work[i][1]].update(state)
         return contexts
 
     def _active_rule(self) -> tuple[UpdateRule, float]:
@@ -281,9 +293,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if name not in (LAST_STEP, LAST_SLOPE)
         }
         return Piece(
-            local(param), local_gradient(grad, param), state, multiplier * group["lr"],
-            group["weight_decay"], on_shards(matrix_transform(rule, param), param),
-            not is_sharded(param),
+            local(param), local_gradient(grad, param), state,
+            multiplier * as_number("lr", group["lr"]),
+            as_number("weight_decay", group["weight_decay"]),
+            on_shards(matrix_transform(rule, param), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
@@ -309,21 +322,37 @@ class LearnedOptimizer(torch.optim.Optimizer):
             options["shape"] = param.shape
         return self.rule.init_state(local(param), **options)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; leaves of coordinates have the shape and the placements of their parameter.
+
+        Those of ``hidden`` and ``cell`` have another dimension before them.
+        """
+        with saving(self, self.rule):
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its dtype and is checked against the rule.
 
         Raises:
             ValueError: the groups are those of another optimizer, or a state is that of another
                 parameter or rule; then this optimizer is unchanged.
+            TypeError: an lr or weight_decay is no number; then too.
         """
-        check_groups(state_dict, {"lr", "weight_decay", *GROUP_STATE})
-        states = saved_states(state_dict, self.param_groups, self.init_state)
-        super().load_state_dict(state_dict)
-        self.state.update(states)
+        with loading(self, self.rule, self.init_state):
+            super().load_state_dict(state_dict)
+        self._has_gradient = False  # the states tell
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; torch would leave out the attributes of this class."""
-        kept = ("rule", "state_dtype", "fused", "guard", "_fallback", "_for_a_head")
+        kept = (
+            "rule",
+            "state_dtype",
+            "fused",
+            "guard",
+            "_fallback",
+            "_for_a_head",
+            "_has_gradient",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 

@@ -25,6 +25,8 @@ MAX_RISE = 1.0
 # loss along it at its start. Undoing a step need not be exact.
 LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
 _STEP_DTYPE = torch.bfloat16
+# Coordinates that are converted at once: a copy of a whole tensor would take much memory.
+_CHUNK = 1 << 20
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
 # its minimum; whether the last batch was skipped because no gradient was finite.
 GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False}
@@ -41,10 +43,24 @@ class GuardedRule(UpdateRule, Protocol):
         ...
 
 
+def check_guard(guard: bool | None, rule: UpdateRule) -> None:
+    """Check that a required guard can be had.
+
+    Raises:
+        RuntimeError: the rule has no fallback.
+    """
+    if guard and not isinstance(rule, GuardedRule):
+        raise RuntimeError(
+            f"guard=True, but {type(rule).__name__} has no fallback (no method `fallback`); leave "
+            "guard out"
+        )
+
+
 def init_guard_state(param: Tensor) -> State:
     """The guard's state before the first step, for this process's shard of a parameter.
 
-    ``last_step`` (N,), bfloat16; ``last_slope`` 0-d, float32. Both are zero.
+    ``last_step`` (N,), bfloat16; ``last_slope`` 0-d, float32, of the whole parameter. Both are
+    zero.
     """
     part = local(param)
     return {
@@ -67,18 +83,16 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
     items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
     params = [param for _, param, _ in work]
     ends = [_slope(grad, state[LAST_STEP]) for grad, state in items]
-    rows = [
-        ((state[LAST_SLOPE] + end) / 2).float().reshape(1) for (_, state), end in zip(items, ends)
-    ]
-    (change,) = _total(sum_over_shards(rows, params))
+    rows = sum_over_shards([end.reshape(1) for end in ends], params)
+    (change,) = total(_with_start(rows, states))
     if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
         return change, True
     rows = []
     for grad, state in items:
         end = _slope(grad, state[LAST_STEP], masked=True)
         counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
-        rows.append(torch.stack([x.float() for x in ((state[LAST_SLOPE] + end) / 2, *counts)]))
-    change, moved, finite = _total(sum_over_shards(rows, params))
+        rows.append(torch.stack([end, *(count.to(end) for count in counts)]))
+    change, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
     return math.inf if moved and not finite else change, False
 
 
@@ -152,10 +166,14 @@ def remember(
         all_states: the state of every parameter. Those that have not been stepped now are cleared,
             because their last step is not part of this one.
     """
+    slopes = []
     for (_, param, grad), state, old in zip(work, states, before):
         torch.sub(local(param), old, out=old)
         state[LAST_STEP].copy_(old.reshape(-1))
-        state[LAST_SLOPE].copy_(_slope(local_gradient(grad, param), old, masked=not finite))
+        slopes.append(_slope(local_gradient(grad, param), old, masked=not finite))
+    rows = sum_over_shards([slope.reshape(1) for slope in slopes], [param for _, param, _ in work])
+    for state, row in zip(states, rows):
+        state[LAST_SLOPE].copy_(cast(Tensor, row)[0])
     stepped = {param for _, param, _ in work}
     for param, state in all_states.items():
         if LAST_STEP in state and param not in stepped:
@@ -167,18 +185,30 @@ def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
 
     Masked, it is over the coordinates with a finite gradient, which takes several passes.
     """
-    flat = grad.reshape(-1)
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    if masked:
-        flat = torch.where(torch.isfinite(flat), flat, 0)
-    return torch.dot(flat, step.reshape(-1).to(flat.dtype))
+    dtype, parts = torch.promote_types(grad.dtype, torch.float32), []
+    for flat, move in zip(*(torch.split(x.reshape(-1), _CHUNK) for x in (grad, step))):
+        part = flat.to(dtype)
+        if masked:
+            part = torch.where(torch.isfinite(part), part, 0)
+        parts.append(torch.dot(part, move.to(dtype)))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def _total(rows: Sequence[Tensor | None]) -> list[float]:
+def _with_start(rows: Sequence[Tensor | None], states: Sequence[State]) -> list[Tensor]:
+    """Rows that begin with the slope at the end of the last step -> with the change of the loss."""
+    found = []
+    for row, state in zip(rows, states):
+        end = cast(Tensor, row)
+        change = (state[LAST_SLOPE] + end[:1]) / 2
+        found.append(torch.cat([change, end[1:]]).float())
+    return found
+
+
+def total(rows: Sequence[Tensor | None]) -> list[float]:
     """The sum of all rows. Waits once for each device that holds some."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for row in rows:
         by_device.setdefault(cast(Tensor, row).device, []).append(cast(Tensor, row))
     sums = [torch.stack(held).sum(dim=0).cpu() for held in by_device.values()]
-    total: list[float] = torch.stack(sums).sum(dim=0).tolist()
-    return total
+    together: list[float] = torch.stack(sums).sum(dim=0).tolist()
+    return together

@@ -38,6 +38,66 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     return local(grad)
 
 
+def like_param(leaf: Tensor, param: Tensor) -> Tensor:
+    """A leaf of a parameter's state, (..., N) of this process's shard, as (..., *shape).
+
+    It shares the leaf's memory. For a DTensor parameter it is a DTensor with the same placements,
+    so that it can be saved and loaded with any other sharding.
+    """
+    lead = leaf.shape[:-1]
+    part = leaf.view(*lead, *local(param).shape)
+    if not is_sharded(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*lead, *param.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        part, mesh, _behind(param, len(lead)), run_check=False, shape=shape, stride=stride
+    )
+
+
+def of_shard(leaf: Tensor, param: Tensor, lead: Sequence[int]) -> Tensor:
+    """The inverse of `like_param`, also of a leaf with other placements or of a whole tensor.
+
+    Every process that holds shards has to call this for the same leaves in the same order.
+
+    Args:
+        leaf: (*lead, *shape of the whole parameter), or (*lead, N).
+        param: the parameter.
+        lead: sizes of the leaf's own dimensions.
+
+    Returns:
+        (*lead, N), N coordinates in this process's shard; may share the leaf's memory.
+    """
+    if is_sharded(param):
+        from torch.distributed.tensor import Replicate
+
+        mesh, placements = param.device_mesh, _behind(param, len(lead))  # type: ignore[attr-defined]
+        if not is_sharded(leaf):
+            from torch.distributed.tensor import DTensor
+
+            whole = leaf.reshape(*lead, *param.shape).to(local(param).device)
+            leaf = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        leaf = leaf.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    elif is_sharded(leaf):
+        leaf = leaf.full_tensor()  # type: ignore[attr-defined]
+    return local(leaf).reshape(*lead, local(param).numel())
+
+
+def _behind(param: Tensor, lead: int) -> list[Any]:
+    """The placements of a DTensor with this many dimensions before the parameter's."""
+    moved = []
+    for placement in param.placements:  # type: ignore[attr-defined]
+        if lead and not placement.is_replicate():
+            # strided shards, of tensor parallelism under FSDP, have a second argument
+            options = {k: getattr(placement, k) for k in ("split_factor",) if hasattr(placement, k)}
+            placement = type(placement)(placement.dim + lead, **options)
+        moved.append(placement)
+    return moved
+
+
 def on_shards(transform: MatrixTransform | None, param: Tensor) -> MatrixTransform | None:
     """Make a function of a whole tensor's flat direction a function of this process's shard.
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_table import RULES, random_lstm
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
 from rnnopt.rules.files import (
@@ -343,6 +344,14 @@ def test_without_a_rule_a_shipped_one_is_loaded():
     [
         ({"lr": -1.0}, ValueError, "lr=-1.0: must be finite and at least 0"),
         ({"lr": float("nan")}, ValueError, "lr=nan: must be finite"),
+        ({"lr": "1"}, TypeError, "lr='1': give a real number, or a tensor of one"),
+        ({"lr": None}, TypeError, "lr=None: give a real number"),
+        ({"lr": [1.0]}, TypeError, r"lr=\[1.0\]: give a real number"),
+        ({"lr": 1j}, TypeError, "lr=1j: give a real number"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr=-1.0: must be finite and at least 0"),
+        ({"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element, .* shape \(2,\)"),
+        ({"lr": torch.ones(1, device="meta")}, TypeError, "give a real number, or a tensor"),
+        ({"weight_decay": "0"}, TypeError, "weight_decay='0': give a real number"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1: must be finite and at least 0"),
         ({"rule": object()}, TypeError, "expected an UpdateRule"),
         ({"rule": 1e-3}, TypeError, r"the multiplier of its steps is lr=0.001, and 1.0"),
@@ -372,6 +381,186 @@ def test_complex_and_integer_parameters_are_refused(dtype):
     with pytest.raises(TypeError, match=f"dtype {dtype}.*only real floating-point"):
         optimizer.add_param_group({"params": [torch.zeros(2, dtype=dtype)]})
     assert len(optimizer.param_groups) == 1
+
+
+@each_rule
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("lr", [torch.tensor(0.5), torch.tensor([0.5])])
+def test_a_rate_may_be_a_tensor_as_in_torch(make, fused, lr):
+    net = model()
+    twin = copy.deepcopy(net)
+    train(net, LearnedOptimizer(net.parameters(), make(), lr=lr, fused=fused), range(3))
+    train(twin, LearnedOptimizer(twin.parameters(), make(), lr=0.5, fused=fused), range(3))
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_a_rate_that_stops_being_a_number_is_named_at_the_step():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters())
+    optimizer.param_groups[0]["lr"] = "1"
+    before = values(net)
+    with pytest.raises(TypeError, match="lr='1': give a real number"):
+        train(net, optimizer, range(1))
+    assert all(map(torch.equal, before, values(net)))
+
+
+def test_a_saved_rate_that_is_no_number_is_refused_at_loading_and_nothing_changes():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters())
+    saved = optimizer.state_dict()
+    for wrong, error in (("1", TypeError), (float("nan"), ValueError)):
+        saved["param_groups"][0]["lr"] = wrong
+        with pytest.raises(error, match="lr="):
+            optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    train(net, optimizer, range(1))
+
+
+def test_a_saved_step_count_may_be_a_plain_number():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), Adam(0.1))
+    train(net, optimizer, range(2))
+    saved = copy.deepcopy([net.state_dict(), optimizer.state_dict()])
+    for state in saved[1]["state"].values():
+        state["step"] = float(state["step"])
+    twin = model()
+    twin.load_state_dict(saved[0])
+    resumed = LearnedOptimizer(twin.parameters(), Adam(0.1))
+    resumed.load_state_dict(saved[1])
+    train(net, optimizer, range(2, 4))
+    train(twin, resumed, range(2, 4))
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+@pytest.mark.parametrize("wrong", [{"m": "text"}, {"m": None}, [1.0], 3.0, {"m": torch.ones(7)}])
+def test_a_saved_state_that_is_none_of_this_optimizer_is_refused_with_a_sentence(wrong):
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), Adam(0.1))
+    train(net, optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0] = {**saved["state"][0], **wrong} if isinstance(wrong, dict) else wrong
+    before = optimizer.state[net[0].weight]["m"].clone()
+    with pytest.raises(ValueError, match=r"the saved state of a parameter of shape \(8, 4\) is"):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[net[0].weight]["m"], before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_parameters_without_values_step_as_in_torch_and_load_no_state(fused):
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), fused=fused)
+    train(net, optimizer, range(1))
+    empty = model().to("meta")
+    twin = LearnedOptimizer(empty.parameters(), fused=fused)
+    for param in empty.parameters():
+        param.grad = torch.zeros_like(param)
+    twin.step()
+    assert all(param.is_meta for param in empty.parameters())
+    with pytest.raises(ValueError, match=r"on the meta device.*to_empty"):
+        twin.load_state_dict(optimizer.state_dict())
+
+
+def test_saved_leaves_have_the_shape_of_their_parameter_and_flat_ones_load_too():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=2))
+    train(net, optimizer, range(2))
+    saved = optimizer.state_dict()
+    for index, param in enumerate(net.parameters()):
+        assert saved["state"][index]["m"].shape == param.shape
+        assert saved["state"][index]["hidden"].shape == (2, *param.shape)
+    flat = copy.deepcopy(saved)
+    for state in flat["state"].values():
+        for name in ("m", "v", "last_step"):
+            state[name] = state[name].reshape(-1)
+        for name in ("hidden", "cell"):
+            state[name] = state[name].flatten(1)
+    resumed = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=2))
+    resumed.load_state_dict(flat)
+    for param, state in optimizer.state.items():
+        assert all(torch.equal(leaf, resumed.state[param][name]) for name, leaf in state.items())
+
+
+def test_a_hook_before_loading_maps_the_state_by_name_as_in_torch():
+    net = model()
+    optimizer = LearnedOptimizer(net.named_parameters())
+    train(net, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    backwards = LearnedOptimizer(reversed(list(net.named_parameters())))
+
+    def by_name(loading, state_dict):
+        (group,), (given,) = loading.param_groups, state_dict["param_groups"]
+        index = dict(zip(given["param_names"], given["params"]))
+        states = [state_dict["state"][index[name]] for name in group["param_names"]]
+        names = {"param_names": group["param_names"]}
+        return {"state": dict(enumerate(states)), "param_groups": [{**given, **names}]}
+
+    backwards.register_load_state_dict_pre_hook(by_name)
+    backwards.load_state_dict(saved)
+    for param, state in optimizer.state.items():
+        assert all(torch.equal(leaf, backwards.state[param][name]) for name, leaf in state.items())
+
+
+def test_a_hook_after_loading_sees_and_may_change_what_was_loaded():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters())
+    train(net, optimizer, range(2))
+    saved, seen = optimizer.state_dict(), []
+
+    def after(loading):
+        for state in loading.state.values():
+            seen.append(float(state["step"]))
+            state["m"].fill_(7)
+
+    fresh = LearnedOptimizer(net.parameters())
+    fresh.register_load_state_dict_post_hook(after)
+    for _ in range(2):
+        fresh.load_state_dict(saved)
+    assert seen == [2.0] * 8
+    assert all((state["m"] == 7).all() for state in fresh.state.values())
+
+
+def test_hooks_of_state_dict_see_leaves_in_the_shape_in_which_they_are_saved():
+    net, shapes = model(), []
+    optimizer = LearnedOptimizer(net.parameters())
+    train(net, optimizer, range(1))
+    optimizer.register_state_dict_post_hook(
+        lambda _, found: shapes.append(found["state"][0]["m"].shape)
+    )
+    optimizer.state_dict()
+    assert shapes == [net[0].weight.shape]
+
+
+@each_rule
+@pytest.mark.parametrize("guard", [None, False])
+def test_steps_without_any_gradient_before_the_first_leave_no_trace(make, guard):
+    net = model()
+    twin = copy.deepcopy(net)
+    ours = LearnedOptimizer(net.parameters(), make(), guard=guard)
+    theirs = LearnedOptimizer(twin.parameters(), make(), guard=guard)
+    get_optimizer_state_dict(net, ours)  # steps with zeros
+    if make is RULES["adamw"]:  # which decays without a gradient, too
+        ours.param_groups[0]["lr"] = 0.0
+    for _ in range(2):
+        for param in net.parameters():
+            param.grad = torch.zeros_like(param)
+        ours.step()
+    ours.param_groups[0]["lr"] = 1.0
+    train(net, ours, range(4))
+    train(twin, theirs, range(4))
+    assert all(map(torch.equal, values(net), values(twin)))
+
+
+def test_steps_without_a_gradient_count_once_there_was_one_also_after_loading():
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters(), Adam(0.1))
+    train(net, optimizer, range(1))
+    resumed = LearnedOptimizer(net.parameters(), Adam(0.1))
+    resumed.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, resumed):
+        for param in net.parameters():
+            param.grad = torch.zeros_like(param)
+        one.step()
+        assert {float(state["step"]) for state in one.state.values()} == {2.0}
 
 
 def test_a_sparse_gradient_is_refused_before_anything_moves():

@@ -152,6 +152,22 @@ def test_a_rule_does_not_see_the_state_of_the_guard():
     assert seen == [{"m", "v", "step"}] * 3
 
 
+@pytest.mark.parametrize("how", ["step", "function"])
+def test_a_compiled_step_is_guarded_as_the_plain_one(how):
+    """guard=True too."""
+    params = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    compiled, plain = (LearnedOptimizer([p], TooLongSteps(100.0), guard=True) for p in params)
+    step = compiled.step if how == "step" else lambda: compiled.step()
+    step = torch.compile(step, backend="aot_eager")
+    for _ in range(4):
+        for param, optimizer, go in zip(params, (compiled, plain), (step, plain.step)):
+            optimizer.zero_grad()
+            bowl(param).backward()
+            go()
+    assert compiled.undone == plain.undone == 1
+    assert torch.equal(*params)
+
+
 def test_a_required_guard_needs_a_rule_with_a_fallback():
     param = torch.zeros(1, requires_grad=True)
     with pytest.raises(RuntimeError, match="guard=True, but Adam has no fallback"):
