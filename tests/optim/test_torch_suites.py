@@ -400,7 +400,7 @@ def scheduled(info, name, lr, steps, resume_at=None):
         loss = optimizer.step(closure_of(optimizer, weight, bias, vector))
         rates.append(float(optimizer.param_groups[0]["lr"]))
         losses.append(loss.item())
-        scheduler.step(loss) if name == "ReduceLROnPlateau" else scheduler.step()
+        scheduler.step(losses[-1]) if name == "ReduceLROnPlateau" else scheduler.step()
     return losses, rates
 
 
@@ -413,7 +413,7 @@ def test_every_scheduler_sets_the_rate_as_for_torchs_sgd(info, name):
     for loss in losses:
         wanted.append(twin.param_groups[0]["lr"])
         twin.step()
-        scheduler.step(loss) if name == "ReduceLROnPlateau" else scheduler.step()
+        scheduler.step(losses[-1]) if name == "ReduceLROnPlateau" else scheduler.step()
     assert rates == pytest.approx(wanted)
     assert losses[-1] < losses[0]
     assert len(set(rates)) > 1
