@@ -127,7 +127,10 @@ def _fetch(name: str) -> Path:
         try:
             with silence():
                 folder = huggingface_hub.snapshot_download(
-                    name, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FOLDERS, local_files_only=cached
+                    name,
+                    allow_patterns=HUB_FILES,
+                    ignore_patterns=OTHER_FOLDERS,
+                    local_files_only=cached,
                 )
         except Exception as error:  # the hub's client raises its own, requests' and httpx's
             cause = error

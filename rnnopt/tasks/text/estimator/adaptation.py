@@ -26,6 +26,7 @@ from rnnopt.tasks.text.estimator.evidence import (
     MOST_FOLDS,
     Evidence,
     Fold,
+    Judged,
     Labelled,
     Start,
     held_out_logits,
@@ -102,8 +103,8 @@ def adapt_if_better(
 
     Cross-validation adapts from each fold's own start and judges the texts held out after several
     numbers of steps. Of those that are no less accurate than the start on the same texts, and have
-    a lower log loss at the best temperature, the most accurate is taken, and all texts are
-    adapted to for so many steps. If none is, the encoder stays as it is, to the bit.
+    a surely lower log loss (`Judged.surely_better_than`), the most accurate is taken, and all texts
+    are adapted to for so many steps. If none is, the encoder stays as it is, to the bit.
 
     Args:
         encoder: adapted in place where that is kept, LoRA merged.
@@ -138,37 +139,40 @@ def adapt_if_better(
     return verdict
 
 
-def _cross_validate(
-    adaptation: _Adaptation, data: Labelled, start: Start, plan: Plan
-) -> Verdict:
+def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan: Plan) -> Verdict:
     """The verdict but for the head."""
     folds = _affordable(adaptation, data, start, plan)
     if isinstance(folds, Verdict):
         return folds
     held = np.concatenate([held for _, held in folds])
     labels, weights = data.labels[held], data.weights[held]
-    beginning = Evidence.of(start.name, held_out_logits(data, folds, start.fit), labels, weights)
+    beginning = Judged.of(start.name, held_out_logits(data, folds, start.fit), labels, weights)
     found: dict[int, list[np.ndarray]] = {}
     for known, held_out in folds:
         head = start.head(data.take(known))
         for step, module in enumerate(adaptation.run(known, head, plan.steps), start=1):
             if step in _JUDGED or step == plan.steps:
                 found.setdefault(step, []).append(adaptation.logits(held_out, module))
-    tried = tuple(
-        Evidence.of(f"{step} {_steps(step)} of adaptation", np.concatenate(rows), labels, weights)
+    judged = [
+        Judged.of(f"{step} {_steps(step)} of adaptation", np.concatenate(rows), labels, weights)
         for step, rows in found.items()
-    )
-    better = [evidence for evidence in tried if evidence.improves_on(beginning)]
+    ]
+    begun, tried = beginning.evidence, tuple(one.evidence for one in judged)
+    better = [
+        one.evidence
+        for one in judged
+        if one.evidence.accuracy >= begun.accuracy and one.surely_better_than(beginning)
+    ]
     if better:
         best = max(better, key=lambda evidence: (evidence.accuracy, -evidence.log_loss))
-        reason = f"{_figures(best)} on texts held out, and {start.name} {_figures(beginning)}"
-        return Verdict(reason, None, best, beginning, tried, len(folds))
+        reason = f"{_figures(best)} on texts held out, and {start.name} {_figures(begun)}"
+        return Verdict(reason, None, best, begun, tried, len(folds))
     best = min(tried, key=lambda evidence: evidence.log_loss)
     reason = (
-        f"{_figures(beginning)} on texts held out, and adaptation at its best {_figures(best)} "
-        f"({best.name})"
+        f"{_figures(begun)} on texts held out, and adaptation at its best {_figures(best)} "
+        f"({best.name}), which is not surely better"
     )
-    return Verdict(reason, None, None, beginning, tried, len(folds))
+    return Verdict(reason, None, None, begun, tried, len(folds))
 
 
 def _affordable(
@@ -178,7 +182,8 @@ def _affordable(
     most = stratified_folds(data.labels, MOST_FOLDS, plan.seed)
     if plan.seconds is None:
         return most
-    step = adaptation.seconds_per_step(start.fit(data))
+    # twice, since the first pass also allocates
+    step = min(adaptation.seconds_per_step(start.fit(data)) for _ in range(2))
     for count in (len(most), 3, 2):
         if (count + 1) * plan.steps * step <= plan.seconds:
             return stratified_folds(data.labels, count, plan.seed)

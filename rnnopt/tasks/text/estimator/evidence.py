@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnopt.tasks.text.estimator.heads import (
-    DEFAULT_PENALTY,
-    DEFAULT_TEMPERATURE,
     INVERSE_PENALTIES,
+    SINGLE_PENALTY,
+    SINGLE_TEMPERATURE,
     LinearHead,
     best_temperature,
     class_mean_head,
@@ -22,6 +22,7 @@ from rnnopt.tasks.text.estimator.heads import (
 )
 
 MOST_FOLDS = 5
+MARGIN = 2.0  # standard errors by which something must be better to take the place of a default
 _LARGE = 30_000  # texts times classes from which on fewer penalties and folds are tried
 Fold = tuple[np.ndarray, np.ndarray]  # indices of the texts to fit on, and of those held out
 
@@ -42,20 +43,37 @@ class Evidence:
     log_loss: float
     temperature: float
 
+
+@dataclass(frozen=True)
+class Judged:
+    """Evidence, and what it is made of.
+
+    Attributes:
+        evidence: see there.
+        losses: (B,), of each text held out, at the temperature, in nats.
+        weights: (B,), of the texts.
+    """
+
+    evidence: Evidence
+    losses: np.ndarray
+    weights: np.ndarray
+
     @classmethod
-    def of(
-        cls, name: str, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
-    ) -> Evidence:
+    def of(cls, name: str, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Judged:
         """Judge logits (B, C) of texts held out by their labels (B,), with weights (B,)."""
         temperature = best_temperature(logits, labels, weights)
-        logs = log_softmax(logits / temperature)[np.arange(len(labels)), labels]
-        right = logits.argmax(axis=1) == labels
-        share = weights / weights.sum()
-        return cls(name, float((share * right).sum()), float(-(share * logs).sum()), temperature)
+        losses = -log_softmax(logits / temperature)[np.arange(len(labels)), labels]
+        accuracy = float(np.average(logits.argmax(axis=1) == labels, weights=weights))
+        loss = float(np.average(losses, weights=weights))
+        return cls(Evidence(name, accuracy, loss, temperature), losses, weights)
 
-    def improves_on(self, other: Evidence) -> bool:
-        """Whether this is as accurate and has a lower log loss."""
-        return self.accuracy >= other.accuracy and self.log_loss < other.log_loss
+    def surely_better_than(self, other: Judged) -> bool:
+        """Whether the log loss on the same texts is lower by `MARGIN` standard errors.
+
+        A few texts say little, and the lowest of several losses is often so by chance.
+        """
+        gains = (other.losses - self.losses) * self.weights / self.weights.mean()
+        return bool(gains.mean() > MARGIN * gains.std() / np.sqrt(len(gains)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +161,7 @@ class Start:
     @property
     def temperature(self) -> float:
         """Of its probabilities."""
-        return self.evidence.temperature if self.evidence else DEFAULT_TEMPERATURE
+        return self.evidence.temperature if self.evidence else SINGLE_TEMPERATURE
 
     def head(self, data: Labelled) -> LinearHead:
         """The head, with probabilities at its temperature."""
@@ -151,31 +169,34 @@ class Start:
 
 
 def choose_start(data: Labelled, seed: int) -> Start:
-    """The better of logistic regression and class means, by cross-validated log loss.
+    """Logistic regression or class means, by the log loss of texts held out.
+
+    It is logistic regression with the first penalty, unless another one or class means are surely
+    better, see `Judged.surely_better_than`.
 
     Args:
         data: all labelled texts.
         seed: of the folds.
     """
     large = len(data.labels) * (data.labels.max() + 1) > _LARGE
-    penalties = INVERSE_PENALTIES[1:3] if large else INVERSE_PENALTIES
-    makers: dict[str, Callable[[Labelled], LinearHead]] = {
-        f"logistic regression (C={penalty:g})": _logistic(penalty) for penalty in penalties
-    }
-    makers["class means"] = lambda part: class_mean_head(part.embeddings, part.labels)
     folds = stratified_folds(data.labels, 3 if large else MOST_FOLDS, seed)
     if not folds:
-        name = f"logistic regression (C={DEFAULT_PENALTY:g})"
-        return Start(name, makers[name], None, ())
+        return Start(_name(SINGLE_PENALTY), _logistic(SINGLE_PENALTY), None, ())
+    penalties = INVERSE_PENALTIES[:1] if large else INVERSE_PENALTIES
+    makers = {_name(penalty): _logistic(penalty) for penalty in penalties}
+    makers["class means"] = lambda part: class_mean_head(part.embeddings, part.labels)
     held = np.concatenate([held for _, held in folds])
-    tried = tuple(
-        Evidence.of(
-            name, held_out_logits(data, folds, fit), data.labels[held], data.weights[held]
-        )
+    tried = [
+        Judged.of(name, held_out_logits(data, folds, fit), data.labels[held], data.weights[held])
         for name, fit in makers.items()
-    )
-    best = min(tried, key=lambda evidence: evidence.log_loss)
-    return Start(best.name, makers[best.name], best, tried)
+    ]
+    better = [judged for judged in tried if judged.surely_better_than(tried[0])]
+    best = min(better or tried[:1], key=lambda judged: judged.evidence.log_loss).evidence
+    return Start(best.name, makers[best.name], best, tuple(judged.evidence for judged in tried))
+
+
+def _name(penalty: float) -> str:
+    return f"logistic regression (C={penalty:g})"
 
 
 def _logistic(penalty: float) -> Callable[[Labelled], LinearHead]:

@@ -89,8 +89,8 @@ from rnnopt import TextClassifier
 TextClassifier.load("FOLDER").predict(["..."])
 ```
 
-The encoder alone is loaded by `SentenceTransformer("FOLDER")`. `head.safetensors` holds the linear head on its
-vectors, and `classifier.json` the labels.
+The encoder alone is loaded by `SentenceTransformer("FOLDER")`. `head.safetensors` holds the linear
+head on its vectors, and `classifier.json` the labels.
 
 | | |
 |---|---|
@@ -99,17 +99,19 @@ vectors, and `classifier.json` the labels.
 | pooling | {report.pooling} |
 | kept | {report.kept} |
 | why | {report.reason} |
-| fitted on | {report.texts} texts, {report.fewest} to {report.most} a class; fingerprint {report.data} |
+| fitted on | {report.texts} texts, {report.fewest} to {report.most} a class |
+| fingerprint of the data | {report.data} |
 | on texts held out in cross-validation | {judged} |
 | temperature of the probabilities | {report.temperature:.3g} |
 | made with | {libraries} |
 
 ## Limits
 
-- The figures above are from the texts that it was fitted on, by cross-validation, and the same texts chose what
-  was kept. They flatter a little. Judge it by texts of your own that it has not seen: `rnnopt evaluate`.
-- Every text gets one of the labels above, also a text that belongs to none. `abstain_below` leaves out answers
-  with a low probability.
-- Texts are cut off after the encoder's number of tokens. What the encoder has not read (languages, domains)
-  it separates less well, and it carries over what biases it has.
+- The figures above are from the texts that it was fitted on, by cross-validation. The same texts
+  chose what was kept, so that the figures flatter a little. Judge the classifier by texts that it
+  has not seen: `rnnopt evaluate`.
+- Every text gets one of the labels above, also a text that belongs to none. With `abstain_below`
+  answers with a low probability are left out.
+- Texts are cut off after the encoder's number of tokens. Languages and fields that the encoder has
+  not read are separated less well, and the classifier inherits the encoder's biases.
 """

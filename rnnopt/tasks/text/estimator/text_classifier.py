@@ -144,6 +144,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         answers = self._fitted().classes[probabilities.argmax(axis=1)]
         if self.abstain_below is None:
             return answers
+        self._check_abstain_below()
         answers = answers.astype(object)
         answers[probabilities.max(axis=1) < self.abstain_below] = None
         return answers
@@ -160,7 +161,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.exp(log_softmax(fitted.head.logits(embeddings)))
 
     def score(
-        self, X: Sequence[str], y: Sequence[Any], sample_weight: Any = None  # noqa: N803
+        self,
+        X: Sequence[str],
+        y: Sequence[Any],
+        sample_weight: Any = None,
     ) -> float:
         """Share of texts with the right answer; None is none.
 
@@ -289,6 +293,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(
                 f"seconds is {self.seconds!r}; it must be at least 0, or None for no bound"
             )
+        self._check_abstain_below()
+
+    def _check_abstain_below(self) -> None:
         if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
             raise InputError(
                 f"abstain_below is {self.abstain_below!r}; it is a probability, between 0 and 1"
