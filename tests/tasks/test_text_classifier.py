@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,19 @@ def test_a_hundred_classes_and_one_text_a_class(encoder, texts):
     assert classifier.score(many[:100], list(range(100))) > 0.9
     assert "every label has one text" in classifier.report_.reason
     assert classifier.report_.accuracy is None
+
+
+def test_the_lines_of_the_guide_run(encoder, few, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "classifier.md").read_text()
+    first, second = [block for block in page.split("```") if block.startswith("python\n")][:2]
+    hub = '"sentence-transformers/all-MiniLM-L6-v2"'
+    assert hub in first and len(first.strip().splitlines()) == 5  # three, an import, a blank
+    code = (first.replace(hub, "encoder") + second.removeprefix("python")).removeprefix("python")
+    monkeypatch.chdir(tmp_path)
+    names = {"encoder": encoder, "texts": few[0], "labels": few[1]}
+    exec(code, names)
+    again = TextClassifier.load(tmp_path / "classifier", device="cpu")
+    assert (again.predict(TEXTS) == names["classifier"].predict(TEXTS)).all()
 
 
 # -- evidence

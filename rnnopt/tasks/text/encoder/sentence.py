@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class SentenceEncoder(nn.Module):
     @classmethod
     def load(
         cls,
-        encoder: str | Path,
+        encoder: str | os.PathLike[str],
         device: torch.device,
         pooling: str = "auto",
         max_length: int | None = None,
@@ -162,7 +163,7 @@ class SentenceEncoder(nn.Module):
             raise InputError(f"pooling is {pooling!r}; use one of {', '.join(allowed)}")
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length is {max_length}; it must be at least 1, and 128 is usual")
-        folder = find_folder(encoder)
+        folder = find_folder(os.fspath(encoder))
         if pooling == "auto":
             layout = Layout.read(folder)
         else:

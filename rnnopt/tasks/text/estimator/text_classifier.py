@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from rnnopt.tasks.text.estimator.inputs import (
 from rnnopt.tasks.text.estimator.report import Report
 
 
-class NotFittedInputError(InputError, NotFittedError):
+class NotFittedInputError(InputError, NotFittedError):  # type: ignore[misc]
     """Prediction was asked of a classifier that has not been fitted."""
 
 
@@ -246,7 +246,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "this TextClassifier has not been fitted; call fit(texts, labels) first, or read a "
                 "saved one with TextClassifier.load(folder)"
             )
-        return cast(folders.Fitted, self._state)
+        return self._state
 
     def _report(
         self, encoder: SentenceEncoder, start: Start, verdict: Verdict, places: np.ndarray,
@@ -257,15 +257,15 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return Report(
             kept=verdict.evidence.name if verdict.evidence else start.name,
             reason=verdict.reason,
-            encoder=encoder_name(self.encoder),
+            encoder=encoder_name(os.fspath(self.encoder)),
             pooling=f"{encoder.layout.pooling} ({encoder.layout.source})",
             texts=len(places),
             classes=len(counts),
             fewest=int(counts.min()),
             most=int(counts.max()),
             folds=verdict.folds,
-            accuracy=evidence and evidence.accuracy,
-            log_loss=evidence and evidence.log_loss,
+            accuracy=evidence.accuracy if evidence else None,
+            log_loss=evidence.log_loss if evidence else None,
             temperature=evidence.temperature if evidence else start.temperature,
             tried=(*start.tried, *verdict.tried),
             seconds=round(time.perf_counter() - started, 2),
