@@ -381,6 +381,27 @@ def test_a_layout_comes_back_from_its_files(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode": "lasttoken", "include_prompt": True}, "last"),  # version 6
+        ({"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, None),
+        ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": ["cls", "max"]}, None),
+    ],
+)
+def test_both_formats_of_sentence_transformers_are_read(config, pooling, tmp_path):
+    """The files are those that its versions 3 and 6.2 write."""
+    Layout("mean", False, 16, "").write(tmp_path, 8)
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    if pooling is None:
+        with pytest.raises(InputError, match=r"asks for the pooling .* give pooling='mean'"):
+            Layout.read(tmp_path)
+    else:
+        assert Layout.read(tmp_path).pooling == pooling
+
+
 def test_a_module_that_is_not_supported_is_refused(few, tmp_path):
     folder = sentence_folder(tmp_path / "e", few[0], Layout("mean", False, 16, ""))
     modules = json.loads((folder / "modules.json").read_text())

@@ -32,11 +32,11 @@ from rnnopt.tasks.text.encoder.tokens import TokenCache
 SentencePooling = Literal["mean", "cls", "max", "last"]
 
 # sentence-transformers' names, in 1_Pooling/config.json
-_MODES: dict[SentencePooling, str] = {
-    "mean": "pooling_mode_mean_tokens",
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "last": "pooling_mode_lasttoken",
+_MODES: dict[SentencePooling, tuple[str, str]] = {
+    "mean": ("pooling_mode_mean_tokens", "mean"),
+    "cls": ("pooling_mode_cls_token", "cls"),
+    "max": ("pooling_mode_max_tokens", "max"),
+    "last": ("pooling_mode_lasttoken", "lasttoken"),
 }
 _POOLING_FILE = Path("1_Pooling") / "config.json"
 _MODULES = "sentence_transformers.models."
@@ -85,12 +85,15 @@ class Layout:
         config = _json(folder / _POOLING_FILE, {})
         if not config:
             return cls("mean", normalized, longest, f"{_POOLING_FILE} is not there")
-        chosen = [mode for mode, key in _MODES.items() if config.get(key)]
-        if len(chosen) != 1:
+        # from sentence-transformers 6 on a single entry, before that a switch for each kind
+        named = config.get("pooling_mode") or [
+            key for key in config if key.startswith("pooling_mode_") and config[key]
+        ]
+        chosen = [mode for mode, keys in _MODES.items() if named in (*keys, [keys[0]])]
+        if not chosen:
             raise InputError(
-                f"{folder / _POOLING_FILE} asks for {' and '.join(chosen) or 'a pooling'} that is "
-                "not supported, one of mean, cls, max and last is; give pooling='mean', or another "
-                "encoder"
+                f"{folder / _POOLING_FILE} asks for the pooling {named}, and one of mean, cls, max "
+                "and last is supported; give pooling='mean', or another encoder"
             )
         return cls(chosen[0], normalized, longest, f"the encoder's {_POOLING_FILE}")
 
@@ -106,7 +109,7 @@ class Layout:
             {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": _MODULES + kind}
             for i, kind in enumerate(kinds)
         ]
-        modes = {key: mode == self.pooling for mode, key in _MODES.items()}
+        modes = {keys[0]: mode == self.pooling for mode, keys in _MODES.items()}
         for path, content in (
             (Path("modules.json"), modules),
             (_POOLING_FILE, {"word_embedding_dimension": width, **modes}),
