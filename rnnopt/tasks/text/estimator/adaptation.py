@@ -23,6 +23,7 @@ from rnnopt.tasks.text.encoder.lora import add_lora
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.encoder.tokens import TokenCache
 from rnnopt.tasks.text.estimator.evidence import (
+    ADAPTATION_MARGIN,
     MOST_FOLDS,
     Evidence,
     Fold,
@@ -102,9 +103,10 @@ def adapt_if_better(
     """Adapt if texts that were held out speak for it; else leave the encoder as it is.
 
     Cross-validation adapts from each fold's own start and judges the texts held out after several
-    numbers of steps. Of those that are no less accurate than the start on the same texts, and have
-    a surely lower log loss (`Judged.surely_better_than`), the most accurate is taken, and all texts
-    are adapted to for so many steps. If none is, the encoder stays as it is, to the bit.
+    numbers of steps. Of those that are no less accurate than the start on the same texts, and whose
+    log loss at the best temperature is lower by `ADAPTATION_MARGIN`, the one with the lowest is
+    taken, and all texts are adapted to for so many steps. If there is none, the encoder stays as it
+    is, to the bit.
 
     Args:
         encoder: adapted in place where that is kept, LoRA merged.
@@ -128,7 +130,11 @@ def adapt_if_better(
             everything = np.arange(len(texts))
             steps = int(verdict.evidence.name.split()[0])
             *_, module = adaptation.run(everything, start.head(data), steps)
-            verdict = replace(verdict, head=_as_head(module))
+            head = _as_head(module)
+            if np.isfinite(head.weight).all():
+                verdict = replace(verdict, head=head)
+            else:
+                verdict = Verdict("adaptation to all texts together diverged")
     except _OutOfTimeError:
         verdict = Verdict(
             f"adaptation took longer than the {plan.seconds:g} s that it may take; give more "
@@ -161,16 +167,16 @@ def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan:
     better = [
         one.evidence
         for one in judged
-        if one.evidence.accuracy >= begun.accuracy and one.surely_better_than(beginning)
+        if one.evidence.accuracy >= begun.accuracy and one.better_than(beginning, ADAPTATION_MARGIN)
     ]
     if better:
-        best = max(better, key=lambda evidence: (evidence.accuracy, -evidence.log_loss))
+        best = min(better, key=lambda evidence: evidence.log_loss)
         reason = f"{_figures(best)} on texts held out, and {start.name} {_figures(begun)}"
         return Verdict(reason, None, best, begun, tried, len(folds))
     best = min(tried, key=lambda evidence: evidence.log_loss)
     reason = (
         f"{_figures(begun)} on texts held out, and adaptation at its best {_figures(best)} "
-        f"({best.name}), which is not surely better"
+        f"({best.name})"
     )
     return Verdict(reason, None, None, begun, tried, len(folds))
 
