@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rnnopt.rules.meta_sgd import MetaSGD
     from rnnopt.rules.protocol import State, UpdateRule
     from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
+    from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "State",
     "Task",
     "TaskSource",
+    "TextClassifier",
     "UpdateRule",
     "__version__",
     "compare",
@@ -59,6 +61,7 @@ _HOMES = {
     "rnnopt.rules.meta_sgd": ("MetaSGD",),
     "rnnopt.rules.protocol": ("State", "UpdateRule"),
     "rnnopt.tasks.protocol": ("Learner", "Metric", "Task", "TaskSource"),
+    "rnnopt.tasks.text.estimator.text_classifier": ("TextClassifier",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

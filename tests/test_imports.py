@@ -89,7 +89,15 @@ def importers(library):
         ("peft", {"tasks/text/encoder/lora.py"}),
         ("tokenizers", {"tasks/text/encoder/loading.py"}),
         ("matplotlib", {"evaluation/report/plot.py"}),
-        ("sklearn", {"tasks/metrics.py", "tasks/text/frozen.py"}),
+        (
+            "sklearn",
+            {
+                "tasks/metrics.py",
+                "tasks/text/frozen.py",
+                "tasks/text/estimator/heads.py",
+                "tasks/text/estimator/text_classifier.py",
+            },
+        ),
         ("scipy", {"evaluation/statistics.py"}),
         ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited

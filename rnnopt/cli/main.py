@@ -84,7 +84,7 @@ def run(settings: Settings) -> int:
         from rnnopt.meta.processes import require_alone
 
         require_alone(settings.command)
-    module = import_module(f"rnnopt.cli.{settings.command.replace('-', '_')}")
+    module = import_module(f"{settings.home}.{settings.command.replace('-', '_')}")
     return int(module.run(settings) or 0)
 
 

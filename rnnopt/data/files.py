@@ -43,12 +43,8 @@ def read_corpus(
         InputError: the file, a line or a value is unusable; names file and line.
     """
     path = Path(path)
-    content = _file_text(path)
-    stem, suffix = stem_and_suffix(path)
-    if suffix in (".jsonl", ".ndjson"):
-        rows: Iterator[Row] = _json_rows(path, content)
-    else:
-        rows = table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
+    stem = stem_and_suffix(path)[0]
+    rows = _rows(path, label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
     spellings: dict[str, dict[str, int]] = {}  # of a readable name, and their first line
     kept: list[tuple[str, str, str]] = []
@@ -77,6 +73,30 @@ def read_corpus(
     _warn_of_conflicts(path, conflicts)
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
+
+
+def read_texts(path: str | os.PathLike[str], *, text_column: str = "text") -> list[str]:
+    """Read the texts of a file as `read_corpus` does; each row gives one, repeated ones too.
+
+    Args:
+        path: as in `read_corpus`.
+        text_column: the column (or JSON key) of the texts; others are ignored.
+
+    Raises:
+        InputError: the file, a line or a value is unusable; names file and line.
+    """
+    path = Path(path)
+    return [
+        " ".join(_value(f"{path}, line {line}", row, text_column, "--text-column").split())
+        for line, row in _rows(path, "")
+    ]
+
+
+def _rows(path: Path, label_column: str) -> Iterator[Row]:
+    content, suffix = _file_text(path), stem_and_suffix(path)[1]
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_rows(path, content)
+    return table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
 
 
 def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -> None:

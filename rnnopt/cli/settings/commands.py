@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rnnopt.cli.settings.classifier import Evaluate, Fit, Predict
 from rnnopt.cli.settings.groups import (
     ColumnSettings,
     DataSettings,
@@ -293,4 +294,6 @@ class Demo(SeedSettings):
     output: str = option("Folder for report and picture.", "demo", metavar="DIR")
 
 
-COMMANDS: tuple[type[Settings], ...] = (MetaTrain, Adapt, Compare, Inspect, Report, Demo)
+COMMANDS: tuple[type[Settings], ...] = (
+    Fit, Predict, Evaluate, MetaTrain, Adapt, Compare, Inspect, Report, Demo,
+)  # fmt: skip

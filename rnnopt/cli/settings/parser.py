@@ -27,11 +27,13 @@ class Settings:
         command: its name on the command line.
         summary: what it does, in a few words.
         takes_config: whether its options may stand in a file, see `rnnopt.cli.settings.files`.
+        home: where the module of the command is.
     """
 
     command: ClassVar[str]
     summary: ClassVar[str]
     takes_config: ClassVar[bool] = False
+    home: ClassVar[str] = "rnnopt.cli"
 
 
 @dataclass(frozen=True)

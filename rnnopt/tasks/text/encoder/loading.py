@@ -32,6 +32,7 @@ Pooling = Literal["model", "mean"]
 
 # The files that are downloaded from the hub: no pickles and no code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+OTHER_FOLDERS = "[!1]*/*"  # all but 1_Pooling, where sentence-transformers says how it pools
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -87,14 +88,18 @@ def read_encoder(
     Raises:
         InputError: the encoder can't be found, read or used.
     """
-    folder = _find(encoder)
+    folder = find_folder(encoder)
     with silence():
         model, absent = _read_model(folder, encoder, pooling, ways, attention)
         return model, _read_tokenizer(folder, encoder), absent
 
 
-def _find(encoder: str | Path) -> Path:
-    """The folder with the encoder's files, after the checks that need no loading."""
+def find_folder(encoder: str | Path) -> Path:
+    """The folder with the encoder's files, checked for what can be told without loading.
+
+    Raises:
+        InputError: there is none, or not with the files that are needed.
+    """
     folder = Path(encoder).expanduser()
     if folder.is_file():
         raise InputError(f"{encoder} is a file; give the folder that holds config.json")
@@ -124,7 +129,10 @@ def _fetch(name: str) -> Path:
         try:
             with silence():
                 folder = huggingface_hub.snapshot_download(
-                    name, allow_patterns=HUB_FILES, ignore_patterns="*/*", local_files_only=cached
+                    name,
+                    allow_patterns=HUB_FILES,
+                    ignore_patterns=OTHER_FOLDERS,
+                    local_files_only=cached,
                 )
         except Exception as error:  # the client raises errors of its own, of requests and of httpx
             cause = error

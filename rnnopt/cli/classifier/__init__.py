@@ -1,0 +1,1 @@
+"""The commands of a `rnnopt.TextClassifier`: fit, predict, evaluate."""

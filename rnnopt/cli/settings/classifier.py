@@ -1,0 +1,111 @@
+"""The settings of the commands of a `rnnopt.TextClassifier`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from rnnopt.cli.settings.groups import Device, SeedSettings
+from rnnopt.cli.settings.parser import Settings, advanced, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSettings(Settings):
+    """Data."""
+
+    data: str = option("Labelled file: CSV, TSV, JSONL, also .gz.", metavar="FILE")
+    text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
+    label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSettings(Settings):
+    """Encoder."""
+
+    encoder: str = option("Hugging Face text model: hub name or folder.", metavar="NAME")
+    pooling: Literal["auto", "mean", "cls", "max", "last"] = advanced(
+        "How tokens become one vector. auto is what the encoder was trained with.", "auto"
+    )
+    max_length: int | None = advanced(
+        "Tokens of a text at most.", None, metavar="TOKENS", shown="the encoder's own"
+    )
+    device: Device = option("Where to compute.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(Settings):
+    """Fitting."""
+
+    rule: str | None = option(
+        "Rule file of adaptation.", None, metavar="PATH", shown="the rule that ships"
+    )
+    steps: int = option("Steps of adaptation at most; 0 for none.", 10, metavar="T")
+    lora_rank: int = advanced("Rank of LoRA.", 8, metavar="R")
+    seconds: float | None = option(
+        "What adaptation may take, cross-validation included.", 30.0, metavar="S"
+    )
+    class_weight: Literal["balanced"] | None = option(
+        "balanced: every label counts alike, whatever its texts.", None
+    )
+    abstain_below: float | None = option(
+        "Give no label where the best one's probability is lower.", None, metavar="P"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(FileSettings, SentenceSettings, FitSettings, SeedSettings):
+    """Fit a classifier to a few labelled texts and save it. It starts from frozen embeddings, and
+    keeps adaptation only where texts held out speak for it."""
+
+    command: ClassVar = "fit"
+    summary: ClassVar = "the best classifier from a few labelled texts"
+    home: ClassVar = "rnnopt.cli.classifier"
+    takes_config: ClassVar = True
+
+    output: str = option("Folder for the classifier.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Classifier."""
+
+    model: str = option("Folder that rnnopt fit or TextClassifier.save wrote.", metavar="DIR")
+    device: Device = option("Where to compute.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(ModelSettings):
+    """Classify texts. Every text gives a CSV row: the text, its label, and the label's probability.
+    Rows are written as they come."""
+
+    command: ClassVar = "predict"
+    summary: ClassVar = "labels and probabilities from a saved classifier"
+    home: ClassVar = "rnnopt.cli.classifier"
+
+    data: str | None = option(
+        "File with a column of texts: CSV, TSV, JSONL, also .gz. - is standard input, a text a "
+        "line.",
+        None, metavar="FILE",
+    )  # fmt: skip
+    text: list[str] | None = option("The texts themselves.", None, metavar="TEXT")
+    output: str | None = option(
+        "CSV file that appears when all is done.", None, metavar="FILE", shown="standard output"
+    )
+    all: bool = option("A column for the probability of every label.", False)
+    abstain_below: float | None = option(
+        "Leave the label empty where its probability is lower.",
+        None, metavar="P", shown="as it was fitted",
+    )  # fmt: skip
+    text_column: str = option("Column with the texts.", "text", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(FileSettings, ModelSettings):
+    """Judge a classifier by labelled texts that it has not seen: accuracy with its 95 % interval,
+    macro F1, log loss, expected calibration error."""
+
+    command: ClassVar = "evaluate"
+    summary: ClassVar = "accuracy and calibration of a saved classifier"
+    home: ClassVar = "rnnopt.cli.classifier"
+
+    json: bool = option("Print the figures as JSON.", False)

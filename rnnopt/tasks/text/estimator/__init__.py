@@ -1,0 +1,1 @@
+"""`TextClassifier`: a classifier with the habits of scikit-learn, from texts and labels alone."""

@@ -1,0 +1,142 @@
+"""The folder of a saved classifier: a sentence-transformers model, a head, labels and a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from rnnopt.errors import InputError
+from rnnopt.storage.files import read_tensors, save_tensors, write_atomically
+from rnnopt.storage.provenance import read_json, versions
+from rnnopt.tasks.text.encoder.loading import first_line
+from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.heads import LinearHead
+from rnnopt.tasks.text.estimator.report import Report, card
+
+FACTS_FILE, HEAD_FILE, CARD_FILE = "classifier.json", "head.safetensors", "README.md"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """All that prediction needs.
+
+    Attributes:
+        encoder: LoRA merged.
+        head: at its temperature.
+        classes: the labels, (C,).
+        report: see there.
+    """
+
+    encoder: SentenceEncoder
+    head: LinearHead
+    classes: np.ndarray
+    report: Report
+
+
+def check_new(folder: str | Path) -> Path:
+    """Refuse a folder with something in it.
+
+    Raises:
+        InputError: it is a file, holds something, or can't be read.
+    """
+    target = Path(folder)
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise InputError(
+                f"{target} has something in it, and nothing is overwritten; choose another folder"
+            )
+    except OSError as error:
+        raise InputError(
+            f"{target} can't be the classifier's folder ({error.strerror}); choose another"
+        ) from error
+    return target
+
+
+def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+    """Write a classifier; the folder appears whole or not at all.
+
+    Args:
+        folder: absent or empty.
+        fitted: the classifier.
+        settings: JSON-compatible.
+
+    Raises:
+        InputError: a folder with something in it, or one that can't be written.
+    """
+    target = check_new(folder)
+    partial = target.parent / f".{target.name}.{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, fitted, settings)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"can't write {target}: {first_line(error)}; choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+    fitted.encoder.save(folder)
+    head = {"weight": fitted.head.weight, "bias": fitted.head.bias}
+    save_tensors(folder / HEAD_FILE, {name: torch.from_numpy(v) for name, v in head.items()}, {})
+    facts = {
+        "format": _FORMAT,
+        "classes": fitted.classes.tolist(),
+        "settings": settings,
+        "report": fitted.report.facts(),
+        "versions": versions(),
+    }
+    content = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / FACTS_FILE, content.encode("utf-8"))
+    page = card(fitted.report, [str(name) for name in facts["classes"]], versions())
+    write_atomically(folder / CARD_FILE, page.encode("utf-8"))
+
+
+def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Returns:
+        The classifier and its settings.
+
+    Raises:
+        InputError: the folder holds no classifier, or one that can't be read.
+    """
+    source = Path(folder)
+    if not (source / FACTS_FILE).is_file():
+        raise InputError(
+            f"{source} is no classifier: it has no {FACTS_FILE}; give a folder that "
+            "TextClassifier.save or `rnnopt fit` wrote"
+        )
+    facts = read_json(source / FACTS_FILE)
+    if facts.get("format") != _FORMAT:
+        raise InputError(
+            f"{source / FACTS_FILE} has format {facts.get('format')}, and this rnnopt reads "
+            f"{_FORMAT}; fit the classifier again"
+        )
+    tensors, _ = read_tensors(source / HEAD_FILE)
+    encoder = SentenceEncoder.load(source, device)
+    try:
+        head = LinearHead(tensors["weight"].double().numpy(), tensors["bias"].double().numpy())
+        fitted = Fitted(
+            encoder, head, np.array(facts["classes"]), Report.from_facts(facts["report"])
+        )
+        settings = dict(facts["settings"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{source}: its files do not hold what they should ({error}); fit the classifier again"
+        ) from error
+    if head.weight.shape != (len(fitted.classes), encoder.width):
+        raise InputError(
+            f"{source}: a head of shape {head.weight.shape} for {len(fitted.classes)} labels and "
+            f"an encoder of width {encoder.width}; the files are not of one classifier: fit again"
+        )
+    return fitted, settings

@@ -1,0 +1,117 @@
+"""What `TextClassifier.fit` did, and why; and the card of a saved classifier."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rnnopt.tasks.text.estimator.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fit` did, and why. `print` shows it in a few lines.
+
+    Attributes:
+        kept: what classifies: the start, or so many steps of adaptation.
+        reason: why that one.
+        encoder: a short name of it.
+        pooling: how the encoder's tokens become one vector, and where that is from.
+        texts, classes: how many; `fewest` and `most` are texts of a class.
+        folds: of the cross-validation that compared adaptation with the start.
+        accuracy, log_loss: of what was kept, on texts held out; None where each label has one
+            text. The same texts chose it and its temperature, so that both flatter a little.
+        temperature: that the logits were divided by.
+        tried: evidence for all that was compared.
+        seconds: what `fit` took.
+        data: fingerprint of texts and labels.
+    """
+
+    kept: str
+    reason: str
+    encoder: str
+    pooling: str
+    texts: int
+    classes: int
+    fewest: int
+    most: int
+    folds: int
+    accuracy: float | None
+    log_loss: float | None
+    temperature: float
+    tried: tuple[Evidence, ...]
+    seconds: float
+    data: str
+
+    def __str__(self) -> str:
+        return (
+            f"kept {self.kept}: {self.reason}\n"
+            f"{self.texts} texts, {self.classes} classes with {self.fewest} to {self.most} texts; "
+            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Report:
+        """The inverse of `facts`."""
+        tried = tuple(Evidence(**evidence) for evidence in facts["tried"])
+        return cls(**{**facts, "tried": tried})
+
+
+def card(report: Report, classes: list[str], versions: dict[str, str]) -> str:
+    """The model card of a saved classifier, as Markdown with the hub's header.
+
+    Args:
+        report: of its `fit`.
+        classes: the labels as text.
+        versions: of libraries.
+    """
+    shown = ", ".join(f"`{name}`" for name in classes[:20])
+    more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
+    judged = "no text could be held out, since every label has one"
+    if report.accuracy is not None:
+        judged = f"accuracy {report.accuracy:.3f}, log loss {report.log_loss:.3f} nats a text"
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-classification
+tags: [rnnopt, few-shot]
+---
+
+# A text classifier of {report.classes} classes
+
+```python
+from rnnopt import TextClassifier
+
+TextClassifier.load("FOLDER").predict(["..."])
+```
+
+The encoder alone is loaded by `SentenceTransformer("FOLDER")`. `head.safetensors` holds the linear
+head on its vectors, and `classifier.json` the labels.
+
+| | |
+|---|---|
+| labels | {shown}{more} |
+| encoder | {report.encoder} |
+| pooling | {report.pooling} |
+| kept | {report.kept} |
+| why | {report.reason} |
+| fitted on | {report.texts} texts, {report.fewest} to {report.most} a class |
+| fingerprint of the data | {report.data} |
+| on texts held out in cross-validation | {judged} |
+| temperature of the probabilities | {report.temperature:.3g} |
+| made with | {libraries} |
+
+## Limits
+
+- The figures above are from the texts that it was fitted on, by cross-validation. The same texts
+  chose what was kept, so that the figures flatter a little. Judge the classifier by texts that it
+  has not seen: `rnnopt evaluate`.
+- Every text gets one of the labels above, also a text that belongs to none. With `abstain_below`
+  answers with a low probability are left out.
+- Texts are cut off after the encoder's number of tokens. Languages and fields that the encoder has
+  not read are separated less well, and the classifier inherits the encoder's biases.
+"""

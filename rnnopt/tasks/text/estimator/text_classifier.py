@@ -1,0 +1,306 @@
+"""`TextClassifier`: texts and labels in, a calibrated classifier out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
+
+from rnnopt.errors import InputError
+from rnnopt.tasks.text.encoder.loading import encoder_name
+from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator import folder as folders
+from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better
+from rnnopt.tasks.text.estimator.evidence import Labelled, Start, choose_start, weights_of
+from rnnopt.tasks.text.estimator.figures import Figures
+from rnnopt.tasks.text.estimator.heads import log_softmax
+from rnnopt.tasks.text.estimator.inputs import (
+    check_classes,
+    check_labels,
+    check_texts,
+    fingerprint,
+    kind_of,
+)
+from rnnopt.tasks.text.estimator.report import Report
+
+
+class NotFittedInputError(InputError, NotFittedError):  # type: ignore[misc]
+    """Prediction was asked of a classifier that has not been fitted."""
+
+
+class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A text classifier from a few labelled texts, with the habits of scikit-learn.
+
+    >>> classifier = TextClassifier("sentence-transformers/all-MiniLM-L6-v2").fit(texts, labels)
+    >>> classifier.predict(["will it rain tomorrow?"])
+
+    `fit` embeds the texts once with the frozen encoder and takes the better of logistic regression
+    and class means, by cross-validation. From there it adapts the encoder by LoRA with the learned
+    optimizer, and keeps that only where texts held out speak for it: by this evidence it is never
+    worse than its own start. Probabilities are at the temperature that suits the texts held out.
+    `report_` says what was done, and why.
+
+    Args:
+        encoder: a folder, or a name on the Hugging Face hub. Safetensors only; no code is run.
+        pooling: how tokens become one vector: ``"auto"`` is what the encoder's
+            sentence-transformers files say, and the mean where there are none; or ``"mean"``,
+            ``"cls"``, ``"max"`` or ``"last"``.
+        max_length: longest text in tokens; None for the encoder's own.
+        rule: update rule of adaptation: an `UpdateRule`, the path of a rule file, or None for the
+            rule that ships.
+        steps: of adaptation at most; 0 for none.
+        lora_rank: rank of the factors.
+        seconds: what adaptation may take, cross-validation included. A slower machine may hence
+            adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
+        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts.
+        abstain_below: `predict` answers None where the probability of the best class is lower; None
+            always answers.
+        device: ``"auto"`` takes a GPU where there is one; or a name that torch knows.
+        random_state: seed of the folds and of LoRA.
+
+    Attributes:
+        classes_: the labels, sorted, (C,); of their own kind: strings, integers or booleans.
+        report_: a `Report`.
+    """
+
+    def __init__(
+        self,
+        encoder: str | os.PathLike[str],
+        *,
+        pooling: str = "auto",
+        max_length: int | None = None,
+        rule: Rule = None,
+        steps: int = 10,
+        lora_rank: int = 8,
+        seconds: float | None = 30.0,
+        class_weight: Literal["balanced"] | None = None,
+        abstain_below: float | None = None,
+        device: str = "auto",
+        random_state: int = 0,
+    ) -> None:
+        self.encoder = encoder
+        self.pooling = pooling
+        self.max_length = max_length
+        self.rule = rule
+        self.steps = steps
+        self.lora_rank = lora_rank
+        self.seconds = seconds
+        self.class_weight = class_weight
+        self.abstain_below = abstain_below
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> Self:
+        """Learn from labelled texts.
+
+        Args:
+            texts: B strings; a list, array or Series.
+            labels: one for each: all strings, all integers or all booleans.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            InputError: texts, labels, the encoder or a setting can't be used.
+        """
+        started = time.perf_counter()
+        self._check_settings()
+        texts = check_texts(texts)
+        named = check_labels(labels, len(texts))
+        classes, places = check_classes(named)
+        encoder = SentenceEncoder.load(
+            self.encoder, self._torch_device(), self.pooling, self.max_length
+        )
+        data = Labelled(
+            encoder.embed(texts).double().numpy(), places, weights_of(places, self.class_weight)
+        )
+        start = choose_start(data, self.random_state)
+        plan = Plan(self.rule, self.steps, self.lora_rank, self.seconds, self.random_state)
+        verdict = adapt_if_better(encoder, texts, data, start, plan)
+        head = verdict.head or start.fit(data)
+        report = self._report(encoder, start, verdict, places, fingerprint(texts, named), started)
+        self._take(folders.Fitted(encoder, head.cooled(report.temperature), classes, report))
+        return self
+
+    def predict(self, texts: Sequence[str]) -> np.ndarray:
+        """The label of each text, (B,); with `abstain_below` None where none is likely enough.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: texts that can't be used.
+        """
+        return self.decide(self.predict_proba(texts))
+
+    def decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """What `predict` answers, (B,), from the probabilities (B, C) of `predict_proba`."""
+        answers = self._fitted().classes[probabilities.argmax(axis=1)]
+        if self.abstain_below is None:
+            return answers
+        self._check_abstain_below()
+        answers = answers.astype(object)
+        answers[probabilities.max(axis=1) < self.abstain_below] = None
+        return answers
+
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+        """Probabilities (B, C), in the order of `classes_`.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: texts that can't be used.
+        """
+        fitted = self._fitted()
+        embeddings = fitted.encoder.embed(check_texts(texts)).numpy()
+        return np.exp(log_softmax(fitted.head.logits(embeddings)))
+
+    def score(
+        self,
+        X: Sequence[str],
+        y: Sequence[Any],
+        sample_weight: Any = None,
+    ) -> float:
+        """Share of texts with the right answer; None is none.
+
+        Args:
+            X: texts, under scikit-learn's name.
+            y: their labels.
+            sample_weight: (B,); None weighs all alike.
+        """
+        answers = self.predict(X)
+        return float(np.average(answers == check_labels(y, len(answers)), weights=sample_weight))
+
+    def evaluate(self, texts: Sequence[str], labels: Sequence[Any]) -> Figures:
+        """Accuracy with its interval, macro F1, log loss and calibration on labelled texts.
+
+        Raises:
+            InputError: no text, or a label that `fit` has not seen.
+        """
+        classes = self._fitted().classes
+        texts = check_texts(texts)
+        named = check_labels(labels, len(texts))
+        if not texts:
+            raise InputError("there are 0 texts to judge by; give at least one")
+        known = {label: place for place, label in enumerate(classes.tolist())}
+        foreign = [label for label in named.tolist() if label not in known]
+        if foreign:
+            raise InputError(
+                f"label {foreign[0]!r} is none of the classifier's {len(known)} "
+                f"({kind_of(classes)}, such as {classes[0].item()!r}); correct it, or leave its "
+                "texts out"
+            )
+        places = np.array([known[label] for label in named.tolist()])
+        return Figures.of(self.predict_proba(texts), places)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `load` reads, and whose encoder sentence-transformers loads.
+
+        It holds safetensors, JSON and a model card, LoRA merged, and appears whole or not at all.
+
+        Args:
+            folder: absent or empty.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: a folder with something in it, or one that can't be written.
+        """
+        fitted = self._fitted()
+        settings = {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            if name not in ("encoder", "device") and _is_plain(value)
+        }
+        folders.save(Path(folder), fitted, settings)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: str = "auto") -> Self:
+        """Read what `save` wrote: the same probabilities, to the bit.
+
+        Args:
+            folder: of the classifier.
+            device: see the class.
+
+        Raises:
+            InputError: the folder holds no classifier, or one that can't be read.
+        """
+        made = cls(os.fspath(folder), device=device)
+        fitted, settings = folders.load(Path(folder), made._torch_device())
+        known = made.get_params(deep=False)
+        made.set_params(**{name: value for name, value in settings.items() if name in known})
+        made._take(fitted)
+        return made
+
+    def _take(self, fitted: folders.Fitted) -> None:
+        self._state = fitted
+        self.classes_, self.report_ = fitted.classes, fitted.report
+
+    def _fitted(self) -> folders.Fitted:
+        if not hasattr(self, "_state"):
+            raise NotFittedInputError(
+                "this TextClassifier has not been fitted; call fit(texts, labels) first, or read a "
+                "saved one with TextClassifier.load(folder)"
+            )
+        return self._state
+
+    def _report(
+        self, encoder: SentenceEncoder, start: Start, verdict: Verdict, places: np.ndarray,
+        data: str, started: float,
+    ) -> Report:  # fmt: skip
+        counts = np.bincount(places)
+        evidence = verdict.evidence or start.evidence
+        return Report(
+            kept=verdict.evidence.name if verdict.evidence else start.name,
+            reason=verdict.reason,
+            encoder=encoder_name(os.fspath(self.encoder)),
+            pooling=f"{encoder.layout.pooling} ({encoder.layout.source})",
+            texts=len(places),
+            classes=len(counts),
+            fewest=int(counts.min()),
+            most=int(counts.max()),
+            folds=verdict.folds,
+            accuracy=evidence.accuracy if evidence else None,
+            log_loss=evidence.log_loss if evidence else None,
+            temperature=evidence.temperature if evidence else start.temperature,
+            tried=(*start.tried, *verdict.tried),
+            seconds=round(time.perf_counter() - started, 2),
+            data=data,
+        )
+
+    def _torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"device is {self.device!r}, and torch can't use it; give 'cpu' or 'auto'"
+            ) from error
+
+    def _check_settings(self) -> None:
+        if self.class_weight not in (None, "balanced"):
+            raise InputError(f"class_weight is {self.class_weight!r}; use None or 'balanced'")
+        for name, least in (("steps", 0), ("lora_rank", 1), ("random_state", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
+        if self.seconds is not None and not 0 <= self.seconds < math.inf:
+            raise InputError(
+                f"seconds is {self.seconds!r}; it must be at least 0, or None for no bound"
+            )
+        self._check_abstain_below()
+
+    def _check_abstain_below(self) -> None:
+        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
+            raise InputError(
+                f"abstain_below is {self.abstain_below!r}; it is a probability, between 0 and 1"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

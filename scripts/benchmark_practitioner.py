@@ -1,0 +1,201 @@
+"""What would a practitioner pick? `TextClassifier` beside logistic regression, with few labels.
+
+    python scripts/benchmark_practitioner.py --data DATA --encoder MINILM --output results.jsonl
+    python scripts/benchmark_practitioner.py --output results.jsonl --table
+
+`DATA` is a folder with the labelled sets, each a folder of gzip JSON lines. Every draw takes all
+classes of a set's test part (HuffPost has none: its validation part), some texts of each to fit on,
+and up to 300 others to judge by. All methods see the same texts and the same encoder:
+
+- logistic: scikit-learn's logistic regression, C = 10, on the frozen, unit-length embeddings;
+- nearest mean: softmax of minus the squared distance to the class means of the same embeddings;
+- frozen: `TextClassifier(encoder, steps=0)`, that is without adaptation;
+- rnnopt: `TextClassifier(encoder)` with nothing set, but for --seconds.
+
+"difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
+one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
+that figures do not depend on the machine. `--part choose` takes other classes, to choose by. A run
+that was stopped goes on. A draw takes 5 minutes of a core, most of it for adaptation. Last line: `|
+mean | ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from rnnopt import TextClassifier
+from rnnopt.data.files import read_corpus
+from rnnopt.evaluation.statistics import interval
+from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.figures import Figures
+from rnnopt.tasks.text.estimator.heads import log_softmax
+
+SETS = {  # the part to report on, and the part to choose by
+    "clinc150": ("test", "val"),
+    "stackoverflow20": ("test", "val"), "trec28": ("test", "val"),
+    "huffpost36": ("val", "train"),
+}  # fmt: skip
+JUDGED = 300  # texts to judge by, at most, as many of every class
+METHODS = ("logistic", "nearest mean", "frozen", "rnnopt")
+SHOWN = {"accuracy": 3, "log_loss": 3, "calibration_error": 3, "seconds": 1}
+Texts = tuple[list[str], np.ndarray]
+
+
+def draw(path: Path, shots: int, seed: int) -> tuple[Texts, Texts]:
+    """Texts to fit on, `shots` of each class, and texts to judge by."""
+    corpus = read_corpus(path)
+    judged = JUDGED // len(corpus.classes)
+    generator = np.random.default_rng([seed, shots])
+    fit: Texts = ([], np.array([], int))
+    judge: Texts = ([], np.array([], int))
+    for number, (_, rows) in enumerate(sorted(corpus.classes.items())):
+        order = generator.permutation(rows)
+        parts = order[:shots], order[shots : shots + judged]
+        fit, judge = (
+            (texts + [corpus.texts[i] for i in part], np.append(labels, [number] * len(part)))
+            for (texts, labels), part in zip((fit, judge), parts)
+        )
+    return fit, judge
+
+
+def on_embeddings(method: str, rows: np.ndarray, labels: np.ndarray, query: np.ndarray) -> Any:
+    """Probabilities of the query texts by a classical method."""
+    if method == "logistic":
+        return LogisticRegression(C=10, max_iter=1000).fit(rows, labels).predict_proba(query)
+    means = np.stack([rows[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
+    return np.exp(log_softmax(-np.square(query[:, None] - means).sum(axis=2)))
+
+
+def embedded(encoder: SentenceEncoder, fit: Texts, judge: Texts) -> Any:
+    """Embeddings of both, and the seconds that those to fit on took."""
+    started = time.process_time()
+    rows = encoder.embed(fit[0]).double().numpy()
+    seconds = time.process_time() - started
+    return rows, encoder.embed(judge[0]).double().numpy(), seconds
+
+
+def judged(classifier: TextClassifier, fit: Texts, judge: Texts) -> Any:
+    """Probabilities by a `TextClassifier`, the seconds that fitting took, and what it kept."""
+    started = time.process_time()
+    classifier.fit(*fit)
+    seconds = time.process_time() - started
+    return classifier.predict_proba(judge[0]), seconds, classifier.report_.kept
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Append a line for every set, number of labels, draw and method."""
+    torch.set_num_threads(1)
+    encoder = SentenceEncoder.load(options.encoder, torch.device("cpu"))
+    bound = None if options.seconds < 0 else options.seconds
+    classifiers = {
+        "frozen": TextClassifier(options.encoder, steps=0, device="cpu"),
+        "rnnopt": TextClassifier(options.encoder, rule=options.rule, seconds=bound, device="cpu"),
+    }
+    done = {tuple(line["cell"]) for line in read(options.output)}
+    for seed, name, shots in product(range(options.draws), options.sets, options.shots):
+        methods = [m for m in options.methods if (name, shots, m, seed) not in done]
+        part = SETS[name][options.part == "choose"]
+        fit, judge = draw(Path(options.data, name, f"{part}.jsonl.gz"), shots, seed)
+        vectors: Any = None
+        for method in methods:
+            kept = method
+            if method in classifiers:
+                chances, seconds, kept = judged(classifiers[method], fit, judge)
+            else:
+                vectors = vectors or embedded(encoder, fit, judge)
+                started = time.process_time()
+                chances = on_embeddings(method, vectors[0], fit[1], vectors[1])
+                seconds = time.process_time() - started + vectors[2]
+            line = {
+                "cell": [name, shots, method, seed],
+                "ways": int(fit[1].max()) + 1,
+                **asdict(Figures.of(chances, judge[1])),
+                "seconds": seconds,
+                "kept": kept,
+            }
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line["cell"], f"{line['accuracy']:.3f} {kept}", flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def show(values: list[float], digits: int) -> str:
+    """Mean and 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    found = interval(np.array(values))
+    return f"{found['mean']:.{digits}f} ± {found['ci95']:.{digits}f}"
+
+
+def table(lines: list[dict[str, Any]], say: Callable[[str], None] = print) -> None:
+    """Markdown: a row for every cell and method."""
+    cells: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in lines:
+        name, shots, method, seed = line["cell"]
+        cells[f"{name}, {line['ways']} classes", shots, method][seed] = line
+    say("| set | labels a class | method (draws) | accuracy | difference | log loss | ECE | s |")
+    say("|---|---|---|---|---|---|---|---|")
+    gains = defaultdict(list)
+    places = sorted({key[:2] for key in cells}, key=lambda place: (place[0], place[1]))
+    for name, shots in places:
+        base = cells[name, shots, "logistic"]
+        for method in METHODS:
+            draws = cells.get((name, shots, method))
+            if not draws:
+                continue
+            figures = [
+                show([line[key] for line in draws.values()], digits)
+                for key, digits in SHOWN.items()
+            ]
+            paired = [
+                draws[seed]["accuracy"] - base[seed]["accuracy"] for seed in draws if seed in base
+            ]
+            gains[method].append(float(np.mean(paired)))
+            kept = sum("adaptation" in line["kept"] for line in draws.values())
+            note = f", adapted in {kept}" if method == "rnnopt" else ""
+            figures.insert(1, "" if method == "logistic" else show(paired, 3))
+            say(f"| {name} | {shots} | {method} ({len(draws)}{note}) | {' | '.join(figures)} |")
+    means = ", ".join(
+        f"{method} {np.mean(gains[method]):+.3f}" for method in METHODS[1:] if gains[method]
+    )
+    say(f"| mean | | | | {means} | | | |")
+
+
+def main() -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data")
+    parser.add_argument("--encoder")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--part", choices=["report", "choose"], default="report")
+    parser.add_argument("--rule")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options)
+    table(read(options.output))
+
+
+if __name__ == "__main__":
+    main()

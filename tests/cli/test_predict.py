@@ -1,0 +1,164 @@
+"""`rnnopt fit`, `predict` and `evaluate`: from a CSV file to predictions in two commands."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rnnopt import TextClassifier
+from rnnopt.cli.main import main
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def fails(capsys, *words):
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def model(csv_file, encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "classifier"
+    assert run("fit", "--data", csv_file, "--encoder", encoder, "--output", folder,
+               "--steps", 0, "--device", "cpu") == 0  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(model):
+    return TextClassifier.load(model, device="cpu")
+
+
+def rows_of(content):
+    return list(csv.DictReader(io.StringIO(content)))
+
+
+def test_two_commands_from_a_file_to_predictions(model, known, capsys):
+    assert run("predict", "--model", model, "--text", "tell me about the song") == 0
+    (row,) = rows_of(capsys.readouterr().out)
+    probabilities = known.predict_proba(["tell me about the song"])
+    assert row["label"] == known.predict(["tell me about the song"])[0]
+    assert float(row["probability"]) == pytest.approx(probabilities.max(), abs=1e-6)
+
+
+def test_fit_says_what_it_did_and_why(csv_file, encoder, tmp_path, capsys):
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--device", "cpu"
+    assert run(*words, "--output", tmp_path / "saved", "--abstain-below", 0.4, "--seed", 3) == 0
+    out = capsys.readouterr().out
+    assert "240 texts, 10 classes" in out and "kept " in out and "rnnopt predict --model" in out
+    saved = TextClassifier.load(tmp_path / "saved")
+    assert (saved.abstain_below, saved.random_state, saved.steps) == (0.4, 3, 0)
+    line = fails(capsys, *words, "--output", tmp_path / "saved")
+    assert "has something in it, and nothing is overwritten; choose another folder" in line
+
+
+@pytest.mark.parametrize("name", ["texts.csv", "texts.jsonl"])
+def test_a_file_of_texts(name, model, known, texts, tmp_path, capsys):
+    wanted = [text for text, _ in texts][:30] * 2  # repeated rows have their answers, too
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(wanted)))
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in wanted))
+    output = tmp_path / "predictions.csv"
+    assert run("predict", "--model", model, "--data", path, "--output", output, "--all") == 0
+    assert capsys.readouterr().out == ""
+    rows = rows_of(output.read_text())
+    assert [row["text"] for row in rows] == wanted
+    assert [row["label"] for row in rows] == known.predict(wanted).tolist()
+    columns = [f"probability of {label}" for label in known.classes_]
+    found = np.array([[float(row[column]) for column in columns] for row in rows])
+    assert np.allclose(found, known.predict_proba(wanted), atol=1e-6)
+
+
+def test_standard_input_is_answered_as_it_comes(model, known):
+    """The first answer is there before the second line is."""
+    code = "import sys; from rnnopt.cli.main import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, "predict", "--model", str(model), "--data", "-"]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ}, text=True
+    ) as process:
+        assert process.stdout.readline() == "text,label,probability\n"
+        for text in ("tell me about the song", "i want a pizza, today"):
+            process.stdin.write(f"{text}\n\n")
+            process.stdin.flush()
+            (answer,) = csv.reader([process.stdout.readline()])
+            assert answer[:2] == [text, known.predict([text])[0]]
+        process.stdin.write("no line end")
+        process.stdin.close()
+        assert process.stdout.read().startswith("no line end,")
+    assert process.returncode == 0
+
+
+def test_an_unlikely_text_has_no_label(model, capsys):
+    words = "predict", "--model", model, "--text", "one", "two", "--abstain-below", 1.0
+    assert run(*words) == 0
+    assert [row["label"] for row in rows_of(capsys.readouterr().out)] == ["", ""]
+
+
+def test_evaluate_tells_accuracy_with_its_interval(model, known, csv_file, texts, capsys):
+    assert run("evaluate", "--model", model, "--data", csv_file) == 0
+    wanted = known.evaluate([text for text, _ in texts], [label for _, label in texts])
+    assert capsys.readouterr().out == f"{wanted}\n"
+    assert run("evaluate", "--model", model, "--data", csv_file, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == wanted.accuracy and found["low"] < found["accuracy"]
+
+
+def test_labels_that_were_integers_are_judged_from_a_file(encoder, tmp_path, capsys):
+    TextClassifier(encoder, steps=0).fit(["a song", "a pizza"], [1, 20]).save(tmp_path / "model")
+    (tmp_path / "test.csv").write_text("text,label\na song,1\na pizza,20\n")
+    assert run("evaluate", "--model", tmp_path / "model", "--data", tmp_path / "test.csv") == 0
+    assert "on 2 texts: accuracy 1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text", "a", "--data", "b.csv"], "--data and --text: both are given; give one of them"),
+        ([], "--data and --text: neither is given; give one of them, --data - for standard input"),
+        (["--data", "no.csv"], "no.csv: no such file; check the path"),
+        (["--data", "OTHER"], "no column 'text', the columns are words; name the right one with"),
+        (["--text", "a", "--output", "OTHER"], "is there already, and nothing is overwritten"),
+        (["--text", "a", "--output", "no/folder/x.csv"], "can't write no/folder/x.csv"),
+        (["--text", "a", "--abstain-below", "3"], "abstain_below is 3.0; it is a probability"),
+    ],
+)
+def test_what_can_not_be_predicted(words, message, model, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("words\na text\n")
+    words = [str(other) if word == "OTHER" else word for word in words]
+    assert message in fails(capsys, "predict", "--model", model, *words)
+    assert other.read_text() == "words\na text\n"
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_folder_that_is_no_classifier(encoder, csv_file, capsys):
+    line = fails(capsys, "predict", "--model", encoder, "--text", "a")
+    assert "is no classifier: it has no classifier.json; give a folder that" in line
+    line = fails(capsys, "evaluate", "--model", "nowhere", "--data", csv_file)
+    assert "nowhere is no classifier" in line
+
+
+def test_files_that_can_not_be_judged_or_fitted(model, encoder, tmp_path, capsys):
+    path = tmp_path / "labels.csv"
+    path.write_text("text,label\na text,unheard\n")
+    line = fails(capsys, "evaluate", "--model", model, "--data", path)
+    assert "label 'unheard' is none of the classifier's 10" in line and "correct it" in line
+    line = fails(capsys, "fit", "--data", path, "--encoder", encoder, "--output", tmp_path / "new")
+    assert "all 1 labels are 'unheard'; a classifier needs texts of at least 2 labels" in line
+    path.write_text("text,label\n")
+    line = fails(capsys, "fit", "--data", path, "--encoder", encoder, "--output", tmp_path / "new")
+    assert "no rows, needs at least one" in line
+    path.write_text("text,kind\na,b\n")
+    line = fails(capsys, "fit", "--data", path, "--encoder", encoder, "--output", tmp_path / "new")
+    assert "no column 'label', the columns are text, kind; name the right one" in line
+    assert not (tmp_path / "new").exists()
