@@ -413,7 +413,7 @@ def test_every_scheduler_sets_the_rate_as_for_torchs_sgd(info, name):
     for loss in losses:
         wanted.append(twin.param_groups[0]["lr"])
         twin.step()
-        scheduler.step(losses[-1]) if name == "ReduceLROnPlateau" else scheduler.step()
+        scheduler.step(loss) if name == "ReduceLROnPlateau" else scheduler.step()
     assert rates == pytest.approx(wanted)
     assert losses[-1] < losses[0]
     assert len(set(rates)) > 1
