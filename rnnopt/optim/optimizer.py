@@ -25,16 +25,16 @@ from rnnopt.optim.arguments import (
 from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
-from rnnopt.optim.kernels.fused import FusedStep, Piece
+from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
     LAST_SLOPE,
     LAST_STEP,
     GuardedRule,
+    LastStep,
     Work,
     check_guard,
     check_last_step,
-    remember,
 )
 from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
@@ -205,9 +205,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
         proceed, finite = check_last_step(work, states, self.param_groups, self.state)
         if proceed:
-            before = [local(param).clone() for _, param, _ in work]
-            self._apply(work, self._has_gradient)
-            remember(work, states, before, finite, self.state)
+            last = LastStep(work, states, finite)
+            self._apply(work, self._has_gradient, last.recorded)
+            last.finish(self.state)
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
@@ -225,9 +225,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._apply(work)
 
     def _apply(
-        self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]], counts: bool = True
+        self, work: Work, counts: bool = True, around: Around = unwatched
     ) -> list[Tensor | None]:
-        """See `apply`; a step that does not count leaves the state as it is."""
+        """See `apply`; a step that does not count leaves the state as it is.
+
+        `around` makes a context for each part of the step, from the rows of the work in it.
+        """
         refuse_sparse(work)
         rule, multiplier = self._active_rule()
         pieces = [self._piece(rule, *item, multiplier) for item in work]
@@ -253,9 +256,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         for batch, found in measured:
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
-            cast(FusedStep, kernel).step(found, context)
+            cast(FusedStep, kernel).step(found, context, batch, around)
         for i in plain:
-            state = _plain_step(rule, pieces[i], contexts[i])
+            with around([i]):
+                state = _plain_step(rule, pieces[i], contexts[i])
             if counts:
                 self.state[work[i][1]].update(state)
         return contexts
