@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
@@ -26,6 +25,7 @@ from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
+from rnnopt.optim.parts import warn_of_head, warn_of_parts, watch
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
     LAST_SLOPE,
@@ -126,6 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if fused:
             self._kernel(self.rule)
         check_guard(guard, self.rule)
+        watch(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes.
@@ -179,11 +180,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ]
         if self._for_a_head and len(work) > 2:
             self._for_a_head = False
-            warnings.warn(
-                f"{len(work)} tensors train with the rule that ships for a linear head alone; it "
-                "ruins an encoder: make a new LearnedOptimizer of all that trains now",
-                stacklevel=4,  # past the two wrappers that torch puts around a step
-            )
+            warn_of_head(len(work))
+        if not torch.compiler.is_compiling():
+            warn_of_parts(self)
         if work:
             self._step_eagerly(work)
         return loss
