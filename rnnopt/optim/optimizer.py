@@ -58,14 +58,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     A `CoordinateLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
     compiler, and on a GPU with Triton if the rule is on the GPU too, see
     `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the
-    same result as whole tensors; their `state` is that of the shard.
+    same result as whole tensors; their `state` is that of the shard, and in `state_dict` it is a
+    DTensor, too. The rule needs the gradients of all that trains: one optimizer for a whole model.
 
     Args:
         params: tensors or param groups, as in every torch optimizer.
         rule: an `UpdateRule`, kept as it is and not copied; the path of a rule file; or None for
             the rule that ships with the package, see `rnnopt.rules.files.shipped_rule`.
-        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Torch's
-            schedulers work on it (those that cycle momentum with cycle_momentum=False).
+        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. A number
+            or a tensor of one element. Torch's schedulers work on it (those that cycle momentum
+            with cycle_momentum=False).
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``. With a rule
             that is Adam it is AdamW's.
         state_dtype: dtype of the LSTM's state; Adam's moments stay float32. torch.bfloat16 takes
@@ -85,7 +87,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter occurs twice in a group.
-        TypeError: a parameter is complex or integer, rule is not an update rule, or the rule does
+        TypeError: a parameter is complex or integer, lr is no number, rule is not an update rule, or the rule does
             not support `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
             True and the rule has no fallback.
