@@ -87,8 +87,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter occurs twice in a group.
-        TypeError: a parameter is complex or integer, lr is no number, rule is not an update rule, or the rule does
-            not support `state_dtype`.
+        TypeError: a parameter is complex or integer, lr or weight_decay is no number, rule is not
+            an update rule, or the rule does not support `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
             True and the rule has no fallback.
         InputError: the rule file can't be used.

@@ -160,6 +160,8 @@ class LastStep:
 
     def __init__(self, work: Work, states: Sequence[State], finite: bool) -> None:
         self._work, self._states, self._finite = work, states, finite
+        # all in order: processes may step their parts in another order, and this may communicate
+        self._grads = [local_gradient(grad, param) for _, param, grad in work]
         self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
 
     @contextlib.contextmanager
@@ -168,10 +170,9 @@ class LastStep:
         before = [local(self._work[row][1]).clone() for row in rows]
         yield
         for row, old in zip(rows, before):
-            _, param, grad = self._work[row]
-            torch.sub(local(param), old, out=old)
+            torch.sub(local(self._work[row][1]), old, out=old)
             self._states[row][LAST_STEP].copy_(old.reshape(-1))
-            self._slopes[row] = _slope(local_gradient(grad, param), old, masked=not self._finite)
+            self._slopes[row] = _slope(self._grads[row], old, masked=not self._finite)
 
     def finish(self, all_states: Mapping[Tensor, State]) -> None:
         """To be called after all rows have been recorded.
