@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
@@ -25,16 +24,17 @@ from rnnopt.optim.arguments import (
 from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
-from rnnopt.optim.kernels.fused import FusedStep, Piece
+from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
+from rnnopt.optim.parts import warn_of_head, warn_of_parts, watch
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
     LAST_SLOPE,
     LAST_STEP,
     GuardedRule,
+    LastStep,
     Work,
     check_guard,
     check_last_step,
-    remember,
 )
 from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
@@ -58,14 +58,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     A `CoordinateLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
     compiler, and on a GPU with Triton if the rule is on the GPU too, see
     `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the
-    same result as whole tensors; their `state` is that of the shard.
+    same result as whole tensors; their `state` is that of the shard, and in `state_dict` it is a
+    DTensor, too. The rule needs the gradients of all that trains: one optimizer for a whole model.
 
     Args:
         params: tensors or param groups, as in every torch optimizer.
         rule: an `UpdateRule`, kept as it is and not copied; the path of a rule file; or None for
             the rule that ships with the package, see `rnnopt.rules.files.shipped_rule`.
-        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. Torch's
-            schedulers work on it (those that cycle momentum with cycle_momentum=False).
+        lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. A number
+            or a tensor of one element. Torch's schedulers work on it (those that cycle momentum
+            with cycle_momentum=False).
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``. With a rule
             that is Adam it is AdamW's.
         state_dtype: dtype of the LSTM's state; Adam's moments stay float32. torch.bfloat16 takes
@@ -85,8 +87,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter occurs twice in a group.
-        TypeError: a parameter is complex or integer, rule is not an update rule, or the rule does
-            not support `state_dtype`.
+        TypeError: a parameter is complex or integer, lr or weight_decay is no number, rule is not
+            an update rule, or the rule does not support `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
             True and the rule has no fallback.
         InputError: the rule file can't be used.
@@ -126,6 +128,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if fused:
             self._kernel(self.rule)
         check_guard(guard, self.rule)
+        watch(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with this class's checks on values and dtypes.
@@ -179,11 +182,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ]
         if self._for_a_head and len(work) > 2:
             self._for_a_head = False
-            warnings.warn(
-                f"{len(work)} tensors train with the rule that ships for a linear head alone; it "
-                "ruins an encoder: make a new LearnedOptimizer of all that trains now",
-                stacklevel=4,  # past the two wrappers that torch puts around a step
-            )
+            warn_of_head(len(work))
+        if not torch.compiler.is_compiling():
+            warn_of_parts(self)
         if work:
             self._step_eagerly(work)
         return loss
@@ -205,9 +206,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
         proceed, finite = check_last_step(work, states, self.param_groups, self.state)
         if proceed:
-            before = [local(param).clone() for _, param, _ in work]
-            self._apply(work, self._has_gradient)
-            remember(work, states, before, finite, self.state)
+            last = LastStep(work, states, finite)
+            self._apply(work, self._has_gradient, last.recorded)
+            last.finish(self.state)
 
     @torch.no_grad()
     def apply(self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]]) -> list[Tensor | None]:
@@ -225,9 +226,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._apply(work)
 
     def _apply(
-        self, work: Sequence[tuple[dict[str, Any], Tensor, Tensor]], counts: bool = True
+        self, work: Work, counts: bool = True, around: Around = unwatched
     ) -> list[Tensor | None]:
-        """See `apply`; a step that does not count leaves the state as it is."""
+        """See `apply`; a step that does not count leaves the state as it is.
+
+        `around` makes a context for each part of the step, from the rows of the work in it.
+        """
         refuse_sparse(work)
         rule, multiplier = self._active_rule()
         pieces = [self._piece(rule, *item, multiplier) for item in work]
@@ -255,9 +259,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         )
         for batch, found in measured:
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
-            cast(FusedStep, kernel).step(found, context)
+            cast(FusedStep, kernel).step(found, context, batch, around)
         for i in plain:
-            state = _plain_step(rule, pieces[i], contexts[i])
+            with around([i]):
+                state = _plain_step(rule, pieces[i], contexts[i])
             if counts:
                 self.state[work[i][1]].update(state)
         return contexts

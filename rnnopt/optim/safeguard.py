@@ -8,8 +8,9 @@ a step, and so the change of the loss by the trapezoidal rule,
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -148,36 +149,46 @@ def forget(state: State) -> None:
     state[LAST_SLOPE].zero_()
 
 
-@torch.no_grad()
-def remember(
-    work: Work,
-    states: Sequence[State],
-    before: Sequence[Tensor],
-    finite: bool,
-    all_states: Mapping[Tensor, State],
-) -> None:
-    """Store the step from `before` to the current values in the guard's state.
+class LastStep:
+    """Stores a step in the guard's state, in parts: the copy of all parameters would be large.
 
     Args:
         work: (param group, parameter, the gradient before the step).
         states: the state of each of these parameters.
-        before: copies of their local shards before the step; overwritten.
         finite: whether the gradient is known to be finite in every coordinate.
-        all_states: the state of every parameter. Those that have not been stepped now are cleared,
-            because their last step is not part of this one.
     """
-    slopes = []
-    for (_, param, grad), state, old in zip(work, states, before):
-        torch.sub(local(param), old, out=old)
-        state[LAST_STEP].copy_(old.reshape(-1))
-        slopes.append(_slope(local_gradient(grad, param), old, masked=not finite))
-    rows = sum_over_shards([slope.reshape(1) for slope in slopes], [param for _, param, _ in work])
-    for state, row in zip(states, rows):
-        state[LAST_SLOPE].copy_(cast(Tensor, row)[0])
-    stepped = {param for _, param, _ in work}
-    for param, state in all_states.items():
-        if LAST_STEP in state and param not in stepped:
-            forget(state)
+
+    def __init__(self, work: Work, states: Sequence[State], finite: bool) -> None:
+        self._work, self._states, self._finite = work, states, finite
+        # all in order: processes may step their parts in another order, and this may communicate
+        self._grads = [local_gradient(grad, param) for _, param, grad in work]
+        self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
+
+    @contextlib.contextmanager
+    def recorded(self, rows: Sequence[int]) -> Iterator[None]:
+        """Within it these rows of the work, and no others, are stepped."""
+        before = [local(self._work[row][1]).clone() for row in rows]
+        yield
+        for row, old in zip(rows, before):
+            torch.sub(local(self._work[row][1]), old, out=old)
+            self._states[row][LAST_STEP].copy_(old.reshape(-1))
+            self._slopes[row] = _slope(self._grads[row], old, masked=not self._finite)
+
+    def finish(self, all_states: Mapping[Tensor, State]) -> None:
+        """To be called after all rows have been recorded.
+
+        Args:
+            all_states: the state of every parameter. Those that have not been stepped now are
+                cleared, because their last step is not part of this one.
+        """
+        params = [param for _, param, _ in self._work]
+        rows = sum_over_shards([slope.reshape(1) for slope in self._slopes], params)
+        for state, row in zip(self._states, rows):
+            state[LAST_SLOPE].copy_(cast(Tensor, row)[0])
+        stepped = set(params)
+        for param, state in all_states.items():
+            if LAST_STEP in state and param not in stepped:
+                forget(state)
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:

@@ -3,12 +3,15 @@
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_table import random_lstm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rnnopt import CoordinateLSTM, LearnedOptimizer
 from rnnopt.optim.kernels.choice import c_kernel
@@ -352,3 +355,61 @@ def test_the_length_of_an_orthogonalized_step_is_proportional_to_lr(lr):
     walk((fused, plain), steps=3)
     ours, theirs = params_of(fused)[0], params_of(plain)[0]
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of tensors made within it, at most at any moment, but for views of those given."""
+
+    def __init__(self, given):
+        super().__init__()
+        self._alive, self.peak = {leaf.untyped_storage()._cdata: 0 for leaf in given}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def peak_of(make, shapes):
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = make(params)
+    with LiveBytes([*params, *(param.grad for param in params)]) as live:
+        for _ in range(3):
+            optimizer.step()
+    return live.peak
+
+
+@needs_compiler
+@pytest.mark.parametrize("shapes", [[(1000, 1000)] * 20, [(4000, 1000)], [(2000, 1000), (9,)] * 3])
+def test_a_guarded_step_takes_at_most_a_quarter_more_memory_than_adamw(shapes):
+    ours = peak_of(LearnedOptimizer, shapes)
+    adamw = peak_of(lambda params: torch.optim.AdamW(params, foreach=True), shapes)
+    assert ours <= 1.25 * adamw, (ours / 1e6, adamw / 1e6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"hidden_size": 0, "orthogonalize": True}])
+def test_a_step_in_parts_is_the_step(options, monkeypatch):
+    shapes = [(90, 70), (5, 40), (5, 40), (7,), (80, 100), (5, 40), (300,)]
+    found = []
+    for least in (1 << 20, 500):
+        monkeypatch.setattr("rnnopt.optim.kernels.fused._PART", least)
+        torch.manual_seed(0)
+        params = [torch.randn(shape).requires_grad_() for shape in shapes]
+        optimizer = LearnedOptimizer(params, random_lstm(**options), fused=True)
+        for _ in range(4):
+            for param in params:
+                param.grad = param.detach() + torch.randn_like(param)
+            optimizer.step()
+        found.append(
+            [*params, *(leaf for state in optimizer.state.values() for leaf in state.values())]
+        )
+    assert all(map(torch.equal, *found))

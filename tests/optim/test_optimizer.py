@@ -1,6 +1,7 @@
 """`LearnedOptimizer` is a true `torch.optim.Optimizer`."""
 
 import copy
+import gc
 import io
 import itertools
 import pickle
@@ -611,3 +612,73 @@ def test_a_pickle_without_the_newer_options_steps():
     param.grad = torch.ones(3)
     revived.step()
     assert (param != 1).all()
+
+
+@pytest.mark.parametrize("how", ["by module", "in backward"])
+def test_a_warning_if_two_optimizers_train_parts_of_one_model(how):
+    net = model()
+    parts = [net[0], net[2]] if how == "by module" else list(net.parameters())
+    optimizers = [
+        LearnedOptimizer([part] if isinstance(part, torch.Tensor) else part.parameters())
+        for part in parts
+    ]
+    if how == "in backward":
+        for param, optimizer in zip(parts, optimizers):
+
+            def step(_, optimizer=optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
+
+            param.register_post_accumulate_grad_hook(step)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            loss_of(net, seed).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    (said,) = heard  # once
+    assert "make one LearnedOptimizer, with a parameter group for each part" in str(said.message)
+    assert said.filename == __file__
+
+
+def test_no_warning_for_optimizers_of_two_models_or_of_the_same_parameters():
+    nets = [model(), model()]
+    optimizers = [LearnedOptimizer(net.parameters()) for net in nets]
+    again = LearnedOptimizer(nets[0].parameters())
+    for seed in range(3):  # a warning is an error here
+        for net, optimizer in zip(nets, optimizers):
+            train(net, optimizer, [seed])
+        train(nets[0], again, [seed])
+        for net in nets:
+            loss_of(net, seed).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_an_optimizer_that_is_gone_leaves_nothing_on_the_model():
+    net = model()
+    for _ in range(3):
+        train(net, LearnedOptimizer(net.parameters()), range(1))
+    gc.collect()
+    assert not any(param._post_accumulate_grad_hooks for param in net.parameters())
+
+
+def test_a_watched_model_can_be_copied_and_pickled():
+    net = model()
+    LearnedOptimizer(net.parameters())
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        train(twin, LearnedOptimizer(twin.parameters()), range(1))
+
+
+def test_a_warning_that_zero_redundancy_shows_a_part_of_the_model(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        with pytest.warns(UserWarning, match=r"ZeroRedundancyOptimizer shows.*fully_shard"):
+            ZeroRedundancyOptimizer(model().parameters(), optimizer_class=LearnedOptimizer)
+    finally:
+        torch.distributed.destroy_process_group()

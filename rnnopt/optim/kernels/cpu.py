@@ -30,6 +30,7 @@ from rnnopt.optim.kernels.fused import (
     Measured,
     Piece,
     append_matrix_statistic,
+    parts_by_size,
     tensor_table,
 )
 from rnnopt.rules.features import RATIO_FLOOR
@@ -78,11 +79,17 @@ class CompiledStep(FusedStep):
             pieces, append_matrix_statistic(sums.float(), pieces), (rule, tensors, blocks, grads)
         )
 
-    def launch(self, measured: Measured, constants: dict[str, Tensor]) -> None:
+    def parts(self, pieces: Sequence[Piece]) -> list[slice]:
+        """See `FusedStep.parts`."""
+        return parts_by_size(pieces)
+
+    def launch(self, measured: Measured, constants: dict[str, Tensor], part: slice) -> None:
         """See `FusedStep.launch`."""
         pieces, (rule, tensors, blocks, _) = measured.pieces, measured.kept
         for name, value in constants.items():
-            tensors[name] = value.numpy()
+            tensors[name][part] = value[part].numpy()
+        first, last = np.searchsorted(blocks["tensor"], [part.start, part.stop])
+        blocks = blocks[first:last]
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
         _share(

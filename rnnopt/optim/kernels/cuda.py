@@ -87,7 +87,7 @@ class TritonStep(FusedStep):
             statistics = append_matrix_statistic(_statistics(table, counts, types), pieces)
             return Measured(pieces, statistics, (table, counts, types, grads))
 
-    def launch(self, measured: Measured, constants: dict[str, Tensor]) -> None:
+    def launch(self, measured: Measured, constants: dict[str, Tensor], part: slice) -> None:
         """See `FusedStep.launch`."""
         rule, (table, counts, types, _) = self._rule, measured.kept
         with _current(rule.gate_weight.device):

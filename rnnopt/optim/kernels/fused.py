@@ -8,8 +8,10 @@ Shapes: P pieces, H hidden units.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +29,19 @@ from rnnopt.rules.features import (
 from rnnopt.rules.lstm import CoordinateLSTM, matrix_output_shifts
 from rnnopt.rules.protocol import MatrixTransform, State
 
+# Coordinates in one part of a step, at least: smaller parts would take longer.
+_PART = 1 << 20
+_MOST_PARTS = 16
+# A context for a part of a step, made from the rows of the work that are in it.
+Around = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
+
 KERNEL_STATISTICS = STATISTICS - 1  # the last is computed here, see `append_matrix_statistic`
 _FLOAT32_LEAVES = ("m", "v", "matrix", *RunningMaxima._fields)
+
+
+def unwatched(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """No context."""
+    return contextlib.nullcontext()
 
 
 @dataclass
@@ -109,32 +122,48 @@ class FusedStep:
         """
         raise NotImplementedError
 
-    def step(self, measured: Measured, context: Tensor) -> None:
+    def step(
+        self,
+        measured: Measured,
+        context: Tensor,
+        rows: Sequence[int] = (),
+        around: Around = unwatched,
+    ) -> None:
         """Step all pieces.
 
         Args:
             measured: the result of `measure`.
             context: of the tensors that the pieces belong to, (P, 18), see
                 `CoordinateLSTM.cross_tensor_context`.
+            rows: what `around` calls each piece.
+            around: a context for each part of the step.
         """
         pieces = measured.pieces
         constants, gain = tensor_constants(self._rule, pieces, context)
-        matrices = _TransformedPieces(self._rule, pieces, constants, gain)
-        try:
-            self.launch(measured, constants)
-            matrices.apply()
-        except BaseException:  # Ctrl-C too: the kernel may have overwritten parameters
-            matrices.restore()
-            raise
+        for part in self.parts(pieces):
+            with around(rows[part]):
+                shares = {name: values[part] for name, values in constants.items()}
+                matrices = _TransformedPieces(self._rule, pieces[part], shares, gain[part])
+                try:
+                    self.launch(measured, constants, part)
+                    matrices.apply()
+                except BaseException:  # Ctrl-C too: the kernel may have overwritten parameters
+                    matrices.restore()
+                    raise
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
-    def launch(self, measured: Measured, constants: dict[str, Tensor]) -> None:
+    def parts(self, pieces: Sequence[Piece]) -> list[slice]:
+        """Parts of the pieces that one `launch` each steps, in order; here all at once."""
+        return [slice(0, len(pieces))]
+
+    def launch(self, measured: Measured, constants: dict[str, Tensor], part: slice) -> None:
         """Run the compiled pass: the whole step but for transformed directions.
 
         Args:
             measured: see `step`.
             constants: see `tensor_constants`.
+            part: the pieces to step, one of `parts`.
         """
         raise NotImplementedError
 
@@ -190,10 +219,10 @@ class _TransformedPieces:
         """Transform the directions, all of a shape at once, and write the next parameters."""
         for shape, kept in self._groups.items():
             pieces, before, growth, length = zip(*kept)
-            start = torch.stack(before)  # (B, R, C)
-            live = torch.stack([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
-            finite = torch.stack([piece.grad for piece in pieces]).isfinite()
-            left = torch.stack([piece.param.detach() for piece in pieces])  # minus the direction
+            start = _stacked(before)  # (B, R, C)
+            live = _stacked([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
+            finite = _stacked([piece.grad for piece in pieces]).isfinite()
+            left = _stacked([piece.param.detach() for piece in pieces])  # minus the direction
             transformed = self._rule.transform_matrix(torch.where(live & finite, left, 0))
             growths, lengths = (
                 torch.stack([piece.lr * each for piece, each in zip(pieces, values)]).view(-1, 1, 1)
@@ -213,8 +242,26 @@ class _TransformedPieces:
                 piece.param.detach().copy_(before)
 
 
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which copies also a single tensor, without that copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
 def _decay(rule: CoordinateLSTM, piece: Piece) -> float:
     return piece.lr * rule.step_size * piece.weight_decay
+
+
+def parts_by_size(pieces: Sequence[Piece]) -> list[slice]:
+    """Parts of at least `_PART` coordinates, and not many more than `_MOST_PARTS` of them."""
+    sizes = [piece.param.numel() for piece in pieces]
+    least = max(_PART, sum(sizes) // _MOST_PARTS)
+    edges, size = [0], 0
+    for end, count in enumerate(sizes, 1):
+        size += count
+        if size >= least and end < len(sizes):
+            edges.append(end)
+            size = 0
+    return [slice(a, b) for a, b in itertools.pairwise([*edges, len(sizes)])]
 
 
 def append_matrix_statistic(statistics: Tensor, pieces: Sequence[Piece]) -> Tensor:

@@ -1,0 +1,112 @@
+"""Warnings of an optimizer that sees a part of what trains: its rule would take wrong step sizes.
+
+The shipped rules take the size of a step from the gradients of all tensors that train together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+import weakref
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class _Watch:
+    """The ids of an optimizer's last backward passes, and whether a warning has been given."""
+
+    backward: int = -1
+    stepped: int = -1
+    warned: bool = False
+
+
+_watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Watch] = weakref.WeakKeyDictionary()
+
+
+def watch(optimizer: torch.optim.Optimizer) -> None:
+    """Note the backward passes that reach the optimizer's last parameter.
+
+    Warns:
+        UserWarning: `ZeroRedundancyOptimizer` or FSDP1 gives it a part of the model.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    owner = _owner_of_parts(params)
+    if owner:
+        warnings.warn(
+            f"{owner} shows each process a part of the model, and the rule takes the size of a "
+            "step from all gradients: shard with FSDP2 (torch.distributed.fsdp.fully_shard), which "
+            "trains as one process does",
+            stacklevel=3,
+        )
+    reached = [param for param in params if param.requires_grad and param.is_leaf]
+    if reached:
+        seen, reference = _Watch(warned=owner is not None), weakref.ref(optimizer)
+
+        def note(_: Tensor) -> None:
+            if reference() is not None:
+                seen.backward = torch._C._current_graph_task_id()
+
+        _watched[optimizer] = seen
+        hook = reached[-1].register_post_accumulate_grad_hook(note)
+        weakref.finalize(optimizer, hook.remove).atexit = False
+
+
+def warn_of_parts(optimizer: torch.optim.Optimizer) -> None:
+    """To be called at a step.
+
+    Warns:
+        UserWarning: another optimizer has stepped other parameters with gradients of the same
+            backward pass. Once for each set of optimizers.
+    """
+    own = _watched.get(optimizer)
+    if own is None or own.backward < 0:
+        return
+    own.stepped = own.backward
+    if own.warned or len(_watched) < 2:
+        return
+    beside = [
+        seen
+        for other, seen in list(_watched.items())
+        if seen.stepped == own.backward and other is not optimizer and _disjoint(other, optimizer)
+    ]
+    if not beside:
+        return
+    own.warned = True
+    if not any(seen.warned for seen in beside):
+        warnings.warn(
+            "two LearnedOptimizers train parts of one model, and the rule takes the size of a step "
+            "from all gradients: make one LearnedOptimizer, with a parameter group for each part",
+            stacklevel=5,  # past this, `step` and the two wrappers that torch puts around it
+        )
+
+
+def warn_of_head(count: int) -> None:
+    """Warn that so many tensors train with the rule for a linear head."""
+    warnings.warn(
+        f"{count} tensors train with the rule that ships for a linear head alone; it "
+        "ruins an encoder: make a new LearnedOptimizer of all that trains now",
+        stacklevel=5,  # see `warn_of_parts`
+    )
+
+
+def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
+    ids = [{id(p) for group in o.param_groups for p in group["params"]} for o in (one, other)]
+    return not ids[0] & ids[1]
+
+
+def _owner_of_parts(params: list[Tensor]) -> str | None:
+    """What divides the model between processes without telling the optimizer, if anything does."""
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        return "FullyShardedDataParallel (FSDP1)"
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1)
+    for _ in range(8 if module else 0):  # an optimizer is not told who makes it
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            return "ZeroRedundancyOptimizer"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
