@@ -15,8 +15,7 @@ and up to 300 others to judge by. All methods see the same texts and the same en
 "difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
 one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
 that figures do not depend on the machine. `--part choose` takes other classes, to choose by. A run
-that was stopped goes on. A draw takes 5 minutes of a core, most of it for adaptation. Last line: `|
-mean | ...`.
+that was stopped goes on. A draw takes 5 minutes of a core. Last line: `| mean | ...`.
 """
 
 from __future__ import annotations
@@ -136,9 +135,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def show(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval."""
+    """Mean and 95 % interval; of one value itself, of none nothing."""
     if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
+        return "".join(f"{value:.{digits}f}" for value in values)
     found = interval(np.array(values))
     return f"{found['mean']:.{digits}f} ± {found['ci95']:.{digits}f}"
 
@@ -166,7 +165,7 @@ def table(lines: list[dict[str, Any]], say: Callable[[str], None] = print) -> No
             paired = [
                 draws[seed]["accuracy"] - base[seed]["accuracy"] for seed in draws if seed in base
             ]
-            gains[method].append(float(np.mean(paired)))
+            gains[method] += [float(np.mean(paired))] if paired else []
             kept = sum("adaptation" in line["kept"] for line in draws.values())
             note = f", adapted in {kept}" if method == "rnnopt" else ""
             figures.insert(1, "" if method == "logistic" else show(paired, 3))
