@@ -196,7 +196,9 @@ def save_small(path: Path, encoder: Encoder) -> None:
     own = {"words": encoder.words.half(), "positions": encoder.positions}
     own |= {"scale": encoder.scale, "shift": encoder.shift}
     everything = {**encoder.weights, **own}
-    save_file({name: leaf.detach().contiguous() for name, leaf in everything.items()}, path)
+    part = path.with_suffix(".part")  # so that a file with the name is complete
+    save_file({name: leaf.detach().contiguous() for name, leaf in everything.items()}, part)
+    part.replace(path)
 
 
 def read_small(path: Path) -> Encoder:

@@ -236,7 +236,7 @@ class TaskBatch:
         for task, ids in enumerate(used):
             table[task, : len(ids)] = ids
         self.inputs, self.query_inputs = (
-            torch.stack([torch.searchsorted(used[task], x[task]) for task in range(self.size)])
+            torch.stack([torch.searchsorted(ids, own.contiguous()) for ids, own in zip(used, x)])
             for x in both
         )
         return encoder.words[table]

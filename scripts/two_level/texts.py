@@ -41,7 +41,7 @@ class Texts:
             (T, SHORT, D), float16. Empty: they are computed for each task.
         long: texts with more than `SHORT` tokens whose hidden states are cached in full, (L,).
         long_hidden: theirs by depth, (L, longest text, D), float16.
-        embeddings: mean-pooled, of length 1, (T, D), zeros where a text was cut off. Distillation
+        embeddings: mean-pooled, of length 1, (T, D), of the tokens that are cached. Distillation
             needs them.
     """
 
@@ -132,7 +132,9 @@ class Texts:
         tensors["embeddings"] = self.embeddings
         tensors |= {f"hidden.{depth}": leaf for depth, leaf in self.hidden.items()}
         tensors |= {f"long_hidden.{depth}": leaf for depth, leaf in self.long_hidden.items()}
-        save_file(tensors, path, {"sources": json.dumps(self.sources)})
+        part = path.with_suffix(".part")  # so that a file with the name is complete
+        save_file(tensors, part, {"sources": json.dumps(self.sources)})
+        part.replace(path)
 
 
 def read_texts(path: Path) -> Texts:

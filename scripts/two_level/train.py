@@ -56,6 +56,7 @@ LAST_RATE = 0.25  # share of it at the end of the curriculum
 MEMORY = 0.99  # decay of the averaged weights
 LARGE_SKIPPED = 0.7  # of the batches leave the coordinate-wise LSTM out in large tensors
 LOGGED, SAVED = 10, 50  # meta-steps
+TRIES = 1000  # of shapes that no source has enough texts for
 RECENT = 150  # batches that a line of the log averages over
 
 Draw = Callable[[random.Random, float], tuple[Drawn, TaskBatch]]
@@ -173,10 +174,9 @@ class MetaTraining:
         tensors = {}
         for name, param in self.params.items():
             moments = self.optimizer.state.get(param, {})
-            zeros = torch.zeros_like(param)
             tensors[f"weights.{name}"], tensors[f"average.{name}"] = param, self.average[name]
-            tensors[f"m.{name}"] = moments.get("exp_avg", zeros)
-            tensors[f"v.{name}"] = moments.get("exp_avg_sq", zeros)
+            for letter, moment in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                tensors[f"{letter}.{name}"] = moments.get(moment, torch.zeros_like(param))
         save_tensors(folder / STATE_FILE, tensors, {**self.counts(), **self.rule.config})
         rule = TwoLevelLSTM(**self.rule.config)
         rule.load_state_dict(self.average)
@@ -215,13 +215,18 @@ def drawing(texts: Texts, encoders: Sequence[Encoder]) -> Draw:
     """Batches from these texts and encoders, the encoder itself first; see `curriculum.draw`."""
 
     def draw_batch(rng: random.Random, progress: float) -> tuple[Drawn, TaskBatch]:
-        drawn = draw(rng, encoders, progress)
-        spec = drawn.spec
-        episodes = [
-            texts.draw(rng, spec.ways, spec.shots, spec.queries, long=drawn.long)
-            for _ in range(drawn.size)
-        ]
-        return drawn, TaskBatch(texts, spec, episodes, rng.randrange(1 << 30))
+        for _ in range(TRIES):
+            drawn = draw(rng, encoders, progress)
+            spec = drawn.spec
+            try:
+                episodes = [
+                    texts.draw(rng, spec.ways, spec.shots, spec.queries, long=drawn.long)
+                    for _ in range(drawn.size)
+                ]
+            except InputError:  # with few sources some shapes can't be had
+                continue
+            return drawn, TaskBatch(texts, spec, episodes, rng.randrange(1 << 30))
+        raise InputError("no task fits the texts in the cache: prepare it with more sources")
 
     return draw_batch
 
