@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from encoder import Encoder
 from tasks import Spec
@@ -22,10 +22,13 @@ HEADS = ("random", "zero", "prototype", "logistic")
 HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
-BATCHES = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
+BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
 FIRST_STEPS, LAST_STEPS = 6, 40  # the longest unroll at the start and at the end
 # Narrow encoders are drawn twice as often: they hold more tasks.
 NARROW_WIDTH, NARROW_DEPTH = 96, 3
+
+
+Choice = TypeVar("Choice")
 
 
 class Drawn(NamedTuple):
@@ -45,7 +48,7 @@ class Drawn(NamedTuple):
         return " ".join(words)
 
 
-def _pick(rng: random.Random, shares: Mapping) -> object:
+def _pick(rng: random.Random, shares: Mapping[Choice, float]) -> Choice:
     return rng.choices(list(shares), list(shares.values()))[0]
 
 

@@ -65,9 +65,12 @@ class Encoder:
         self.layers = 1 + max(int(key.split(".")[0]) for key in weights if key[0].isdigit())
         self._halves: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def embed(self, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """The lowest layer's input (..., S, D), of token ids or of word embeddings (..., S, D)."""
-        words = F.embedding(tokens.long(), self.words) if rows is None else rows
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The lowest layer's inputs (..., S, D) of token ids (..., S)."""
+        return self.place(F.embedding(tokens.long(), self.words))
+
+    def place(self, words: Tensor) -> Tensor:
+        """The lowest layer's inputs of word embeddings, (..., S, D)."""
         words = words + self.positions[: words.shape[-2]]
         return F.layer_norm(words, (self.hidden_size,), self.scale, self.shift, EPSILON)
 

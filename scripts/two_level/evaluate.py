@@ -25,6 +25,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ CELLS |= {
     "f": Cell("clinc150", 5, 5, "full", 2, *_MEAN),
     "g": Cell("clinc150", 5, 5, "full", 2, *_CLS),
     "m": Cell(*_TYPES, "full", 2, *_MEAN),
+    "x": Cell("clinc150", 5, 5, "lora", 2, *_CLS),
 }
 
 
@@ -112,7 +114,7 @@ def spec_of(cell: Cell, encoder: Encoder, options: argparse.Namespace) -> Spec:
     )  # fmt: skip
 
 
-def adamw(tasks: TaskBatch, rate: float) -> Curves:
+def adamw(rate: float, tasks: TaskBatch) -> Curves:
     """AdamW with PyTorch's defaults but for the rate."""
     params = [param.clone().requires_grad_() for param in tasks.start]
     optimizer = torch.optim.AdamW(params, rate)
@@ -177,11 +179,9 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[TaskBatch], Curv
     left_out = "".join(f", without {part}" for part in options.without)
     for path in options.rules:
         rule = read_rule(path, options.without)
-        found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = lambda tasks, rule=rule: adapt(
-            rule, tasks
-        )
+        found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = partial(adapt, rule)
     for rate in options.rates:
-        found[f"AdamW at {rate:g}"] = lambda tasks, rate=rate: adamw(tasks, rate)
+        found[f"AdamW at {rate:g}"] = partial(adamw, rate)
     return {**found, LOGISTIC: logistic}
 
 
@@ -229,7 +229,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--cells", nargs="+", choices=CELLS, default=["A", "B", "C", "D"], metavar="CELL")
     add("--episodes", type=int, default=12)
     add("--steps", type=int, default=10)
-    add("--rates", nargs="*", type=float, default=[1e-3, 3e-3, 1e-2], help="of AdamW")
+    add("--rates", nargs="*", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="of AdamW")
     add("--batch", type=int, help="texts of a minibatch (default: all)")
     add("--label-noise", type=float, default=0.0, help="share of support labels drawn anew")
     add("--without", nargs="*", choices=PARTS, default=[], help="parts of the rules to leave out")

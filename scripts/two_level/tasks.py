@@ -249,7 +249,7 @@ class TaskBatch:
         if WORDS in trained:
             table = trained[WORDS]
             rows = inputs + torch.arange(self.size).view(-1, 1, 1) * table.shape[1]
-            inputs = encoder.embed(None, F.embedding(rows, table.flatten(0, 1)))
+            inputs = encoder.place(F.embedding(rows, table.flatten(0, 1)))
         weights = {**self._frozen, **trained}
         pooling = self.spec.pooling
         return encoder.features(weights, self.layers, pooling, inputs, mask, dropout)

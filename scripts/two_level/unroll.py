@@ -64,8 +64,8 @@ class TrainedRule(TwoLevelLSTM):
             for start in range(0, adam.shape[-1], CHUNK):
                 cut = slice(start, start + CHUNK)
                 own = {name: seen[name][..., cut] for name in ("change", "cell")}
-                inputs = (x[..., cut] for x in (adam, score, root))
-                parts.append(super().next_cell(*inputs, {**seen, **own}))
+                direction, ratio, size = (x[..., cut] for x in (adam, score, root))
+                parts.append(super().next_cell(direction, ratio, size, {**seen, **own}))
         cells, directions = zip(*parts)
         return torch.cat(cells, -1), torch.cat(directions, -1)
 
@@ -162,7 +162,7 @@ def unroll(
             accuracies.append(_accuracy(logits, tasks))
         last = at + 1 == len(weights)
         if terms and (last or (at + 1) % segment == 0):
-            found = torch.autograd.grad(sum(terms), meta, allow_unused=True)
+            found = torch.autograd.grad(torch.stack(terms).sum(), meta, allow_unused=True)
             total = [x if y is None else x + y for x, y in zip(total, found)]
             params, terms = [x.detach() for x in params], []
             states = [{name: x.detach() for name, x in state.items()} for state in states]
@@ -191,7 +191,7 @@ def _gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> li
     grads = torch.autograd.grad(tasks.support_loss(leaves), leaves, create_graph=create_graph)
     if not tasks.spec.clip:
         return list(grads)
-    square = sum((grad.detach() ** 2).sum(1, keepdim=True) for grad in grads)
+    square = torch.stack([(grad.detach() ** 2).sum(1, keepdim=True) for grad in grads]).sum(0)
     factor = (tasks.spec.clip / torch.sqrt(square + 1e-12)).clamp(max=1.0)
     return [grad * factor for grad in grads]
 
