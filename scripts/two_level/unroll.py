@@ -1,0 +1,207 @@
+"""A run of steps of the rule of two levels on a batch of tasks, and its meta-gradient; no command.
+
+Shapes: B tasks, T steps, P tensors that train, N coordinates of one of them, M statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tasks import WORDS, TaskBatch, query_losses
+from torch import Tensor
+
+from rnnopt.rules.protocol import State
+from rnnopt.rules.two_level import Observed, Sums, TwoLevelLSTM
+
+LARGEST = 20_000  # coordinates of a tensor through whose coordinate-wise LSTM the graph goes
+CHUNK = 16_384  # coordinates of a larger tensor at a time
+CALIBRATED = 0.5  # share of the query loss at its best temperature
+ABOVE_START = 1.0  # weight of what a query loss exceeds the first one by
+# Leaves of a state that the tensor-wise LSTM reads, those of `cross_tensor_context`.
+TENSOR_LEAVES = (*TwoLevelLSTM.leaves, *sorted(TwoLevelLSTM.tensor_state))
+
+
+class TrainedRule(TwoLevelLSTM):
+    """The rule while it is meta-trained: its updates are the same, its graph is smaller.
+
+    The inputs of the coordinate-wise LSTM are constants: second order goes through the rest of the
+    rule. In tensors of more than `LARGEST` coordinates its outputs are constants too.
+
+    Attributes:
+        skip_large: leave the coordinate-wise LSTM out in tensors of more than `LARGEST`.
+    """
+
+    skip_large = False
+
+    def __init__(self, *sizes: int, **named: int) -> None:
+        super().__init__(*sizes, **named)
+        self._kept: dict[int, tuple[Tensor, Observed]] = {}
+
+    def observe(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, Observed]:
+        """As `TwoLevelLSTM.observe`; `forward` gets what was found for the same state before."""
+        kept = self._kept.pop(id(state), None)
+        if kept is None:
+            kept = self._kept[id(state)] = super().observe(grad, param, state)
+        return kept
+
+    def next_cell(
+        self, adam: Tensor, score: Tensor, root: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """As `TwoLevelLSTM.next_cell`, of constants."""
+        large = adam.shape[-1] > LARGEST
+        if large and self.skip_large:
+            return state["cell"], torch.zeros_like(adam)
+        constant = {name: state[name].detach() for name in ("change", "last_rate", "last_rms")}
+        seen = {**state, **constant}
+        if not large or not state["cell"].shape[-2]:
+            return super().next_cell(adam.detach(), score.detach(), root.detach(), seen)
+        parts = []
+        with torch.no_grad():
+            for start in range(0, adam.shape[-1], CHUNK):
+                cut = slice(start, start + CHUNK)
+                own = {name: seen[name][..., cut] for name in ("change", "cell")}
+                direction, ratio, size = (x[..., cut] for x in (adam, score, root))
+                parts.append(super().next_cell(direction, ratio, size, {**seen, **own}))
+        cells, directions = zip(*parts)
+        return torch.cat(cells, -1), torch.cat(directions, -1)
+
+    def begin_step(self) -> None:
+        """Forget what `observe` keeps."""
+        self._kept.clear()
+
+
+def initial_states(rule: TwoLevelLSTM, tasks: TaskBatch) -> list[State]:
+    """The states of the tensors that train, each leaf with a leading dimension B.
+
+    Word embeddings count as the whole vocabulary, although only the rows that occur are held.
+    """
+    states = []
+    for name, shape in zip(tasks.names, tasks.shapes):
+        state = rule.init_state(torch.empty(math.prod(shape)), shape)
+        if name == WORDS:
+            state["rows"] = torch.full((), len(tasks.spec.encoder.words), dtype=state["rows"].dtype)
+        states.append({leaf: x.expand(tasks.size, *x.shape).clone() for leaf, x in state.items()})
+    return states
+
+
+def step(
+    rule: TrainedRule, tasks: TaskBatch, params: Sequence[Tensor], grads: Sequence[Tensor],
+    states: Sequence[State],
+) -> tuple[list[Tensor], list[State]]:  # fmt: skip
+    """One step of the rule: updates, (B, N) each, and the next states."""
+    rule.begin_step()
+    found = [rule.observe(*each)[0] for each in zip(grads, params, states)]
+    if WORDS in tasks.names:
+        at = tasks.names.index(WORDS)
+        square = Sums._fields.index("p_p")  # of the rows that are held; the others are like them
+        more = len(tasks.spec.encoder.words) / tasks.shapes[at][0]
+        factors = torch.ones(len(Sums._fields))
+        factors[square] = more
+        found[at] = found[at] * factors
+    stacked = {leaf: torch.stack([s[leaf] for s in states], 1) for leaf in TENSOR_LEAVES}
+    context = rule.cross_tensor_context(torch.stack(found, 1), stacked)
+    updates, following = [], []
+    for i, (name, shape) in enumerate(zip(tasks.names, tasks.shapes)):
+        transform = None
+        if rule.treats_as_matrix(shape) and name != WORDS:
+            transform = _transform(rule, shape)
+        update, state = rule(grads[i], states[i], params[i], context[:, i], transform)
+        updates.append(update)
+        following.append(state)
+    return updates, following
+
+
+def _transform(rule: TwoLevelLSTM, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    return lambda x: rule.transform_matrix(x.view(*x.shape[:-1], *shape)).flatten(-2)
+
+
+class Unrolled(NamedTuple):
+    """What a run of steps gave."""
+
+    losses: Tensor  # of the query sets in nats, at the start and at the steps that were judged
+    accuracies: Tensor  # both (judged + 1, B)
+    meta_gradient: list[Tensor]  # of the rule's parameters, in their order
+
+
+def unroll(
+    rule: TrainedRule, tasks: TaskBatch, weights: Sequence[float], order: int, segment: int
+) -> Unrolled:
+    """Steps of the rule, with the meta-gradient of the weighted query losses over log(classes).
+
+    Args:
+        rule: whose parameters are differentiated by.
+        tasks: the tasks.
+        weights: of the query loss after each step, (T,); 0 leaves a step unjudged.
+        order: 2 differentiates through the gradients, 1 takes them as constants.
+        segment: the graph is cut after so many steps.
+    """
+    params, states = [param.clone() for param in tasks.start], initial_states(rule, tasks)
+    meta = list(rule.parameters())
+    total, terms = [torch.zeros_like(x) for x in meta], list[Tensor]()
+    with torch.no_grad():
+        first = query_losses(logits := tasks.query_logits(params), tasks.query_labels)[0]
+    losses, accuracies = [first], [_accuracy(logits, tasks)]
+    for at, weight in enumerate(weights):
+        attached = order == 2 and params[0].requires_grad
+        leaves = params if attached else [x.detach().requires_grad_() for x in params]
+        grads = _gradients(tasks, leaves, create_graph=order == 2)
+        seen = params
+        if order == 1:
+            seen, grads = [x.detach() for x in params], [g.detach() for g in grads]
+        updates, states = step(rule, tasks, seen, grads, states)
+        params = [param + update for param, update in zip(params, updates)]
+        if weight > 0:
+            logits = tasks.query_logits(params)
+            plain, best = query_losses(logits, tasks.query_labels)
+            terms.append(weight * _meta_loss(plain, best, first, tasks.spec.ways))
+            losses.append(plain.detach())
+            accuracies.append(_accuracy(logits, tasks))
+        last = at + 1 == len(weights)
+        if terms and (last or (at + 1) % segment == 0):
+            found = torch.autograd.grad(torch.stack(terms).sum(), meta, allow_unused=True)
+            total = [x if y is None else x + y for x, y in zip(total, found)]
+            params, terms = [x.detach() for x in params], []
+            states = [{name: x.detach() for name, x in state.items()} for state in states]
+    return Unrolled(torch.stack(losses), torch.stack(accuracies), total)
+
+
+def adapt(rule: TrainedRule, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Query losses and accuracies, (T + 1, B), from before the first step to after the last."""
+    params, states = list(tasks.start), initial_states(rule, tasks)
+    losses, accuracies = [], []
+    with torch.no_grad():
+        for at in range(tasks.spec.steps + 1):
+            if at:
+                leaves = [x.detach().requires_grad_() for x in params]
+                with torch.enable_grad():
+                    grads = _gradients(tasks, leaves, create_graph=False)
+                updates, states = step(rule, tasks, params, grads, states)
+                params = [param + update for param, update in zip(params, updates)]
+            logits = tasks.query_logits(params)
+            losses.append(query_losses(logits, tasks.query_labels)[0])
+            accuracies.append(_accuracy(logits, tasks))
+    return torch.stack(losses), torch.stack(accuracies)
+
+
+def _gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
+    grads = torch.autograd.grad(tasks.support_loss(leaves), leaves, create_graph=create_graph)
+    if not tasks.spec.clip:
+        return list(grads)
+    square = torch.stack([(grad.detach() ** 2).sum(1, keepdim=True) for grad in grads]).sum(0)
+    factor = (tasks.spec.clip / torch.sqrt(square + 1e-12)).clamp(max=1.0)
+    return [grad * factor for grad in grads]
+
+
+def _meta_loss(plain: Tensor, best: Tensor, first: Tensor, ways: int) -> Tensor:
+    """Of one step, over log(ways); above 1 by its logarithm, so that no task drowns the others."""
+    loss = (1 - CALIBRATED) * plain + CALIBRATED * best + ABOVE_START * F.relu(plain - first)
+    loss = loss / math.log(ways)
+    return torch.where(loss > 1, 1 + torch.log(loss.clamp(min=1)), loss).mean()
+
+
+def _accuracy(logits: Tensor, tasks: TaskBatch) -> Tensor:
+    return (logits.argmax(-1) == tasks.query_labels).float().mean(1).detach()

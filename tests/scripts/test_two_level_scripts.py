@@ -1,0 +1,231 @@
+"""scripts/two_level on a tiny encoder: meta-training, its checkpoint, and the commands."""
+
+import gzip
+import importlib
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnnopt import LearnedOptimizer
+from rnnopt.errors import InputError
+from rnnopt.rules.files import load_rule, read_training
+from rnnopt.rules.two_level import TwoLevelLSTM
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "two_level"
+COORDINATES = ("candidate", "coordinate_output", "gates", "gates_context")  # the lower level
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script by its name, as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(texts, tmp_path):
+    """A folder with one source, the same classes in both splits."""
+    folder = tmp_path / "data" / "clinc150"
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts)
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder.parent
+
+
+@pytest.fixture
+def batches(script, data, encoder):
+    """Batches of two LoRA tasks, two steps long, on both layers of the tiny encoder."""
+    prepare, tasks, curriculum = script("prepare"), script("tasks"), script("curriculum")
+    own = script("encoder").read_encoder(encoder)
+    tokenizer = prepare.AutoTokenizer.from_pretrained(encoder)
+    sources, found = prepare.collect(data, ["clinc150"], "train")
+    texts = prepare.train_texts(own, tokenizer, sources, found)
+
+    def draw(rng, progress, **changes):
+        shape = {"kind": "lora", "layers": 2, "pooling": "mean", "head": "random"}
+        sizes = {"ways": 2, "shots": 2, "queries": 2, "length": 8, "steps": 2, "rank": 2}
+        spec = tasks.Spec(own, **{**shape, **sizes, **changes})
+        episodes = [texts.draw(rng, spec.ways, spec.shots, spec.queries) for _ in range(2)]
+        drawn = curriculum.Drawn(spec, len(episodes), False)
+        return drawn, tasks.TaskBatch(texts, spec, episodes, rng.randrange(1 << 30))
+
+    return draw
+
+
+@pytest.fixture
+def training(script, batches):
+    """A new run with all its weights away from zero, so that all have a gradient."""
+
+    def make(draw=batches):
+        torch.manual_seed(0)
+        rule = script("unroll").TrainedRule()
+        with torch.no_grad():
+            for weight in rule.output.parameters():
+                weight.normal_(0, 0.1)
+        return script("train").MetaTraining(rule, draw, horizon=4)
+
+    return make
+
+
+def weights_of(training):
+    return {name: weight.detach().clone() for name, weight in training.params.items()}
+
+
+def test_one_meta_step_moves_the_weights_of_both_levels(training):
+    run = training()
+    before = weights_of(run)
+    assert run.meta_step(2, print) == 2
+    moved = {name for name, weight in run.params.items() if not torch.equal(weight, before[name])}
+    assert moved == set(before)
+    assert {name.split(".")[0] for name in moved} > set(COORDINATES)
+    assert (run.steps, run.tasks, run.skipped) == (1, 4, 0)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(training, tmp_path):
+    through, first, second = (training() for _ in range(3))
+    for _ in range(3):
+        through.meta_step(1, print)
+    first.meta_step(1, print)
+    first.save(tmp_path)
+    second.restore(tmp_path / "state.safetensors")
+    for _ in range(2):
+        second.meta_step(1, print)
+    assert second.counts() == through.counts()
+    for name, weight in through.params.items():
+        assert torch.equal(second.params[name], weight)
+        assert torch.equal(second.average[name], through.average[name])
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(training, batches):
+    drawn = []
+
+    def draw(rng, progress):
+        shape, tasks = batches(rng, progress)
+        if not drawn:
+            tasks.query_inputs = tasks.query_inputs * math.nan
+        drawn.append(shape)
+        return shape, tasks
+
+    run, lines = training(draw), []
+    assert run.meta_step(2, lines.append) == 1
+    assert (run.skipped, run.tasks) == (1, 2)
+    assert len(lines) == 1 and "not finite" in lines[0]
+    assert all(torch.isfinite(weight).all() for weight in run.params.values())
+
+
+def test_a_meta_step_without_a_finite_batch_leaves_the_weights(training, batches):
+    def draw(rng, progress):
+        shape, tasks = batches(rng, progress)
+        tasks.inputs = tasks.inputs * math.nan
+        return shape, tasks
+
+    run = training(draw)
+    before = weights_of(run)
+    assert run.meta_step(1, print) == 0
+    assert (run.steps, run.skipped, run.updates) == (1, 1, 0)
+    assert all(torch.equal(weight, before[name]) for name, weight in run.params.items())
+
+
+def test_steps_are_those_of_the_optimizer(script, training, batches):
+    """The package's optimizer reaches the same query loss, task by task."""
+    unroll, tasks_of = script("unroll"), script("tasks")
+    run = training()
+    _, tasks = batches(random.Random(0), 0.0)
+    losses, _ = unroll.adapt(run.rule, tasks)
+    rule = TwoLevelLSTM()
+    rule.load_state_dict(run.rule.state_dict())
+    for task in range(tasks.size):
+        shaped = [x[task].view(shape) for x, shape in zip(tasks.start, tasks.shapes)]
+        params = [torch.nn.Parameter(x.clone()) for x in shaped]
+        optimizer = LearnedOptimizer(params, rule=rule, guard=False)
+
+        def flat(params=params, task=task):  # beside the other task's, which stay
+            return [
+                torch.stack([p.flatten() if i == task else x[i] for i in range(tasks.size)])
+                for p, x in zip(params, tasks.start)
+            ]
+
+        for step in range(tasks.spec.steps):
+            optimizer.zero_grad()
+            logits = tasks.logits(flat(), tasks.inputs, tasks.mask)[task]
+            torch.nn.functional.cross_entropy(logits, tasks.labels[task]).backward()
+            optimizer.step()
+            with torch.no_grad():
+                reached = tasks_of.query_losses(tasks.query_logits(flat()), tasks.query_labels)[0]
+            # frozen matrices are in half precision, which magnifies the order of a sum
+            assert reached[task] == pytest.approx(float(losses[step + 1, task]), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "full", "words": True, "pooling": "cls", "head": "zero", "dropout": 0.1},
+        {"kind": "full", "layers": 1, "head": "prototype", "pooling": "unit", "rescale": 0.3},
+        {"kind": "head", "layers": 1, "head": "logistic", "batch": 2, "label_noise": 0.5},
+        {"layers": 1, "targets": "qkvo", "clip": 0.1, "pooling": "cls"},
+    ],
+    ids=lambda changes: changes.get("kind", "lora"),
+)
+def test_every_kind_of_task_has_a_finite_meta_gradient(script, training, batches, changes):
+    run = training()
+    _, tasks = batches(random.Random(0), 0.0, **changes)
+    for order in (1, 2):
+        found = script("unroll").unroll(run.rule, tasks, [0.5, 0.5], order, 1)
+        assert found.losses.shape == (3, 2)
+        assert all(torch.isfinite(x).all() for x in found.meta_gradient)
+        assert any(x.abs().max() > 0 for x in found.meta_gradient)
+
+
+def test_second_order_differs_from_first_order(script, training, batches):
+    run = training()
+    _, tasks = batches(random.Random(0), 0.0)
+    first, second = (
+        script("unroll").unroll(run.rule, tasks, [0.5, 0.5], order, 8) for order in (1, 2)
+    )
+    assert torch.equal(first.losses, second.losses)
+    assert any(not torch.equal(x, y) for x, y in zip(first.meta_gradient, second.meta_gradient))
+
+
+def test_the_checkpoint_loads(training):
+    run = training()
+    run.restore(SCRIPTS / "checkpoint.safetensors")
+    assert run.steps >= 400 and run.tasks >= 2000
+    assert all(torch.isfinite(weight).all() for weight in run.average.values())
+
+
+def test_another_file_is_refused(script, training, tmp_path):
+    other = script("train").STATE_FILE
+    training().save(tmp_path)
+    with pytest.raises(InputError, match=f"no state of a run with this rule.*{other}"):
+        training().restore(tmp_path / "rule.safetensors")
+
+
+def test_the_commands_follow_each_other(script, monkeypatch, data, encoder, tmp_path, capsys):
+    prepare, train, evaluate = (script(name) for name in ("prepare", "train", "evaluate"))
+    monkeypatch.setattr(prepare, "SMALL", {"small_32x1": (32, 1, 3)})
+    monkeypatch.setattr(prepare, "LONGEST", 16)
+    cell = evaluate.Cell("clinc150", 2, 2, "lora", 1, "unit", "prototype")
+    monkeypatch.setattr(evaluate, "CELLS", {"A": cell})
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    places = ["--encoder", str(encoder), "--cache", str(cache)]
+    prepare.main(["--data", str(data), *places])
+    end = capsys.readouterr().out.splitlines()[-1]
+    assert end.startswith("small_32x1: 3 steps")
+    train.main([*places, "--output", str(run), "--meta-steps", "1", "--tasks", "1"])
+    end = capsys.readouterr().out.splitlines()[-1]
+    assert end.startswith("end: meta-step 1") and end.endswith(" 0 batches skipped")
+    rule = load_rule(run)
+    assert type(rule) is TwoLevelLSTM and read_training(run)["steps"] == 1
+    words = [str(run / "rule.safetensors"), *places, "--output", str(tmp_path / "figures.jsonl")]
+    words += ["--cells", "A", "--episodes", "2", "--steps", "1", "--rates", "1e-2"]
+    evaluate.main(words)
+    table = capsys.readouterr().out
+    assert table.count("±") == 3 * 2 * 2  # methods, metrics, numbers of steps
+    evaluate.main(words)  # from the file
+    assert capsys.readouterr().out == table
+    assert len((tmp_path / "figures.jsonl").read_text().splitlines()) == 3
