@@ -13,7 +13,7 @@ is missing is left out, with a warning. MINILM is the folder of all-MiniLM-L6-v2
 and what it has is not made again. Test classes are never read.
 
 Time: 6 minutes of one core, 5 of them for the distilled encoders. Memory: 4 GiB.
-Last line: "small_256x2: 395 steps, loss 1.44 -> 0.45".
+Last line: "small_256x2: 400 steps, loss 4.03 -> 0.81".
 """
 
 from __future__ import annotations
