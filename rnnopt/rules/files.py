@@ -22,6 +22,8 @@ from rnnopt.storage.files import read_tensors, save_tensors
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
 SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
+# A rule of two levels, for LoRA from a head that was fitted on frozen features; still in training.
+TWO_LEVEL_RULE = SHIPPED_RULE.with_name("two_level.safetensors")
 # The rules that a file can hold. A format's number rises when the arithmetic or the config changes.
 SavedRule: TypeAlias = CoordinateLSTM | TwoLevelLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {

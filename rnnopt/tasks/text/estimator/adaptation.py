@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
+from rnnopt.rules.files import TWO_LEVEL_RULE
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.tasks.text.encoder.loading import seeded
 from rnnopt.tasks.text.encoder.lora import add_lora
@@ -92,9 +93,11 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
 
     Args:
         params: LoRA factors, then the head.
-        rule: an `UpdateRule`, the path of a rule file, or None for the rule that ships.
+        rule: an `UpdateRule`, the path of a rule file, or None for `TWO_LEVEL_RULE`, which was
+            meta-trained from heads like these; the rule that `LearnedOptimizer` takes by itself
+            was not.
     """
-    return LearnedOptimizer(params, rule)
+    return LearnedOptimizer(params, TWO_LEVEL_RULE if rule is None else rule)
 
 
 def adapt_if_better(

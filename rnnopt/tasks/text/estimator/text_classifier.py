@@ -55,7 +55,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ``"cls"``, ``"max"`` or ``"last"``.
         max_length: longest text in tokens; None for the encoder's own.
         rule: update rule of adaptation: an `UpdateRule`, the path of a rule file, or None for the
-            rule that ships.
+            one that was meta-trained from heads on frozen vectors.
         steps: of adaptation at most; 0 for none.
         lora_rank: rank of the factors.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
