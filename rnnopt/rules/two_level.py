@@ -286,7 +286,9 @@ class TwoLevelLSTM(nn.Module):
         rates, share = base_rates(s)
         promised = (rates * s.g_abs).sum(-1, keepdim=True)
         unit = torch.maximum(states["unit"].amax(-1, keepdim=True), promised) + FLOOR
-        seen = self.features(s, states, unit, share)
+        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
+        decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
+        seen = self.features(s, states, unit, share, rms, decrease)
         said = torch.tanh(self.message(torch.cat([states["hidden"], seen], -1)))
         said = said.mean(-2, keepdim=True)
         x = torch.cat([seen, said.expand(*seen.shape[:-1], -1)], -1)
@@ -295,14 +297,12 @@ class TwoLevelLSTM(nn.Module):
             y.view(*x.shape[:-1], -1) for y in self.tensor_cell(flat[0], (flat[1], flat[2]))
         )
         out = Decisions(*self.output(hidden).unbind(-1))
-        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
         rates = rates * torch.exp(LOG_RATE_BOUND * torch.tanh(out.rate / LOG_RATE_BOUND))
         decisions = Decisions(
             rates, torch.tanh(out.growth), 1 + out.adam, out.gradient / rms, out.orthogonal_adam,
             out.orthogonal_gradient / rms, -out.last * _inverse_rms(s.u_u, s.live),
             out.cell * _inverse_rms(s.q_q, s.live),
         )  # fmt: skip
-        decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
         fall = (s.u_g + s.slope).sum(-1, keepdim=True) / 2
         first = step <= 1
         scalars = (
@@ -312,7 +312,9 @@ class TwoLevelLSTM(nn.Module):
         )  # fmt: skip
         return torch.cat([torch.stack([*decisions, *scalars], -1), hidden, memory], -1)
 
-    def features(self, s: Sums, states: State, unit: Tensor, share: Tensor) -> Tensor:
+    def features(
+        self, s: Sums, states: State, unit: Tensor, share: Tensor, rms: Tensor, decrease: Tensor
+    ) -> Tensor:
         """The inputs of the tensor-wise LSTM, (..., P, F); none depends on the loss's scale.
 
         Args:
@@ -320,14 +322,15 @@ class TwoLevelLSTM(nn.Module):
             states: the tensors' leaves, (..., P) and (..., P, U).
             unit: the largest first-order decrease of a base step so far, (..., 1).
             share: see `base_rates`.
+            rms: of each tensor's gradient, (..., P).
+            decrease: of the loss to first order, for steps in proportion to the base rates,
+                (..., 1).
         """
         step, n = states["step"] + 1, states["rows"].clamp(min=1) * states["columns"]
         whole, ones = Sums(*(x.sum(-1, keepdim=True) for x in s)), torch.ones_like(step)
         matrix = (states["rows"] > 0).to(step.dtype)
         narrow = matrix * (torch.minimum(states["rows"], states["columns"]) <= NARROW)
-        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
         first = torch.where(step > 1, states["first_rms"], rms)
-        decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
         begun = torch.where(step > 1, states["first_decrease"], decrease)
         fall = (step > 1).to(step.dtype) * (whole.u_g + whole.slope) / 2
         own = [
