@@ -105,6 +105,17 @@ def test_tensors_hear_of_each_other():
     assert not torch.equal(one[1], other[1])
 
 
+def test_the_change_of_the_loss_is_estimated_by_the_trapezoidal_rule():
+    """Half the sum of the gradients at both ends of a step, times the step."""
+    rule, params, grads = random_two_level(), tensors(), [tensors() for _ in range(2)]
+    after, _ = walk(rule, params, grads[:1])
+    steps = [new - old for new, old in zip(after, params)]
+    change = sum(float(((a + b) * u).sum()) / 2 for a, b, u in zip(*grads, steps))
+    _, states = walk(rule, params, grads)
+    for state in states:
+        assert float(state["fallen"]) == pytest.approx(change, rel=1e-3)
+
+
 def test_a_coordinate_that_never_had_a_gradient_rests():
     rule, param = random_two_level(), torch.randn(6)
     grads = [torch.randn(6) * (torch.arange(6) != 2) for _ in range(4)]
