@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # All that this project measures on a GPU, in one call of at most ten minutes: the CUDA tests, the cost of a
 # step and of an unroll (BERT-base's shape, bf16), and a comparison on core cells.
-#   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]
+#   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--parts NAMES] [--data DATA]
+#     [--encoder MINILM] [--pack PACK] [--minutes MINUTES] [--processes N]
+# With PACK (see scripts/two_level/pack.py) it also meta-trains the rule of two levels for MINUTES (4) from
+# scripts/two_level/checkpoint.safetensors on, by N processes (8), and compares it on the core cells.
+# --parts names the parts to run, of "tests step unroll quality train core" (all).
 # OUT gets a log and a JSON file of each part, and device.txt. A part that fails or runs out of its time
 # leaves its log, and the others run all the same; the exit code counts the parts that failed.
 # Needs Python 3.11 or newer with torch, safetensors, transformers, higher, peft, pytest and hypothesis.
@@ -12,13 +16,18 @@ cd "$(dirname "$0")/.."
 
 out=${1:?usage: bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]}
 shift
-device=cuda small=() data="" encoder="" failed=0
+device=cuda small=() data="" encoder="" pack="" minutes=4 processes=8 failed=0
+parts="tests step unroll quality train core"
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=$2; shift 2 ;;
     --small) small=(--tiny); shift ;;
     --data) data=$2; shift 2 ;;
     --encoder) encoder=$2; shift 2 ;;
+    --pack) pack=$2; shift 2 ;;
+    --minutes) minutes=$2; shift 2 ;;
+    --processes) processes=$2; shift 2 ;;
+    --parts) parts=$2; shift 2 ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
   esac
 done
@@ -30,6 +39,7 @@ mkdir -p "$out"
 part() { # NAME SECONDS COMMAND...
   local name=$1 seconds=$2 code=0
   shift 2
+  [[ " $parts " == *" $name "* ]] || return 0
   timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || code=$?
   [ $code -eq 0 ] || failed=$((failed + 1))
   echo "$name: exit code $code; $(tail -n 1 "$out/$name.log")"
@@ -46,6 +56,19 @@ if [ -n "$data" ] && [ -n "$encoder" ]; then
   part quality 200 "$python" scripts/benchmark_quality.py --data "$data" --encoder "$encoder" \
     --device "$device" --output "$out/quality" --episodes "$episodes" --tuning-episodes 2 \
     --cells "${cells[@]}"
+fi
+if [ -n "$pack" ]; then
+  two=scripts/two_level where=(--encoder "$pack/encoder" --cache "$pack" --device "$device" --processes "$processes")
+  batches=$((2 * processes)) cells=core
+  [ ${#small[@]} -eq 0 ] || batches=2 cells=core-types-head-5x1-prototype
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  part train $((minutes * 60 + 60)) "$python" $two/train.py "${where[@]}" --output "$out/run" \
+    --resume $two/checkpoint.safetensors --tasks "$batches" --minutes "$minutes" --meta-lr 5e-3 --horizon 1400
+  for split in val test; do
+    part core 200 "$python" $two/evaluate.py "$out/run/rule.safetensors" rnnopt/rules/weights/two_level.safetensors \
+      "${where[@]}" --output "$out/core.jsonl" --cells $cells --split $split --episodes 20 --steps 40
+    mv "$out/core.log" "$out/core-$split.log" 2>/dev/null
+  done
 fi
 echo "parts that failed: $failed"
 exit "$failed"

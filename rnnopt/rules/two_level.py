@@ -221,9 +221,7 @@ class TwoLevelLSTM(nn.Module):
             (last, grad), (adam, adam), (adam, grad), (direction, direction), (direction, grad),
             (direction, adam),
         )  # fmt: skip
-        g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a = (
-            (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1) for x, y in pairs
-        )
+        g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a = (_dot(x, y) for x, y in pairs)
         live, nonzero = ((x != 0).to(grad.dtype).sum(-1) for x in (square, grad))
         found = Sums(
             live, nonzero, grad.abs().sum(-1), g_g, p_p, p_g, m_m, m_g, u_u, u_g,
@@ -405,6 +403,13 @@ def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:
     share = rms / rms.amax(-1, keepdim=True)
     total = sums.live.sum(-1, keepdim=True).clamp(min=1)
     return FIRST_DISTANCE / torch.sqrt(total) * share**SHARE_POWER, share
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of products over the last dimension; on a CPU without memory for the products."""
+    if x.is_cuda:
+        return (x * y).sum(-1)
+    return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1)
 
 
 def _cosine(product: Tensor, square: Tensor, other: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What `train.py` trains on: random shapes of tasks, longer as meta-training proceeds; no command.
 
-Half of the batches are of distilled encoders and hold up to eight tasks; the others are of the
-encoder itself, mostly of one to three top layers above cached hidden states. The numbers are those
-that fit into a second or two of one core for each batch.
+Half of the batches are of distilled encoders, the others of the encoder itself. On a CPU these are
+mostly of its one to three top layers, and a batch takes a second or two of one core. On a GPU more
+layers train, unrolls are longer and batches larger; see `Profile`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from encoder import Encoder
 from tasks import Spec
+from texts import SHORT
 
 ENCODER_SHARE = 0.5  # of the batches, on the encoder itself
 KINDS = {"lora": 0.56, "full": 0.17, "head": 0.27}
@@ -23,7 +24,7 @@ HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
 BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
-FIRST_STEPS, LAST_STEPS = 6, 40  # the longest unroll at the start and at the end
+FIRST_STEPS = 6  # the longest unroll at the start
 # Narrow encoders are drawn twice as often: they hold more tasks.
 NARROW_WIDTH, NARROW_DEPTH = 96, 3
 
@@ -52,16 +53,59 @@ def _pick(rng: random.Random, shares: Mapping[Choice, float]) -> Choice:
     return rng.choices(list(shares), list(shares.values()))[0]
 
 
-def draw(rng: random.Random, encoders: Sequence[Encoder], progress: float) -> Drawn:
+class Profile(NamedTuple):
+    """What a machine can bear.
+
+    Args:
+        whole: the share of the encoder's own batches in which all of its layers train.
+        depths: shares of one to three top layers of the encoder itself.
+        last_steps: the longest unroll at the end of the curriculum.
+        limits: the longest unroll on the encoder itself, by what trains.
+        whole_limits: the same where all layers train.
+        long_limit: the same on long texts.
+        most_texts: of a support set on the encoder itself.
+        most_texts_full: the same where all weights or all layers train.
+        tasks: the most of a batch.
+        gigabytes: of a batch's graph, an estimate. The number of tasks follows from it.
+        largest: coordinates of a tensor through whose coordinate-wise LSTM the graph goes.
+    """
+
+    whole: float
+    depths: tuple[float, float, float]
+    last_steps: int
+    limits: Mapping[str, int]
+    whole_limits: Mapping[str, int]
+    long_limit: int
+    most_texts: int
+    most_texts_full: int
+    tasks: int
+    gigabytes: float
+    largest: int
+
+
+CPU = Profile(
+    0.07, (0.6, 0.3, 0.1), 40, {"head": 40, "lora": 12, "full": 6}, {"lora": 5, "full": 4}, 5,
+    50, 24, 8, 0.5, 20_000,
+)  # fmt: skip
+GPU = Profile(
+    0.25, (0.4, 0.3, 0.3), 50, {"head": 50, "lora": 30, "full": 15}, {"lora": 20, "full": 10}, 10,
+    100, 50, 16, 5.0, 150_000,
+)  # fmt: skip
+
+
+def draw(
+    rng: random.Random, encoders: Sequence[Encoder], progress: float, profile: Profile = CPU
+) -> Drawn:
     """The shape of the next batch.
 
     Args:
         rng: the source of randomness.
         encoders: the encoder itself, then the distilled ones.
         progress: of the curriculum, 0 to 1.
+        profile: what the machine can bear.
     """
     itself, *distilled = encoders
-    own = rng.random() < ENCODER_SHARE
+    own = not distilled or rng.random() < ENCODER_SHARE
     if own:
         encoder = itself
     else:
@@ -70,19 +114,18 @@ def draw(rng: random.Random, encoders: Sequence[Encoder], progress: float) -> Dr
         ]
         encoder = rng.choice([*distilled, *narrow])
     kind = _pick(rng, KINDS)
-    whole = own and kind != "head" and rng.random() < 0.07
-    long = rng.random() < (0.1 if own else 0.15)
-    layers = _layers(rng, encoder, kind, whole)
-    long = long and not whole
+    whole = own and kind != "head" and rng.random() < profile.whole
+    long = rng.random() < (0.1 if own else 0.15) and not whole
+    layers = _layers(rng, encoder, kind, whole, profile)
     pooling = _pick(rng, POOLINGS)
     shares = HEAD_SHARES_CLS if pooling == "cls" else HEAD_SHARES
     head = rng.choices(HEADS, shares)[0]
     scales = {"prototype": rng.choice([5, 10, 10, 20]), "logistic": rng.choice([1, 10, 10, 50])}
-    ways, shots = _size(rng, own, kind, whole, long)
+    ways, shots = _size(rng, own, kind, whole, long, profile)
     support = ways * shots
     batch = _pick(rng, BATCHES)
     batch = None if batch and batch >= support else batch
-    steps = _steps(rng, own, kind, whole, long, progress)
+    steps = _steps(rng, own, kind, whole, long, progress, profile)
     noise = rng.choice([0.05, 0.1, 0.2]) if shots >= 3 and rng.random() < 0.25 else 0.0
     rank = rng.choice([1, 2, 4, 8, 8, 8, 16, 32])
     lora_scale = rng.choice([0.5, 1, 2, 2, 2, 4])
@@ -97,13 +140,37 @@ def draw(rng: random.Random, encoders: Sequence[Encoder], progress: float) -> Dr
         rescale=rng.choice([0.3, 1.0]) if rng.random() < 0.07 else 0.0,
         words=rng.random() < 0.4,
     )  # fmt: skip
-    size = max(1, min(1 if kind == "full" else 8, int(600 / (support * length))))
-    if own:
-        size = 4 if kind == "head" else 1
-    return Drawn(spec, size, long and own)
+    drawn = Drawn(spec, 1, long and own)
+    size = int(profile.gigabytes / gigabytes(drawn))
+    return drawn._replace(size=max(1, min(profile.tasks, size)))
 
 
-def _layers(rng: random.Random, encoder: Encoder, kind: str, whole: bool) -> int:
+def gigabytes(drawn: Drawn) -> float:
+    """A rough estimate of the memory of one task's graph."""
+    spec = drawn.spec
+    texts = min(spec.batch or spec.ways * spec.shots, spec.ways * spec.shots)
+    texts += spec.ways * spec.queries / 6  # half of the steps are judged, without second order
+    width, depth = spec.encoder.hidden_size, spec.layers
+    hidden = texts * min(spec.length, 18 if spec.length <= SHORT else 90) * depth * width
+    trained = width * spec.ways
+    if spec.kind == "full":
+        trained += 12 * width * width * depth
+    elif spec.kind == "lora":
+        trained += 2 * width * spec.rank * len(spec.targets) * depth
+    else:
+        hidden = texts * width
+    steps = min(spec.steps, segment(drawn))
+    return steps * (220 * hidden + 500 * trained) / 1e9
+
+
+def cost(drawn: Drawn) -> float:
+    """A rough estimate of a batch's time, in any unit."""
+    spec = drawn.spec
+    tensors = {"head": 0.3, "lora": 1.0, "full": 1.5}[spec.kind]
+    return spec.steps * (0.5 + tensors * spec.layers**0.5) + 3 * gigabytes(drawn) * drawn.size
+
+
+def _layers(rng: random.Random, encoder: Encoder, kind: str, whole: bool, profile: Profile) -> int:
     """How many layers from the top; up to three of the encoder itself have cached inputs."""
     own = not encoder.distilled
     count = 1
@@ -111,17 +178,21 @@ def _layers(rng: random.Random, encoder: Encoder, kind: str, whole: bool) -> int
         if whole:
             count = encoder.layers
         elif own:
-            count = rng.choices([1, 2, 3], [0.6, 0.3, 0.1])[0]
+            count = rng.choices([1, 2, 3], profile.depths)[0]
         else:
             count = rng.randint(1, encoder.layers)
     if kind == "full" and own and not whole:
         count = rng.choices([1, 2], [0.85, 0.15])[0]
-    return count
+    return min(count, encoder.layers)
 
 
-def _size(rng: random.Random, own: bool, kind: str, whole: bool, long: bool) -> tuple[int, int]:
+def _size(
+    rng: random.Random, own: bool, kind: str, whole: bool, long: bool, profile: Profile
+) -> tuple[int, int]:
     """Ways and shots, bounded by what fits into memory and time."""
-    most = (24 if kind == "full" or whole else 50) if own else 40
+    most = 40
+    if own:
+        most = profile.most_texts_full if kind == "full" or whole else profile.most_texts
     if long:
         most //= 3 if own else 2
     ways = min(rng.choice(WAYS), most, 4 if long else 50)
@@ -129,19 +200,18 @@ def _size(rng: random.Random, own: bool, kind: str, whole: bool, long: bool) -> 
 
 
 def _steps(
-    rng: random.Random, own: bool, kind: str, whole: bool, long: bool, progress: float
-) -> int:
+    rng: random.Random, own: bool, kind: str, whole: bool, long: bool, progress: float,
+    profile: Profile,
+) -> int:  # fmt: skip
     """The length of the unroll, uniform on a logarithmic scale."""
-    top = FIRST_STEPS + (LAST_STEPS - FIRST_STEPS) * progress
+    top = FIRST_STEPS + (profile.last_steps - FIRST_STEPS) * progress
     steps = round(math.exp(rng.uniform(math.log(3), math.log(max(top, 8)))))
-    steps = min(steps, LAST_STEPS)
-    if own:
-        limits = {"head": 40, "lora": 12, "full": 6}
-        if whole:
-            limits |= {"lora": 5, "full": 4}
-        steps = min(steps, limits[kind])
-        return min(steps, 5) if long else steps
-    return min(steps, 12) if kind == "full" else steps
+    steps = min(steps, profile.last_steps)
+    if not own:
+        return min(steps, 12) if kind == "full" else steps
+    limits = {**profile.limits, **(profile.whole_limits if whole else {})}
+    steps = min(steps, limits[kind])
+    return min(steps, profile.long_limit) if long else steps
 
 
 def judgement(steps: int, rng: random.Random) -> list[float]:

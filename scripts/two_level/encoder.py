@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,16 +52,18 @@ class Encoder:
         positions: position embeddings, with those of the token type added, (longest text, D).
         scale: of the normalisation of embeddings, (D,).
         shift: the same.
+        vocabulary: V of the whole encoder, where rows of `words` that no text needs are left out.
         distilled: whether `prepare.py` made it. Its first token is not trained, so that pooling
             "cls" gives the pooler the mean instead, and its lower layers are not cached.
     """
 
     def __init__(
         self, name: str, weights: Weights, heads: int, words: Tensor, positions: Tensor,
-        scale: Tensor, shift: Tensor, distilled: bool,
+        scale: Tensor, shift: Tensor, distilled: bool, vocabulary: int | None = None,
     ) -> None:  # fmt: skip
         self.name, self.weights, self.heads, self.distilled = name, weights, heads, distilled
         self.words, self.positions, self.scale, self.shift = words, positions, scale, shift
+        self.vocabulary = vocabulary or len(words)
         self.hidden_size = words.shape[1]
         self.layers = 1 + max(int(key.split(".")[0]) for key in weights if key[0].isdigit())
         self._halves: dict[int, tuple[Tensor, Tensor]] = {}
@@ -166,7 +169,7 @@ def read_encoder(folder: Path) -> Encoder:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        stored = load_file(folder / "model.safetensors")
+        stored = load_file(folder / "model.safetensors", device=str(torch.get_default_device()))
         stored = {name.removeprefix("bert."): leaf.float() for name, leaf in stored.items()}
         weights = {
             f"{index}.{part}.{kind}": stored[f"encoder.layer.{index}.{theirs}.{kind}"]
@@ -190,24 +193,44 @@ def read_encoder(folder: Path) -> Encoder:
         ) from error
     heads = config["num_attention_heads"]
     return Encoder(
-        folder.name, weights, heads, words, positions + types[0], scale, shift, distilled=False
-    )
+        folder.name, weights, heads, words, positions + types[0], scale, shift, distilled=False,
+        vocabulary=config["vocab_size"],
+    )  # fmt: skip
 
 
-def save_small(path: Path, encoder: Encoder) -> None:
-    """Write a distilled encoder, its word embeddings in half precision."""
-    own = {"words": encoder.words.half(), "positions": encoder.positions}
+def save_small(path: Path, encoder: Encoder, projection: Tensor | None = None) -> None:
+    """Write a distilled encoder, its word embeddings in half precision.
+
+    Args:
+        path: of the file.
+        encoder: the distilled encoder.
+        projection: (D of its teacher + 1, D), written in place of its word embeddings, which are
+            ``[teacher's, 1] @ projection``.
+    """
+    own = {"words": encoder.words.half()} if projection is None else {"projection": projection}
+    own |= {"positions": encoder.positions}
     own |= {"scale": encoder.scale, "shift": encoder.shift}
     everything = {**encoder.weights, **own}
     part = path.with_suffix(".part")  # so that a file with the name is complete
-    save_file({name: leaf.detach().contiguous() for name, leaf in everything.items()}, part)
+    tensors = {name: leaf.detach().contiguous() for name, leaf in everything.items()}
+    save_file(tensors, part, {"vocabulary": str(encoder.vocabulary)})
     part.replace(path)
 
 
-def read_small(path: Path) -> Encoder:
+def read_small(path: Path, teacher: Encoder) -> Encoder:
     """A distilled encoder that `save_small` wrote."""
-    weights = load_file(path)
-    words, positions = weights.pop("words").float(), weights.pop("positions")
+    weights = {
+        name: leaf.float()
+        for name, leaf in load_file(path, device=str(torch.get_default_device())).items()
+    }
+    with safe_open(path, "pt") as file:
+        vocabulary = int((file.metadata() or {}).get("vocabulary", 0))
+    if "projection" in weights:
+        weights["words"] = F.pad(teacher.words, (0, 1), value=1.0) @ weights.pop("projection")
+    words, positions = weights.pop("words"), weights.pop("positions")
     scale, shift = weights.pop("scale"), weights.pop("shift")
     heads = words.shape[1] // UNITS_PER_HEAD
-    return Encoder(path.stem, weights, heads, words, positions, scale, shift, distilled=True)
+    return Encoder(
+        path.stem, weights, heads, words, positions, scale, shift, distilled=True,
+        vocabulary=vocabulary or None,
+    )  # fmt: skip

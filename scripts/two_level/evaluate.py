@@ -23,8 +23,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +105,24 @@ CELLS |= {
     "m": Cell(*_TYPES, "full", 2, *_MEAN),
     "x": Cell("clinc150", 5, 5, "lora", 2, *_CLS),
 }
+_SETS = {"intents": "clinc150", "titles": "stackoverflow20", "types": "trec28"}
+_SETS |= {"headlines": "huffpost36"}
+CORE = {
+    f"core-{name}-{kind}-{ways}x{shots}-{head}": Cell(
+        source, ways, shots, kind, 1 if kind == "head" else 6, pooling, head
+    )
+    for name, source in _SETS.items()
+    for kind in ("head", "lora", "full")
+    for ways, shots in ((10, 5), (5, 1))
+    for pooling, head in (_MEAN, _CLS)
+}
+CELLS |= CORE
+# AdamW's rates, by what trains
+RATES = {
+    "head": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+}
 
 
 def spec_of(cell: Cell, encoder: Encoder, options: argparse.Namespace) -> Spec:
@@ -133,18 +154,20 @@ def adamw(rate: float, tasks: TaskBatch) -> Curves:
 
 
 def logistic(tasks: TaskBatch) -> Curves:
-    """Logistic regression on the frozen embeddings of one task, the same at every step."""
+    """Logistic regression on the frozen embeddings, the same at every step."""
     with torch.no_grad():
         features = [tasks.inputs, tasks.query_inputs]
         if tasks.spec.kind != "head":
             trained, masks = tasks.named(tasks.start), (tasks.mask, tasks.query_mask)
             features = [tasks.features(trained, *each) for each in zip(features, masks)]
             features = [F.normalize(x, dim=-1) for x in features]
-    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000)
-    model.fit(features[0][0].numpy(), tasks.labels[0].numpy())
-    logits = torch.full((1, tasks.query_labels.shape[1], tasks.spec.ways), -1e4)
-    found = torch.from_numpy(model.predict_log_proba(features[1][0].numpy())).float()
-    logits[0, :, torch.from_numpy(model.classes_)] = found
+    logits = torch.full((*tasks.query_labels.shape, tasks.spec.ways), -1e4)
+    for task in range(tasks.size):
+        model = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000)
+        support, query = (x[task].cpu().numpy() for x in features)
+        model.fit(support, tasks.labels[task].cpu().numpy())
+        found = torch.from_numpy(model.predict_log_proba(query)).to(logits)
+        logits[task][:, torch.tensor(model.classes_)] = found
     loss = query_losses(logits, tasks.query_labels)[0]
     accuracy = (logits.argmax(-1) == tasks.query_labels).float().mean(1)
     steps = tasks.spec.steps + 1
@@ -158,7 +181,7 @@ def read_rule(path: Path, without: Sequence[str] = ()) -> TrainedRule:
         path: the file.
         without: those of `PARTS` that are left out, by weights that are set to zero.
     """
-    weights = load_file(path)
+    weights = load_file(path, device=str(torch.get_default_device()))
     rule = TrainedRule(coordinate_units=len(weights.get("candidate.weight", ())))
     rule.load_state_dict(weights)
     rule.requires_grad_(False)
@@ -173,26 +196,27 @@ def read_rule(path: Path, without: Sequence[str] = ()) -> TrainedRule:
     return rule
 
 
-def methods(options: argparse.Namespace) -> dict[str, Callable[[TaskBatch], Curves]]:
-    """What is compared, by name."""
+def methods(options: argparse.Namespace, kind: str) -> dict[str, Callable[[TaskBatch], Curves]]:
+    """What is compared, by name; `kind` is what trains."""
     found: dict[str, Callable[[TaskBatch], Curves]] = {}
     left_out = "".join(f", without {part}" for part in options.without)
     for path in options.rules:
         rule = read_rule(path, options.without)
         found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = partial(adapt, rule)
-    for rate in options.rates:
+    for rate in RATES[kind] if options.rates is None else options.rates:
         found[f"AdamW at {rate:g}"] = partial(adamw, rate)
     return {**found, LOGISTIC: logistic}
 
 
-def episodes(cell: Cell, spec: Spec, texts: Texts, count: int) -> list[TaskBatch]:
-    """The cell's tasks, the same for every method."""
-    made = []
+def episodes(cell: Cell, spec: Spec, texts: Texts, count: int, together: bool) -> list[TaskBatch]:
+    """The cell's tasks, the same for every method; in one batch if `together`, as a GPU likes."""
+    drawn = []
     for number in range(count):
         rng = random.Random(7000 + number)
-        episode = texts.draw(rng, cell.ways, cell.shots, spec.queries, cell.source)
-        made.append(TaskBatch(texts, spec, [episode], 50 + number))
-    return made
+        drawn.append(texts.draw(rng, cell.ways, cell.shots, spec.queries, cell.source))
+    if together:
+        return [TaskBatch(texts, spec, drawn, 50)]
+    return [TaskBatch(texts, spec, [own], 50 + number) for number, own in enumerate(drawn)]
 
 
 def run(method: Callable[[TaskBatch], Curves], tasks: Sequence[TaskBatch]) -> dict[str, Any]:
@@ -201,8 +225,9 @@ def run(method: Callable[[TaskBatch], Curves], tasks: Sequence[TaskBatch]) -> di
     for number, task in enumerate(tasks):
         task.restart(number)
         curves.append(method(task))
-    loss, accuracy = (torch.cat([curve[i] for curve in curves], 1).tolist() for i in (0, 1))
-    return {"loss": loss, "accuracy": accuracy}
+    loss, accuracy = (torch.cat([curve[i] for curve in curves], 1) for i in (0, 1))
+    figures = {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
+    return {name: [[round(x, 5) for x in at] for at in found] for name, found in figures.items()}
 
 
 def row(name: str, figures: dict[str, Any]) -> str:
@@ -216,47 +241,80 @@ def row(name: str, figures: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the tables."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("rules", nargs="*", type=Path, help="rule files")
     add("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
-    add("--cache", type=Path, required=True, help="folder that prepare.py filled")
+    add("--cache", type=Path, required=True, help="folder that prepare.py or pack.py filled")
     add("--output", type=Path, required=True, help="file of the figures, JSON lines")
-    add("--cells", nargs="+", choices=CELLS, default=["A", "B", "C", "D"], metavar="CELL")
+    add("--cells", nargs="+", choices=[*CELLS, "core"], default=["A", "B", "C", "D"],
+        metavar="CELL", help="core: all cells whose name begins so")  # fmt: skip
+    add("--split", choices=("val", "test"), default="val", help="of the classes (default: val)")
     add("--episodes", type=int, default=12)
     add("--steps", type=int, default=10)
-    add("--rates", nargs="*", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="of AdamW")
+    add("--rates", nargs="*", type=float, help="of AdamW (default: five, by what trains)")
     add("--batch", type=int, help="texts of a minibatch (default: all)")
     add("--label-noise", type=float, default=0.0, help="share of support labels drawn anew")
     add("--without", nargs="*", choices=PARTS, default=[], help="parts of the rules to leave out")
-    options = parser.parse_args(words)
+    add("--device", default="cpu", help="cpu (the default) or cuda, with all episodes at once")
+    add("--processes", type=int, default=1, help="that share the cells (default: 1)")
+    return parser.parse_args(words)
+
+
+def figures_of(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """The figures of all methods in a cell; those that --output has are taken from there."""
     torch.set_num_threads(1)
-    texts, encoder = read_texts(options.cache / "val.safetensors"), read_encoder(options.encoder)
+    torch.set_default_device(options.device)
+    path, encoder = options.cache / f"{options.split}.safetensors", read_encoder(options.encoder)
+    texts = read_texts(path)
+    cell = CELLS[name]
+    if name in CORE:  # as many ways as the split's classes allow
+        cell = cell._replace(ways=min(cell.ways, len(texts.sources.get(cell.source, ()))))
+    if not cell.ways:
+        print(f"{path} has no {cell.source}: {name} is left out", file=sys.stderr)
+        return []
     settings = {
-        name: getattr(options, name) for name in ("episodes", "steps", "batch", "label_noise")
+        key: getattr(options, key) for key in ("split", "episodes", "steps", "batch", "label_noise")
     }
     lines = options.output.read_text().splitlines() if options.output.exists() else []
-    done = [json.loads(line) for line in lines]
-    for letter in options.cells:
-        cell, tasks = CELLS[letter], list[TaskBatch]()
-        shown = [step for step in SHOWN if step <= options.steps]
-        heads = [f"{metric}, {step} steps" for metric in ("accuracy", "loss") for step in shown]
-        print(f"\n| {letter}: {cell} | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
-        for name, method in methods(options).items():
-            what = {"cell": letter, "method": name, **settings}
-            found = next((entry for entry in done if what.items() <= entry.items()), None)
-            if found is None:
-                tasks = tasks or episodes(
-                    cell, spec_of(cell, encoder, options), texts, options.episodes
-                )
-                found = {**what, **run(method, tasks)}
-                with open(options.output, "a") as file:
-                    print(json.dumps(found), file=file)
-            print(row(name, found), flush=True)
+    done, tasks = [json.loads(line) for line in lines], list[TaskBatch]()
+    figures = []
+    for method, curves in methods(options, cell.kind).items():
+        what = {"cell": name, "ways": cell.ways, "method": method, **settings}
+        found = next((entry for entry in done if what.items() <= entry.items()), None)
+        if found is None:
+            spec = spec_of(cell, encoder, options)
+            gpu = options.device != "cpu"
+            tasks = tasks or episodes(cell, spec, texts, options.episodes, together=gpu)
+            found = {**what, **run(curves, tasks)}
+            with open(options.output, "a") as file:
+                file.write(json.dumps(found) + "\n")
+        figures.append(found)
+    return figures
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the tables."""
+    options = arguments(words)
+    cells = [c for name in options.cells for c in (CORE if name == "core" else [name])]
+    shown = [step for step in SHOWN if step <= options.steps]
+    heads = [f"{metric}, {step} steps" for metric in ("accuracy", "loss") for step in shown]
+    with ExitStack() as stack:
+        ran: Iterator[list[dict[str, Any]]] = map(partial(figures_of, options), cells)
+        if options.processes > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(options.processes, maxtasksperchild=4))
+            ran = pool.imap(partial(figures_of, options), cells, chunksize=1)
+        for name, figures in zip(cells, ran):
+            print(
+                f"\n| {name}: {CELLS[name]} | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}"
+            )
+            for found in figures:
+                print(row(found["method"], found), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ TRAIN = (
 VALIDATION = (
     "clinc150", "huffpost36", "stackoverflow20", "trec28", "amazon16_partial", "hwu64",
 )  # fmt: skip
+TEST = ("clinc150", "huffpost36", "stackoverflow20", "trec28", "amazon16_partial", "hwu64", "liu54")
 # Texts kept of a class: by split, of sources with few classes, and of a product's sentiments.
 MOST = {"train": 36, "val": 60}
 MOST_OF_FEW, FEW_CLASSES, MOST_OF_REVIEWS = 80, "amazon", 25
@@ -58,22 +59,30 @@ POSITIONS = 512
 BATCH = 64  # texts at a time
 
 
-def collect(data: Path, names: Sequence[str], split: str) -> tuple[Sources, list[str]]:
+def collect(
+    data: Path, names: Sequence[str], split: str, most: int | None = None
+) -> tuple[Sources, list[str]]:
     """The texts of a split's sources by class, a random sample of each class.
+
+    Args:
+        data: folder of the sources.
+        names: theirs.
+        split: the name of the files.
+        most: texts kept of a class; None takes `MOST`.
 
     Returns:
         The texts' numbers by source and class, and the texts.
     """
     rng, sources, texts = random.Random(0), Sources(), list[str]()
 
-    def add(name: str, rows: list[tuple[str, str]], most: int) -> None:
+    def add(name: str, rows: list[tuple[str, str]], limit: int) -> None:
         classes: dict[str, list[str]] = {}
         for text, label in rows:
             classes.setdefault(label, []).append(text)
         kept = {}
         for label, found in classes.items():
             if len(found) >= LEAST:
-                chosen = rng.sample(found, min(most, len(found)))
+                chosen = rng.sample(found, min(limit, len(found)))
                 kept[label] = list(range(len(texts), len(texts) + len(chosen)))
                 texts.extend(chosen)
         if len(kept) > 1:
@@ -87,13 +96,13 @@ def collect(data: Path, names: Sequence[str], split: str) -> tuple[Sources, list
         rows = list(_rows(path))
         if name == REVIEWS:
             products = [(row["text"], row["domain"]) for row in rows]
-            add("arsc_domains", products, MOST_OF_REVIEWS)
+            add("arsc_domains", products, most or MOST_OF_REVIEWS)
             for product in sorted({product for _, product in products}):
                 own = [(r["text"], str(r["label"])) for r in rows if r["domain"] == product]
-                add(DOMAINS + product, own, MOST_OF_REVIEWS)
+                add(DOMAINS + product, own, most or MOST_OF_REVIEWS)
         else:
-            most = MOST_OF_FEW if name.startswith(FEW_CLASSES) else MOST[split]
-            add(name, [(row["text"], str(row["label"])) for row in rows], most)
+            few = MOST_OF_FEW if name.startswith(FEW_CLASSES) else MOST.get(split, 0)
+            add(name, [(row["text"], str(row["label"])) for row in rows], most or few)
     return sources, texts
 
 

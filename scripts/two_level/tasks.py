@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 
 WORDS = "words"  # the name of the word embeddings among the tensors that train
 RANDOM_HEAD = 0.02  # standard deviation of a random head, as in BERT
-TEMPERATURES = torch.tensor([0.02 * 10 ** (k / 12) for k in range(61)])
+TEMPERATURES = [0.02 * 10 ** (k / 12) for k in range(61)]
 PARTS_OF_LETTERS = {"q": "query", "k": "key", "v": "value", "o": "attention_output"}
 
 
@@ -119,11 +120,9 @@ def query_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return each.view(*scaled.shape[:-1]).mean(-1)
 
     with torch.no_grad():
-        at_all = loss(
-            logits / TEMPERATURES[:, None, None, None],
-            labels.expand(len(TEMPERATURES), tasks, texts),
-        )
-        best = TEMPERATURES[at_all.argmin(0)]
+        tried = torch.tensor(TEMPERATURES, device=logits.device)
+        at_all = loss(logits / tried[:, None, None, None], labels.expand(len(tried), tasks, texts))
+        best = tried[at_all.argmin(0)]
     return loss(logits, labels), loss(logits / best[:, None, None], labels)
 
 
@@ -139,13 +138,14 @@ class TaskBatch:
     Attributes:
         start: the tensors that train, flat, (B, N) each.
         shapes: theirs, for one task.
+        alike: the indices of tensors of one shape, which a rule can step together.
     """
 
     def __init__(
         self, texts: Texts, spec: Spec, episodes: Sequence[tuple[Labelled, Labelled]], seed: int
     ) -> None:
         self.spec, self.size = spec, len(episodes)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         self._rng, self._order = random.Random(seed), list[int]()
         encoder = spec.encoder
         self.layers = list(range(encoder.layers - spec.layers, encoder.layers))
@@ -160,6 +160,10 @@ class TaskBatch:
         trained = self._trained(generator, words)
         self.names = list(trained)
         self.shapes = [tuple(leaf.shape[1:]) for leaf in trained.values()]
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        for index, (name, form) in enumerate(zip(self.names, self.shapes)):
+            by_shape.setdefault((name == WORDS, form), []).append(index)
+        self.alike = list(by_shape.values())
         self._factors = [
             torch.exp(torch.randn(self.size, 1, generator=generator) * spec.rescale)
             if spec.rescale

@@ -39,7 +39,8 @@ class Texts:
         lengths: tokens of each text, (T,).
         hidden: by depth, the outputs of the lowest layers for the first `SHORT` tokens,
             (T, SHORT, D), float16. Empty: they are computed for each task.
-        long: texts with more than `SHORT` tokens whose hidden states are cached in full, (L,).
+        long: texts with more than `SHORT` tokens to draw long tasks from, (L,); what is cached of
+            them is cached in full.
         long_hidden: theirs by depth, (L, longest text, D), float16.
         embeddings: mean-pooled, of length 1, (T, D), of the tokens that are cached. Distillation
             needs them.
@@ -54,7 +55,7 @@ class Texts:
     embeddings: Tensor
 
     def __post_init__(self) -> None:
-        self._place = {int(text): at for at, text in enumerate(self.long)}
+        self._place = {int(text): at for at, text in enumerate(self.long.tolist())}
         self._long_sources: Sources = {}
         for source, classes in self.sources.items():
             kept = {name: [t for t in texts if t in self._place] for name, texts in classes.items()}
@@ -145,7 +146,7 @@ def read_texts(path: Path) -> Texts:
     """
     if not path.exists():
         raise InputError(f"{path} is missing; make it with scripts/two_level/prepare.py")
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", str(torch.get_default_device())) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sources = json.loads(file.metadata()["sources"])
 

@@ -32,15 +32,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from curriculum import Drawn, draw, judgement, second_order, segment
+from curriculum import CPU, GPU, Drawn, Profile, cost, draw, judgement, second_order, segment
 from encoder import Encoder, read_encoder, read_small
 from safetensors import safe_open
 from tasks import TaskBatch
 from texts import Texts, read_texts
-from torch import Tensor
+from torch import Tensor, distributed
 from unroll import TrainedRule, unroll
 
 from rnnopt.errors import InputError
@@ -57,9 +59,11 @@ MEMORY = 0.99  # decay of the averaged weights
 LARGE_SKIPPED = 0.7  # of the batches leave the coordinate-wise LSTM out in large tensors
 LOGGED, SAVED = 10, 50  # meta-steps
 TRIES = 1000  # of shapes that no source has enough texts for
-RECENT = 150  # batches that a line of the log averages over
+RECENT = 50  # meta-steps that a line of the log averages over
+COUNTS = 5  # numbers of a batch behind its meta-gradient
 
-Draw = Callable[[random.Random, float], tuple[Drawn, TaskBatch]]
+# Of a random generator and the progress of the curriculum: a batch's shape, and what makes it.
+Draw = Callable[[random.Random, float], tuple[Drawn, Callable[[], TaskBatch]]]
 
 
 class MetaTraining:
@@ -89,8 +93,8 @@ class MetaTraining:
         self.average = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.Adam(rule.parameters(), meta_lr, BETAS)
         self.steps = self.tasks = self.skipped = self.updates = 0
-        # of the batches: mean query loss over log(classes), share of steps above the start, norm
-        self.recent: list[tuple[float, float, float]] = []
+        # means over the batches: query loss over log(classes), share of steps above the start, norm
+        self.recent: list[list[float]] = []
 
     def rate(self) -> float:
         """The learning rate of the present meta-step."""
@@ -101,6 +105,8 @@ class MetaTraining:
     def meta_step(self, batches: int, say: Callable[[str], None]) -> int:
         """One step of the meta-optimizer.
 
+        Several processes share the batches, the costliest first, and sum up what they found.
+
         Args:
             batches: whose clipped meta-gradients are averaged.
             say: takes lines for the log.
@@ -108,45 +114,71 @@ class MetaTraining:
         Returns:
             How many of the batches were finite; with none, the weights stay.
         """
-        rng = random.Random(self.seed + 1000 * self.steps)
-        torch.manual_seed(self.seed + self.steps)  # of dropout
+        progress, ready = min(1.0, (self.steps + 1) / self.horizon), []
+        for number in range(batches):
+            rng = random.Random(f"{self.seed} {self.steps} {number}")
+            ready.append((*self.draw_batch(rng, progress), rng))
         self.steps += 1
-        total = [torch.zeros_like(param) for param in self.params.values()]
-        finite = 0
-        for _ in range(batches):
-            drawn, tasks = self.draw_batch(rng, min(1.0, self.steps / self.horizon))
-            found = self._meta_gradient(rng, drawn, tasks)
+        sums = torch.zeros(sum(x.numel() for x in self.params.values()) + COUNTS)
+        for number in self._own([cost(drawn) for drawn, _, _ in ready]):
+            drawn, make, rng = ready[number]
+            torch.manual_seed(rng.randrange(1 << 30))  # of dropout
+            found = self._meta_gradient(rng, drawn, make)
             if found is None:
-                self.skipped += 1
-                say(f"skipped, as it is not finite: {drawn.spec}")
-                continue
-            finite += 1
-            self.tasks += tasks.size
-            total = [x + y for x, y in zip(total, found)]
+                say(f"skipped, as it is not finite or too large: {drawn.spec}")
+            else:
+                sums += found
+        if distributed.is_initialized():
+            sums = sums.cpu()
+            distributed.all_reduce(sums)
+        *figures, tasks, finite = sums[-COUNTS:].tolist()
+        self.skipped += batches - round(finite)
         if finite:
-            self._update([x / finite for x in total])
-        return finite
+            self.tasks += round(tasks)
+            self.recent = [*self.recent[1 - RECENT :], [x / finite for x in figures]]
+            self._update(sums[:-COUNTS] / finite)
+        return round(finite)
+
+    @staticmethod
+    def _own(costs: Sequence[float]) -> list[int]:
+        """The batches of this process: each goes to the one with the least to do so far."""
+        if not distributed.is_initialized():
+            return list(range(len(costs)))
+        loads: list[tuple[float, list[int]]] = [
+            (0.0, []) for _ in range(distributed.get_world_size())
+        ]
+        for number in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            rank = min(range(len(loads)), key=lambda i: loads[i][0])
+            load, own = loads[rank]
+            loads[rank] = (load + costs[number], [*own, number])
+        return loads[distributed.get_rank()][1]
 
     def _meta_gradient(
-        self, rng: random.Random, drawn: Drawn, tasks: TaskBatch
-    ) -> list[Tensor] | None:
-        """The clipped meta-gradient of a batch; None if anything is not finite."""
+        self, rng: random.Random, drawn: Drawn, make: Callable[[], TaskBatch]
+    ) -> Tensor | None:
+        """The clipped meta-gradient of a batch, its figures, tasks and 1; None if not finite."""
         self.rule.skip_large = rng.random() < LARGE_SKIPPED
         weights = judgement(drawn.spec.steps, rng)
-        run = unroll(self.rule, tasks, weights, 1 + second_order(drawn), segment(drawn))
-        norm = math.sqrt(sum(float((x * x).sum()) for x in run.meta_gradient))
+        try:
+            tasks = make()
+            run = unroll(self.rule, tasks, weights, 1 + second_order(drawn), segment(drawn))
+        except torch.OutOfMemoryError:  # of a GPU: its size was an estimate
+            torch.cuda.empty_cache()
+            return None
+        gradient = torch.cat([x.flatten() for x in run.meta_gradient])
+        norm = float(gradient.norm())
         if not math.isfinite(norm) or not torch.isfinite(run.losses).all():
             return None
         later = run.losses[1:]
         loss = float(later.mean()) / math.log(drawn.spec.ways)
         above = float((later > run.losses[0] + 0.01).float().mean())
-        self.recent = [*self.recent[1 - RECENT :], (loss, above, norm)]
-        factor = min(1.0, LARGEST_NORM / (norm + 1e-9))
-        return [x * factor for x in run.meta_gradient]
+        counts = torch.tensor([loss, above, norm, tasks.size, 1.0])
+        return torch.cat([gradient * min(1.0, LARGEST_NORM / (norm + 1e-9)), counts])
 
-    def _update(self, gradient: Sequence[Tensor]) -> None:
-        for param, grad in zip(self.params.values(), gradient):
-            param.grad = grad
+    def _update(self, gradient: Tensor) -> None:
+        sizes = [param.numel() for param in self.params.values()]
+        for param, grad in zip(self.params.values(), gradient.split(sizes)):
+            param.grad = grad.view_as(param).to(param)
         self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -177,10 +209,12 @@ class MetaTraining:
             tensors[f"weights.{name}"], tensors[f"average.{name}"] = param, self.average[name]
             for letter, moment in (("m", "exp_avg"), ("v", "exp_avg_sq")):
                 tensors[f"{letter}.{name}"] = moments.get(moment, torch.zeros_like(param))
+        tensors = {name: leaf.detach().cpu() for name, leaf in tensors.items()}
         save_tensors(folder / STATE_FILE, tensors, {**self.counts(), **self.rule.config})
-        rule = TwoLevelLSTM(**self.rule.config)
-        rule.load_state_dict(self.average)
-        save_rule(rule, folder / RULE_FILE, self.counts())
+        with torch.device("cpu"):
+            rule = TwoLevelLSTM(**self.rule.config)
+            rule.load_state_dict(self.average)
+            save_rule(rule, folder / RULE_FILE, self.counts())
 
     def restore(self, path: Path) -> None:
         """Go on from a state that `save` wrote.
@@ -189,6 +223,8 @@ class MetaTraining:
             InputError: the file can't be read, or holds a state of a rule with other sizes.
         """
         tensors, about = read_tensors(path)
+        device = torch.get_default_device()
+        tensors = {name: leaf.to(device) for name, leaf in tensors.items()}
         if not about:  # of the first runs: each fact an entry of its own
             with safe_open(path, "pt") as file:
                 about = {name: int(value) for name, value in (file.metadata() or {}).items()}
@@ -200,7 +236,7 @@ class MetaTraining:
             for name, param in self.params.items():
                 self.average[name] = tensors[f"average.{name}"]
                 self.optimizer.state[param] = {
-                    "step": torch.tensor(float(self.updates)),
+                    "step": torch.tensor(float(self.updates), device="cpu"),
                     "exp_avg": tensors[f"m.{name}"],
                     "exp_avg_sq": tensors[f"v.{name}"],
                 }
@@ -211,12 +247,12 @@ class MetaTraining:
             ) from error
 
 
-def drawing(texts: Texts, encoders: Sequence[Encoder]) -> Draw:
+def drawing(texts: Texts, encoders: Sequence[Encoder], profile: Profile = CPU) -> Draw:
     """Batches from these texts and encoders, the encoder itself first; see `curriculum.draw`."""
 
-    def draw_batch(rng: random.Random, progress: float) -> tuple[Drawn, TaskBatch]:
+    def draw_batch(rng: random.Random, progress: float) -> tuple[Drawn, Callable[[], TaskBatch]]:
         for _ in range(TRIES):
-            drawn = draw(rng, encoders, progress)
+            drawn = draw(rng, encoders, progress, profile)
             spec = drawn.spec
             try:
                 episodes = [
@@ -225,7 +261,7 @@ def drawing(texts: Texts, encoders: Sequence[Encoder]) -> Draw:
                 ]
             except InputError:  # with few sources some shapes can't be had
                 continue
-            return drawn, TaskBatch(texts, spec, episodes, rng.randrange(1 << 30))
+            return drawn, partial(TaskBatch, texts, spec, episodes, rng.randrange(1 << 30))
         raise InputError("no task fits the texts in the cache: prepare it with more sources")
 
     return draw_batch
@@ -247,18 +283,51 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--meta-lr", type=float, default=2e-3, help="highest learning rate (default: 2e-3)")
     add("--horizon", type=int, default=1200, help="meta-steps of the curriculum (default: 1200)")
     add("--seed", type=int, default=1)
+    add("--device", default="cpu", help="cpu (the default) or cuda, with larger batches")
+    add("--processes", type=int, default=1, help="that share a meta-step's batches (default: 1)")
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Meta-train for a while."""
     options = arguments(words)
+    if options.processes == 1:
+        meta_train(0, options, None)
+        return
+    with TemporaryDirectory() as folder:
+        spawn = torch.multiprocessing.spawn
+        spawn(meta_train, (options, Path(folder) / "meeting"), nprocs=options.processes)
+
+
+def meta_train(rank: int, options: argparse.Namespace, meeting: Path | None) -> None:
+    """One process of a run; the first one writes.
+
+    Args:
+        rank: its number.
+        options: of the command line.
+        meeting: a file by which the processes find each other; None for a single one.
+    """
+    begun = time.monotonic()
     torch.set_num_threads(1)
+    torch.set_default_device(options.device)
     torch.manual_seed(options.seed)
+    if meeting is not None:
+        distributed.init_process_group(
+            "gloo", f"file://{meeting}", rank=rank, world_size=options.processes
+        )
+    gpu = options.device != "cpu"
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        torch.cuda.set_per_process_memory_fraction(0.95 / options.processes)
     encoders = [read_encoder(options.encoder)]
-    encoders += [read_small(path) for path in sorted(options.cache.glob("small_*.safetensors"))]
-    batches = drawing(read_texts(options.cache / "train.safetensors"), encoders)
-    training = MetaTraining(TrainedRule(), batches, options.seed, options.meta_lr, options.horizon)
+    small = sorted(options.cache.glob("small_*.safetensors"))
+    encoders += [read_small(path, encoders[0]) for path in small]
+    texts, profile = read_texts(options.cache / "train.safetensors"), GPU if gpu else CPU
+    rule = TrainedRule()
+    rule.largest = profile.largest
+    training = MetaTraining(
+        rule, drawing(texts, encoders, profile), options.seed, options.meta_lr, options.horizon
+    )
     if options.resume:
         resume = options.resume
         training.restore(resume / STATE_FILE if resume.is_dir() else resume)
@@ -269,20 +338,31 @@ def main(words: Sequence[str] | None = None) -> None:
             print(line, flush=True)
             print(line, file=log, flush=True)
 
-        begun, first = time.monotonic(), training.steps
-        while time.monotonic() - begun < 60 * options.minutes:
+        first = training.steps
+        while _in_time(begun, options.minutes):
             if options.meta_steps is not None and training.steps - first >= options.meta_steps:
                 break
             training.meta_step(options.tasks, say)
-            if training.steps % LOGGED == 0:
+            if rank == 0 and training.steps % LOGGED == 0:
                 say(f"{time.monotonic() - begun:.0f} s, {training.report()}")
-            if training.steps % SAVED == 0:
+            if rank == 0 and training.steps % SAVED == 0:
                 training.save(options.output)
-        training.save(options.output)
-        say(
-            f"end: meta-step {training.steps}, {training.tasks} tasks, "
-            f"{training.skipped} batches skipped"
-        )
+        if rank == 0:
+            training.save(options.output)
+            say(
+                f"end: meta-step {training.steps}, {training.tasks} tasks, "
+                f"{training.skipped} batches skipped"
+            )
+    if meeting is not None:
+        distributed.destroy_process_group()
+
+
+def _in_time(begun: float, minutes: float) -> bool:
+    """Whether the minutes are not over, by the clock of the first process."""
+    go = torch.tensor([float(time.monotonic() - begun < 60 * minutes)], device="cpu")
+    if distributed.is_initialized():
+        distributed.broadcast(go, 0)
+    return bool(go)
 
 
 if __name__ == "__main__":

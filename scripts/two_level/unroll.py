@@ -17,10 +17,10 @@ from torch import Tensor
 from rnnopt.rules.protocol import State
 from rnnopt.rules.two_level import Observed, Sums, TwoLevelLSTM
 
-LARGEST = 20_000  # coordinates of a tensor through whose coordinate-wise LSTM the graph goes
-CHUNK = 16_384  # coordinates of a larger tensor at a time
+CHUNK = 16_384  # coordinates of a large tensor at a time, so that they stay in a core's cache
+CHUNK_OF_GPU = 1 << 24  # coordinates of all tensors of a group at a time, so that they fit
 CALIBRATED = 0.5  # share of the query loss at its best temperature
-ABOVE_START = 1.0  # weight of what a query loss exceeds the first one by
+ABOVE_LOWEST = 0.5  # weight of what a query loss exceeds the lowest one before it by
 # Leaves of a state that the tensor-wise LSTM reads, those of `cross_tensor_context`.
 TENSOR_LEAVES = (*TwoLevelLSTM.leaves, *sorted(TwoLevelLSTM.tensor_state))
 
@@ -29,12 +29,14 @@ class TrainedRule(TwoLevelLSTM):
     """The rule while it is meta-trained: its updates are the same, its graph is smaller.
 
     The inputs of the coordinate-wise LSTM are constants: second order goes through the rest of the
-    rule. In tensors of more than `LARGEST` coordinates its outputs are constants too.
+    rule. In large tensors its outputs are constants too.
 
     Attributes:
-        skip_large: leave the coordinate-wise LSTM out in tensors of more than `LARGEST`.
+        largest: coordinates of a tensor through whose coordinate-wise LSTM the graph goes.
+        skip_large: leave the coordinate-wise LSTM out in tensors of more.
     """
 
+    largest = 20_000
     skip_large = False
 
     def __init__(self, *sizes: int, **named: int) -> None:
@@ -52,7 +54,7 @@ class TrainedRule(TwoLevelLSTM):
         self, adam: Tensor, score: Tensor, root: Tensor, state: State
     ) -> tuple[Tensor, Tensor]:
         """As `TwoLevelLSTM.next_cell`, of constants."""
-        large = adam.shape[-1] > LARGEST
+        large = adam.shape[-1] > self.largest
         if large and self.skip_large:
             return state["cell"], torch.zeros_like(adam)
         constant = {name: state[name].detach() for name in ("change", "last_rate", "last_rms")}
@@ -60,9 +62,11 @@ class TrainedRule(TwoLevelLSTM):
         if not large or not state["cell"].shape[-2]:
             return super().next_cell(adam.detach(), score.detach(), root.detach(), seen)
         parts = []
+        leading = adam.numel() // adam.shape[-1]
+        chunk = max(1, CHUNK_OF_GPU // leading) if adam.is_cuda else CHUNK
         with torch.no_grad():
-            for start in range(0, adam.shape[-1], CHUNK):
-                cut = slice(start, start + CHUNK)
+            for start in range(0, adam.shape[-1], chunk):
+                cut = slice(start, start + chunk)
                 own = {name: seen[name][..., cut] for name in ("change", "cell")}
                 direction, ratio, size = (x[..., cut] for x in (adam, score, root))
                 parts.append(super().next_cell(direction, ratio, size, {**seen, **own}))
@@ -75,16 +79,19 @@ class TrainedRule(TwoLevelLSTM):
 
 
 def initial_states(rule: TwoLevelLSTM, tasks: TaskBatch) -> list[State]:
-    """The states of the tensors that train, each leaf with a leading dimension B.
+    """The states of the tensors that train, for each group of `tasks.alike`: leaves (G, B, ...).
 
     Word embeddings count as the whole vocabulary, although only the rows that occur are held.
     """
     states = []
-    for name, shape in zip(tasks.names, tasks.shapes):
+    for group in tasks.alike:
+        shape = tasks.shapes[group[0]]
         state = rule.init_state(torch.empty(math.prod(shape)), shape)
-        if name == WORDS:
-            state["rows"] = torch.full((), len(tasks.spec.encoder.words), dtype=state["rows"].dtype)
-        states.append({leaf: x.expand(tasks.size, *x.shape).clone() for leaf, x in state.items()})
+        if tasks.names[group[0]] == WORDS:
+            rows = tasks.spec.encoder.vocabulary
+            state["rows"] = torch.full((), rows, dtype=state["rows"].dtype)
+        size = (len(group), tasks.size)
+        states.append({leaf: x.expand(*size, *x.shape).clone() for leaf, x in state.items()})
     return states
 
 
@@ -94,25 +101,30 @@ def step(
 ) -> tuple[list[Tensor], list[State]]:  # fmt: skip
     """One step of the rule: updates, (B, N) each, and the next states."""
     rule.begin_step()
-    found = [rule.observe(*each)[0] for each in zip(grads, params, states)]
+    stacked = [
+        (torch.stack([grads[i] for i in group]), torch.stack([params[i] for i in group]))
+        for group in tasks.alike
+    ]
+    found = [rule.observe(*pair, state)[0] for pair, state in zip(stacked, states)]
     if WORDS in tasks.names:
-        at = tasks.names.index(WORDS)
+        at = next(i for i, group in enumerate(tasks.alike) if tasks.names[group[0]] == WORDS)
         square = Sums._fields.index("p_p")  # of the rows that are held; the others are like them
-        more = len(tasks.spec.encoder.words) / tasks.shapes[at][0]
         factors = torch.ones(len(Sums._fields))
-        factors[square] = more
+        factors[square] = tasks.spec.encoder.vocabulary / tasks.shapes[tasks.alike[at][0]][0]
         found[at] = found[at] * factors
-    stacked = {leaf: torch.stack([s[leaf] for s in states], 1) for leaf in TENSOR_LEAVES}
-    context = rule.cross_tensor_context(torch.stack(found, 1), stacked)
-    updates, following = [], []
-    for i, (name, shape) in enumerate(zip(tasks.names, tasks.shapes)):
-        transform = None
-        if rule.treats_as_matrix(shape) and name != WORDS:
+    leaves = {leaf: torch.cat([s[leaf] for s in states]).transpose(0, 1) for leaf in TENSOR_LEAVES}
+    context = rule.cross_tensor_context(torch.cat(found).transpose(0, 1), leaves).transpose(0, 1)
+    contexts = context.split([len(group) for group in tasks.alike])
+    updates: dict[int, Tensor] = {}
+    following = []
+    for group, (grad, param), state, own in zip(tasks.alike, stacked, states, contexts):
+        shape, transform = tasks.shapes[group[0]], None
+        if rule.treats_as_matrix(shape) and tasks.names[group[0]] != WORDS:
             transform = _transform(rule, shape)
-        update, state = rule(grads[i], states[i], params[i], context[:, i], transform)
-        updates.append(update)
-        following.append(state)
-    return updates, following
+        update, after = rule(grad, state, param, own, transform)
+        updates |= dict(zip(group, update))
+        following.append(after)
+    return [updates[i] for i in range(len(params))], following
 
 
 def _transform(rule: TwoLevelLSTM, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -143,8 +155,8 @@ def unroll(
     meta = list(rule.parameters())
     total, terms = [torch.zeros_like(x) for x in meta], list[Tensor]()
     with torch.no_grad():
-        first = query_losses(logits := tasks.query_logits(params), tasks.query_labels)[0]
-    losses, accuracies = [first], [_accuracy(logits, tasks)]
+        lowest = query_losses(logits := tasks.query_logits(params), tasks.query_labels)[0]
+    losses, accuracies = [lowest], [_accuracy(logits, tasks)]
     for at, weight in enumerate(weights):
         attached = order == 2 and params[0].requires_grad
         leaves = params if attached else [x.detach().requires_grad_() for x in params]
@@ -157,7 +169,8 @@ def unroll(
         if weight > 0:
             logits = tasks.query_logits(params)
             plain, best = query_losses(logits, tasks.query_labels)
-            terms.append(weight * _meta_loss(plain, best, first, tasks.spec.ways))
+            terms.append(weight * _meta_loss(plain, best, lowest, tasks.spec.ways))
+            lowest = torch.minimum(lowest, plain.detach())
             losses.append(plain.detach())
             accuracies.append(_accuracy(logits, tasks))
         last = at + 1 == len(weights)
@@ -196,9 +209,9 @@ def _gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> li
     return [grad * factor for grad in grads]
 
 
-def _meta_loss(plain: Tensor, best: Tensor, first: Tensor, ways: int) -> Tensor:
+def _meta_loss(plain: Tensor, best: Tensor, lowest: Tensor, ways: int) -> Tensor:
     """Of one step, over log(ways); above 1 by its logarithm, so that no task drowns the others."""
-    loss = (1 - CALIBRATED) * plain + CALIBRATED * best + ABOVE_START * F.relu(plain - first)
+    loss = (1 - CALIBRATED) * plain + CALIBRATED * best + ABOVE_LOWEST * F.relu(plain - lowest)
     loss = loss / math.log(ways)
     return torch.where(loss > 1, 1 + torch.log(loss.clamp(min=1)), loss).mean()
 

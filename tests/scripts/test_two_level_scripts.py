@@ -52,7 +52,8 @@ def batches(script, data, encoder):
         spec = tasks.Spec(own, **{**shape, **sizes, **changes})
         episodes = [texts.draw(rng, spec.ways, spec.shots, spec.queries) for _ in range(2)]
         drawn = curriculum.Drawn(spec, len(episodes), False)
-        return drawn, tasks.TaskBatch(texts, spec, episodes, rng.randrange(1 << 30))
+        seed = rng.randrange(1 << 30)
+        return drawn, lambda: tasks.TaskBatch(texts, spec, episodes, seed)
 
     return draw
 
@@ -105,11 +106,12 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(training, batches):
     drawn = []
 
     def draw(rng, progress):
-        shape, tasks = batches(rng, progress)
+        shape, make = batches(rng, progress)
+        tasks = make()
         if not drawn:
             tasks.query_inputs = tasks.query_inputs * math.nan
         drawn.append(shape)
-        return shape, tasks
+        return shape, lambda: tasks
 
     run, lines = training(draw), []
     assert run.meta_step(2, lines.append) == 1
@@ -120,9 +122,10 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(training, batches):
 
 def test_a_meta_step_without_a_finite_batch_leaves_the_weights(training, batches):
     def draw(rng, progress):
-        shape, tasks = batches(rng, progress)
+        shape, make = batches(rng, progress)
+        tasks = make()
         tasks.inputs = tasks.inputs * math.nan
-        return shape, tasks
+        return shape, lambda: tasks
 
     run = training(draw)
     before = weights_of(run)
@@ -135,7 +138,7 @@ def test_steps_are_those_of_the_optimizer(script, training, batches):
     """The package's optimizer reaches the same query loss, task by task."""
     unroll, tasks_of = script("unroll"), script("tasks")
     run = training()
-    _, tasks = batches(random.Random(0), 0.0)
+    tasks = batches(random.Random(0), 0.0)[1]()
     losses, _ = unroll.adapt(run.rule, tasks)
     rule = TwoLevelLSTM()
     rule.load_state_dict(run.rule.state_dict())
@@ -173,7 +176,7 @@ def test_steps_are_those_of_the_optimizer(script, training, batches):
 )
 def test_every_kind_of_task_has_a_finite_meta_gradient(script, training, batches, changes):
     run = training()
-    _, tasks = batches(random.Random(0), 0.0, **changes)
+    tasks = batches(random.Random(0), 0.0, **changes)[1]()
     for order in (1, 2):
         found = script("unroll").unroll(run.rule, tasks, [0.5, 0.5], order, 1)
         assert found.losses.shape == (3, 2)
@@ -183,7 +186,7 @@ def test_every_kind_of_task_has_a_finite_meta_gradient(script, training, batches
 
 def test_second_order_differs_from_first_order(script, training, batches):
     run = training()
-    _, tasks = batches(random.Random(0), 0.0)
+    tasks = batches(random.Random(0), 0.0)[1]()
     first, second = (
         script("unroll").unroll(run.rule, tasks, [0.5, 0.5], order, 8) for order in (1, 2)
     )
