@@ -4,7 +4,7 @@
 #   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--parts NAMES] [--data DATA]
 #     [--encoder MINILM] [--pack PACK] [--minutes MINUTES] [--processes N]
 # With PACK (see scripts/two_level/pack.py) it also meta-trains the rule of two levels for MINUTES (4) from
-# scripts/two_level/checkpoint.safetensors on, by N processes (8), and compares it on the core cells.
+# scripts/two_level/checkpoint.safetensors on, by N processes (6), and compares it on the core cells.
 # --parts names the parts to run, of "tests step unroll quality train core" (all).
 # OUT gets a log and a JSON file of each part, and device.txt. A part that fails or runs out of its time
 # leaves its log, and the others run all the same; the exit code counts the parts that failed.
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 out=${1:?usage: bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]}
 shift
-device=cuda small=() data="" encoder="" pack="" minutes=4 processes=8 failed=0
+device=cuda small=() data="" encoder="" pack="" minutes=4 processes=6 failed=0
 parts="tests step unroll quality train core"
 while [ $# -gt 0 ]; do
   case $1 in
@@ -59,7 +59,7 @@ if [ -n "$data" ] && [ -n "$encoder" ]; then
 fi
 if [ -n "$pack" ]; then
   two=scripts/two_level where=(--encoder "$pack/encoder" --cache "$pack" --device "$device" --processes "$processes")
-  batches=$((2 * processes)) cells=core
+  batches=10 cells=core
   [ ${#small[@]} -eq 0 ] || batches=2 cells=core-types-head-5x1-prototype
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
   part train $((minutes * 60 + 60)) "$python" $two/train.py "${where[@]}" --output "$out/run" \

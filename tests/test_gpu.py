@@ -1,6 +1,7 @@
 """The same on a CUDA device; run with ``-m gpu`` where there is one."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -44,11 +45,13 @@ def test_a_step_does_not_wait_for_the_gpu(fused):
     optimizer = LearnedOptimizer(net.parameters(), random_lstm().cuda(), fused=fused)
     train(net, optimizer, 1)
     net(torch.ones(1, 4, device="cuda")).sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 SHAPES = [(37, 53), (5,), (1,), (512,), (0,), (3, 11_000)]

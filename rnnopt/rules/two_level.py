@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
@@ -262,11 +263,18 @@ class TwoLevelLSTM(nn.Module):
         was = torch.tanh(cell)
         seen = torch.cat([torch.stack(even, -2), was * was, was * score.unsqueeze(-2)], -2)
         signed = torch.cat([torch.stack((adam, score, moved), -2), was], -2)
-        context = self.gates_context(state["hidden"]) + self.gates.bias
-        gates = torch.sigmoid(self.gates.weight @ seen + context.unsqueeze(-1))
+        bias, gate, of_tensor, candidate, output = (
+            weight.to(adam.device)
+            for weight in (
+                self.gates.bias, self.gates.weight, self.gates_context.weight,
+                self.candidate.weight, self.coordinate_output.weight,
+            )
+        )  # fmt: skip
+        context = F.linear(state["hidden"], of_tensor, bias)
+        gates = torch.sigmoid(gate @ seen + context.unsqueeze(-1))
         enter, keep, leave = gates.chunk(3, -2)
-        cell = keep * cell + enter * torch.tanh(self.candidate.weight @ signed)
-        direction = self.coordinate_output.weight @ (leave * torch.tanh(cell))
+        cell = keep * cell + enter * torch.tanh(candidate @ signed)
+        direction = output @ (leave * torch.tanh(cell))
         return cell, direction.squeeze(-2)
 
     def cross_tensor_context(self, statistics: Tensor, states: State) -> Tensor:
@@ -277,8 +285,12 @@ class TwoLevelLSTM(nn.Module):
             states: their tensor-wise leaves, stacked: (..., P), and (..., P, U) for the LSTM's.
 
         Returns:
-            (..., P, K): `Decisions`, the scalar leaves, and the LSTM's leaves.
+            (..., P, K): `Decisions`, the scalar leaves, and the LSTM's leaves, on the device of the
+            rule's weights.
         """
+        device = self.output.weight.device
+        statistics = statistics.to(device)
+        states = {name: leaf.to(device) for name, leaf in states.items()}
         s = Sums(*statistics.unbind(-1))
         step = states["step"] + 1
         rates, share = base_rates(s)

@@ -17,7 +17,6 @@ from tasks import Spec
 from texts import SHORT
 
 ENCODER_SHARE = 0.5  # of the batches, on the encoder itself
-KINDS = {"lora": 0.56, "full": 0.17, "head": 0.27}
 POOLINGS = {"cls": 0.3, "mean": 0.2, "unit": 0.5}
 HEADS = ("random", "zero", "prototype", "logistic")
 HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
@@ -57,6 +56,7 @@ class Profile(NamedTuple):
     """What a machine can bear.
 
     Args:
+        kinds: shares of what trains.
         whole: the share of the encoder's own batches in which all of its layers train.
         depths: shares of one to three top layers of the encoder itself.
         last_steps: the longest unroll at the end of the curriculum.
@@ -70,6 +70,7 @@ class Profile(NamedTuple):
         largest: coordinates of a tensor through whose coordinate-wise LSTM the graph goes.
     """
 
+    kinds: Mapping[str, float]
     whole: float
     depths: tuple[float, float, float]
     last_steps: int
@@ -84,12 +85,12 @@ class Profile(NamedTuple):
 
 
 CPU = Profile(
-    0.07, (0.6, 0.3, 0.1), 40, {"head": 40, "lora": 12, "full": 6}, {"lora": 5, "full": 4}, 5,
-    50, 24, 8, 0.5, 20_000,
+    {"lora": 0.56, "full": 0.17, "head": 0.27}, 0.07, (0.6, 0.3, 0.1), 40,
+    {"head": 40, "lora": 12, "full": 6}, {"lora": 5, "full": 4}, 5, 50, 24, 8, 0.5, 20_000,
 )  # fmt: skip
 GPU = Profile(
-    0.25, (0.4, 0.3, 0.3), 50, {"head": 50, "lora": 30, "full": 15}, {"lora": 20, "full": 10}, 10,
-    100, 50, 16, 5.0, 150_000,
+    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.35, (0.4, 0.3, 0.3), 50,
+    {"head": 50, "lora": 40, "full": 25}, {"lora": 25, "full": 20}, 10, 100, 60, 10, 4.0, 150_000,
 )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def draw(
             e for e in distilled if e.hidden_size <= NARROW_WIDTH and e.layers >= NARROW_DEPTH
         ]
         encoder = rng.choice([*distilled, *narrow])
-    kind = _pick(rng, KINDS)
+    kind = _pick(rng, profile.kinds)
     whole = own and kind != "head" and rng.random() < profile.whole
     long = rng.random() < (0.1 if own else 0.15) and not whole
     layers = _layers(rng, encoder, kind, whole, profile)

@@ -47,12 +47,13 @@ from rnnopt.evaluation.statistics import interval
 from rnnopt.rules.files import rule_fingerprint
 from rnnopt.rules.two_level import Decisions
 
-SHOWN = (0, 1, 2, 3, 5, 10, 20, 40)  # numbers of steps
+JUDGED = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40)  # numbers of steps
+SHOWN = (0, 1, 2, 3, 5, 10, 20, 40)  # those in the tables
 INVERSE_PENALTY = 10.0  # of logistic regression, whose features have length 1
 LOGISTIC = "logistic regression"
 PARTS = ("coordinate-lstm", "message", "memory")
 
-Curves = tuple[Tensor, Tensor]  # query losses and accuracies by the number of steps, (T + 1, B)
+Curves = tuple[Tensor, Tensor]  # query losses and accuracies after steps of `JUDGED`, (J, B)
 
 
 class Cell(NamedTuple):
@@ -146,6 +147,8 @@ def adamw(rate: float, tasks: TaskBatch) -> Curves:
             for param, grad in zip(params, grads):
                 param.grad = grad
             optimizer.step()
+        if step not in JUDGED:
+            continue
         with torch.no_grad():
             logits = tasks.query_logits(params)
         losses.append(query_losses(logits, tasks.query_labels)[0])
@@ -170,8 +173,8 @@ def logistic(tasks: TaskBatch) -> Curves:
         logits[task][:, torch.tensor(model.classes_)] = found
     loss = query_losses(logits, tasks.query_labels)[0]
     accuracy = (logits.argmax(-1) == tasks.query_labels).float().mean(1)
-    steps = tasks.spec.steps + 1
-    return loss.expand(steps, -1), accuracy.expand(steps, -1)
+    count = sum(step <= tasks.spec.steps for step in JUDGED)
+    return loss.expand(count, -1), accuracy.expand(count, -1)
 
 
 def read_rule(path: Path, without: Sequence[str] = ()) -> TrainedRule:
@@ -202,7 +205,9 @@ def methods(options: argparse.Namespace, kind: str) -> dict[str, Callable[[TaskB
     left_out = "".join(f", without {part}" for part in options.without)
     for path in options.rules:
         rule = read_rule(path, options.without)
-        found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = partial(adapt, rule)
+        found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = partial(
+            adapt, rule, judged=JUDGED
+        )
     for rate in RATES[kind] if options.rates is None else options.rates:
         found[f"AdamW at {rate:g}"] = partial(adamw, rate)
     return {**found, LOGISTIC: logistic}
@@ -220,7 +225,7 @@ def episodes(cell: Cell, spec: Spec, texts: Texts, count: int, together: bool) -
 
 
 def run(method: Callable[[TaskBatch], Curves], tasks: Sequence[TaskBatch]) -> dict[str, Any]:
-    """A method's figures, (T + 1, episodes) each."""
+    """A method's figures, (J, episodes) each."""
     curves = []
     for number, task in enumerate(tasks):
         task.restart(number)
@@ -235,8 +240,7 @@ def row(name: str, figures: dict[str, Any]) -> str:
     cells = [name]
     for metric, digits in (("accuracy", 3), ("loss", 2)):
         values = np.array(figures[metric])
-        for step in (step for step in SHOWN if step < len(values)):
-            found = interval(values[step])
+        for found in (interval(x) for step, x in zip(JUDGED, values) if step in SHOWN):
             cells.append(f"{found['mean']:.{digits}f} ± {found['ci95']:.{digits}f}")
     return f"| {' | '.join(cells)} |"
 
@@ -269,6 +273,8 @@ def figures_of(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """The figures of all methods in a cell; those that --output has are taken from there."""
     torch.set_num_threads(1)
     torch.set_default_device(options.device)
+    if options.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     path, encoder = options.cache / f"{options.split}.safetensors", read_encoder(options.encoder)
     texts = read_texts(path)
     cell = CELLS[name]

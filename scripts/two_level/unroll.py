@@ -182,8 +182,16 @@ def unroll(
     return Unrolled(torch.stack(losses), torch.stack(accuracies), total)
 
 
-def adapt(rule: TrainedRule, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
-    """Query losses and accuracies, (T + 1, B), from before the first step to after the last."""
+def adapt(
+    rule: TrainedRule, tasks: TaskBatch, judged: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Query losses and accuracies after these numbers of steps, (judged, B) each.
+
+    Args:
+        rule: to adapt by.
+        tasks: the tasks.
+        judged: numbers of steps, from 0; None means all.
+    """
     params, states = list(tasks.start), initial_states(rule, tasks)
     losses, accuracies = [], []
     with torch.no_grad():
@@ -194,6 +202,8 @@ def adapt(rule: TrainedRule, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
                     grads = _gradients(tasks, leaves, create_graph=False)
                 updates, states = step(rule, tasks, params, grads, states)
                 params = [param + update for param, update in zip(params, updates)]
+            if judged is not None and at not in judged:
+                continue
             logits = tasks.query_logits(params)
             losses.append(query_losses(logits, tasks.query_labels)[0])
             accuracies.append(_accuracy(logits, tasks))
