@@ -85,8 +85,8 @@ class Profile(NamedTuple):
 
 
 CPU = Profile(
-    {"lora": 0.56, "full": 0.17, "head": 0.27}, 0.07, (0.6, 0.3, 0.1), 40,
-    {"head": 40, "lora": 12, "full": 6}, {"lora": 5, "full": 4}, 5, 50, 24, 8, 0.5, 20_000,
+    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 50,
+    {"head": 50, "lora": 20, "full": 12}, {"lora": 8, "full": 8}, 5, 50, 24, 8, 0.5, 20_000,
 )  # fmt: skip
 GPU = Profile(
     {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.35, (0.4, 0.3, 0.3), 50,
@@ -209,7 +209,7 @@ def _steps(
     steps = round(math.exp(rng.uniform(math.log(3), math.log(max(top, 8)))))
     steps = min(steps, profile.last_steps)
     if not own:
-        return min(steps, 12) if kind == "full" else steps
+        return steps
     limits = {**profile.limits, **(profile.whole_limits if whole else {})}
     steps = min(steps, limits[kind])
     return min(steps, profile.long_limit) if long else steps
