@@ -127,7 +127,8 @@ def debias(state: State, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """
     # 1 - beta**step as expm1: in float32 the plain difference is off by 1e-5 at the first step,
     # and fetching the step to the host would make the GPU wait
-    m_correction, v_correction = (-torch.expm1(state["step"] * math.log(beta)) for beta in betas)
+    step = state["step"].to(state["v"].dtype)
+    m_correction, v_correction = (-torch.expm1(step * math.log(beta)) for beta in betas)
     touched = state["v"] > 0
     root = torch.where(touched, torch.sqrt(torch.where(touched, state["v"] / v_correction, 1)), 0)
     return state["m"] / m_correction, root
