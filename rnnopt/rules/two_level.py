@@ -336,7 +336,8 @@ class TwoLevelLSTM(nn.Module):
             decrease: of the loss to first order, for steps in proportion to the base rates,
                 (..., 1).
         """
-        step, n = states["step"] + 1, states["rows"].clamp(min=1) * states["columns"]
+        rows, columns = states["rows"].clamp(min=1), states["columns"].clamp(min=1)  # of empty ones
+        step, n = states["step"] + 1, rows * columns
         whole, ones = Sums(*(x.sum(-1, keepdim=True) for x in s)), torch.ones_like(step)
         matrix = (states["rows"] > 0).to(step.dtype)
         narrow = matrix * (torch.minimum(states["rows"], states["columns"]) <= NARROW)
@@ -347,7 +348,7 @@ class TwoLevelLSTM(nn.Module):
             _log(s.p_p / n, 1e-8) / 4 + 1.5, _log(s.a_a / s.live.clamp(min=1), 1e-6) / 2,
             _log(rms / first, 1e-6).clamp(-5, 5) / 2, _cosine(s.m_g, s.m_m, s.g_g),
             _cosine(s.u_g, s.u_u, s.g_g), (_log(n) - 9) / 3, matrix, narrow,
-            matrix * _log(states["rows"].clamp(min=1) / states["columns"]) / 3,
+            matrix * _log(rows / columns) / 3,
             -2 * _cosine(s.p_g, s.p_p, s.g_g), torch.asinh(-6 * s.p_g / unit) / 1.5,
             _log(share, 1e-4) / 3, 1 / step, _log(step.clamp(max=64)) - 1.5,
         ]  # fmt: skip
@@ -378,8 +379,8 @@ class TwoLevelLSTM(nn.Module):
         if context is None:
             alone = {name: state[name].unsqueeze(0) for name in (*self.leaves, *_VECTORS)}
             context = self.cross_tensor_context(statistics.unsqueeze(0), alone)[0]
-        count, units = len(Decisions._fields), self.tensor_units
-        d = Decisions(*(x.unsqueeze(-1) for x in context[..., :count].unbind(-1)))
+        chosen = context[..., : len(Decisions._fields)]
+        d = Decisions(*(x.unsqueeze(-1) for x in chosen.unbind(-1)))
         step = d.adam * seen.adam + d.gradient * grad + d.last * state["change"]
         step = step + d.cell * seen.direction
         if transform is not None:
@@ -387,13 +388,18 @@ class TwoLevelLSTM(nn.Module):
             step = step + d.orthogonal_gradient * transform(grad)
         live = (seen.square > 0).to(grad.dtype)
         update = live * (torch.expm1(d.growth) * param - d.rate * step)
-        scalars = context[..., count : count + len(_SCALARS)].unbind(-1)
-        hidden, memory = context[..., -2 * units : -units], context[..., -units:]
         return update, {
             "m": seen.moment, "v": seen.square, "change": update, "cell": seen.cell,
             "slope": (update * grad).sum(-1), "rows": state["rows"], "columns": state["columns"],
-            **dict(zip(_SCALARS, scalars)), "hidden": hidden, "memory": memory,
+            **self.leaves_of(context),
         }  # fmt: skip
+
+    def leaves_of(self, context: Tensor) -> State:
+        """The leaves of a tensor as a whole after the step of this context, (..., K)."""
+        count, units = len(Decisions._fields), self.tensor_units
+        scalars = context[..., count : count + len(_SCALARS)].unbind(-1)
+        hidden, memory = context[..., -2 * units : -units], context[..., -units:]
+        return {**dict(zip(_SCALARS, scalars)), "hidden": hidden, "memory": memory}
 
     # 0-d leaves that `cross_tensor_context` reads, beside those of the LSTM
     leaves = ("rows", "columns", *_SCALARS)

@@ -6,12 +6,15 @@ import ctypes
 import functools
 import subprocess
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from rnnopt.optim.kernels.cpu import CompiledStep, build
 from rnnopt.optim.kernels.fused import FusedStep
+from rnnopt.optim.kernels.two_level import TwoLevelStep, build_two_level
 from rnnopt.rules.lstm import CoordinateLSTM
+from rnnopt.rules.two_level import TwoLevelLSTM
 
 
 def fused_step(rule: object) -> FusedStep | None:
@@ -20,8 +23,12 @@ def fused_step(rule: object) -> FusedStep | None:
     Warns:
         RuntimeWarning: once per process, if the kernel can't be compiled.
     """
+    # `type`, because the arithmetic of a subclass may differ
+    if type(rule) is TwoLevelLSTM and rule.output.weight.dtype == torch.float32:
+        library = two_level_kernel(rule.coordinate_units) if rule.output.weight.is_cpu else None
+        return None if library is None else TwoLevelStep(rule, library)
     if type(rule) is not CoordinateLSTM:
-        return None  # also of a subclass, whose arithmetic may differ
+        return None
     weight = rule.gate_weight
     if weight.dtype != torch.float32:
         return None
@@ -33,11 +40,20 @@ def fused_step(rule: object) -> FusedStep | None:
     return None if kernel is None else CompiledStep(rule, kernel)
 
 
-@functools.cache
 def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
     """The C kernel for this many hidden units, or None if it can't be compiled."""
+    return _built(build, hidden_size)
+
+
+def two_level_kernel(units: int) -> ctypes.CDLL | None:
+    """The same of the rule of two levels, for this many units of a coordinate."""
+    return _built(build_two_level, units)
+
+
+@functools.cache
+def _built(make: Callable[[int], ctypes.CDLL], units: int) -> ctypes.CDLL | None:
     try:
-        return build(hidden_size)
+        return make(units)
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         _warn_once(

@@ -37,6 +37,7 @@ from rnnopt.rules.features import RATIO_FLOOR
 from rnnopt.rules.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
 
 SOURCE = Path(__file__).with_name("cell.c")
+HEADER = Path(__file__).with_name("vectors.h")
 # Coordinates per block, the unit of work of a thread: its arrays (1.2 MB) stay in a core's cache
 # between the rows of the state.
 BLOCK = 16_384
@@ -64,10 +65,10 @@ class CompiledStep(FusedStep):
         rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
         tensors = tensor_table(self._rule, pieces, grads, self._layout)
-        blocks = _blocks(tuple(piece.param.numel() for piece in pieces))
+        blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
         partial = np.zeros((len(blocks), KERNEL_STATISTICS))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
-        _share(
+        share(
             lambda first, last: self._kernel.rnnopt_statistics(
                 *pointers, first, last, partial.ctypes.data
             ),
@@ -92,13 +93,28 @@ class CompiledStep(FusedStep):
         blocks = blocks[first:last]
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
         is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
-        _share(
-            lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks
-        )
+        share(lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks)
 
 
 def build(hidden_size: int) -> ctypes.CDLL:
-    """Load the kernel for this many hidden units from the cache folder; compile it if necessary.
+    """The kernel of `CoordinateLSTM` for this many hidden units; see `load`."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    statistics = [pointer, pointer, pointer, number, number, pointer]
+    step = [pointer, pointer, pointer, number, number, ctypes.c_int]
+    return load(SOURCE, hidden_size, _tensor_layout(hidden_size).itemsize, statistics, step)
+
+
+def load(
+    source: Path, units: int, tensor_size: int, statistics: Sequence[Any], step: Sequence[Any]
+) -> ctypes.CDLL:
+    """A kernel from the cache folder; compiled if necessary.
+
+    Args:
+        source: in C.
+        units: HIDDEN of the source.
+        tensor_size: bytes of its struct Tensor, by numpy's layout.
+        statistics: types of the arguments of ``rnnopt_statistics``.
+        step: the same of ``rnnopt_step``.
 
     Raises:
         OSError: there is no compiler, or the cache folder can't be used.
@@ -106,24 +122,32 @@ def build(hidden_size: int) -> ctypes.CDLL:
         ValueError: the environment variable CC can't be parsed.
         subprocess.SubprocessError: the compiler failed.
     """
-    return _load(_compiled(hidden_size), hidden_size)
+    path = _compiled(source, units)
+    library = ctypes.CDLL(str(path))
+    library.rnnopt_statistics.argtypes, library.rnnopt_step.argtypes = statistics, step
+    library.rnnopt_statistics.restype = library.rnnopt_step.restype = None
+    library.rnnopt_tensor_size.restype = ctypes.c_int64
+    if library.rnnopt_tensor_size() != tensor_size:
+        raise OSError(f"{path.name} lays out memory unlike numpy on this machine")
+    return library
 
 
-def _compiled(hidden_size: int) -> Path:
+def _compiled(source: Path, units: int) -> Path:
     """The path of the shared library, compiled if it does not exist."""
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    command = [*compiler, *_FLAGS, f"-DHIDDEN={hidden_size}"]
+    command = [*compiler, *_FLAGS, f"-DHIDDEN={units}"]
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler: {compiler[0]} is not there")
     # -march=native: several machines may share a home folder
-    identity = "\n".join([*command, _processor(), SOURCE.read_text()])
-    name = f"cell-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    code = [source.read_text(), HEADER.read_text()]
+    identity = "\n".join([*command, _processor(), *code])
+    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             target = Path(scratch) / name
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(target)],
+                [*command, str(source), "-o", str(target)],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -149,18 +173,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() + platform.machine()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _load(path: Path, hidden_size: int) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.rnnopt_statistics.argtypes = [pointer, pointer, pointer, number, number, pointer]
-    library.rnnopt_step.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_int]
-    library.rnnopt_statistics.restype = library.rnnopt_step.restype = None
-    library.rnnopt_tensor_size.restype = number
-    if library.rnnopt_tensor_size() != _tensor_layout(hidden_size).itemsize:
-        raise OSError(f"{path.name} lays out memory unlike numpy on this machine")
-    return library
 
 
 @functools.cache
@@ -199,8 +211,8 @@ def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _blocks(counts: tuple[int, ...]) -> np.ndarray:
-    """`Block` of cell.c: each tensor cut into blocks of `BLOCK` coordinates."""
+def blocks_of(counts: tuple[int, ...]) -> np.ndarray:
+    """`Block` of vectors.h: each tensor cut into blocks of `BLOCK` coordinates."""
     rows = [
         (index, begin, min(begin + BLOCK, count))
         for index, count in enumerate(counts)
@@ -209,7 +221,7 @@ def _blocks(counts: tuple[int, ...]) -> np.ndarray:
     return np.array(rows, dtype=[(name, np.int64) for name in ("tensor", "begin", "end")])
 
 
-def _share(work: Callable[[int, int], None], blocks: np.ndarray) -> None:
+def share(work: Callable[[int, int], None], blocks: np.ndarray) -> None:
     """Run work(first, last) over all blocks, on at most as many threads as torch uses."""
     coordinates = int((blocks["end"] - blocks["begin"]).sum())
     threads = min(torch.get_num_threads(), coordinates // _MIN_PER_THREAD, len(blocks))

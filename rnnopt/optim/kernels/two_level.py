@@ -1,0 +1,226 @@
+"""The fused step of `TwoLevelLSTM` on a CPU, see two_level.c.
+
+Shapes: P pieces, N coordinates of one, H units of the coordinate-wise LSTM, K numbers of context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnopt.optim.kernels.cpu import blocks_of, load, share
+from rnnopt.optim.kernels.fused import (
+    Around,
+    FusedStep,
+    Measured,
+    Piece,
+    parts_by_size,
+    unwatched,
+)
+from rnnopt.rules.two_level import BETAS, BOUND, FLOOR, Decisions, Sums, TwoLevelLSTM
+
+SOURCE = Path(__file__).with_name("two_level.c")
+# Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
+ADDED = [i for i, name in enumerate(Sums._fields) if name != "slope"]
+_POINTERS = ("param", "grad", "m", "v", "change", "cell", "extra")
+_NUMBERS = (
+    "m_correction", "v_correction", "last_rate", "begun", "last_rms", "growth", "rate", "adam",
+    "gradient", "last", "of_cell", "lr", "decay",
+)  # fmt: skip
+
+
+class TwoLevelStep(FusedStep):
+    """The fused step of `TwoLevelLSTM`.
+
+    Args:
+        two_level: the rule.
+        library: the result of `build_two_level` for its units.
+    """
+
+    def __init__(self, two_level: TwoLevelLSTM, library: ctypes.CDLL) -> None:
+        self._two_level, self._library = two_level, library
+        self._layout = _tensor_layout(two_level.coordinate_units)
+
+    def supports(self, piece: Piece) -> bool:
+        """See `FusedStep.supports`."""
+        rule, size = self._two_level, piece.param.numel()
+        tensors = (piece.param, piece.grad, *piece.state.values())
+        return (
+            # directions of a matrix are computed for it as a whole
+            (piece.transform is None or piece.whole)
+            # a kernel trusts its pointers; the plain rule raises where sizes differ
+            and piece.grad.shape == piece.param.shape
+            and all(piece.state[name].shape == (size,) for name in ("m", "v", "change"))
+            and piece.state["cell"].shape in ((0, size), (rule.coordinate_units, size))
+            and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+            and all(x.is_contiguous() for x in (piece.param, *piece.state.values()))
+        )
+
+    def measure(self, pieces: Sequence[Piece]) -> Measured:
+        """See `FusedStep.measure`; the statistics are `Sums`."""
+        grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
+        rule, tensors = self._rule_record(), self._table(pieces, grads)
+        blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
+        partial = np.zeros((len(blocks), len(ADDED)))
+        pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
+        share(
+            lambda first, last: self._library.rnnopt_statistics(
+                *pointers, first, last, partial.ctypes.data
+            ),
+            blocks,
+        )
+        sums = torch.zeros(len(pieces), len(ADDED), dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
+        statistics = torch.zeros(len(pieces), len(Sums._fields))
+        statistics[:, ADDED] = sums.float()
+        slopes = torch.stack([piece.state["slope"] for piece in pieces])
+        statistics[:, Sums._fields.index("slope")] = slopes
+        return Measured(pieces, statistics, (rule, tensors, blocks, grads))
+
+    def step(
+        self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
+        around: Around = unwatched,
+    ) -> None:  # fmt: skip
+        """See `FusedStep.step`; the context is (P, K)."""
+        pieces, (rule, tensors, blocks, grads) = measured.pieces, measured.kept
+        decisions = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
+        tensors["growth"] = torch.expm1(decisions.growth).numpy()
+        for name in ("rate", "adam", "gradient", "last"):
+            tensors[name] = getattr(decisions, name).numpy()
+        tensors["of_cell"] = decisions.cell.numpy()
+        extra = self._transformed(pieces, grads, decisions)  # kept alive until the step is done
+        for i, values in extra.items():
+            tensors["pointers"][i, _POINTERS.index("extra")] = values.data_ptr()
+        slopes = np.zeros(len(blocks))
+        pointers = [array.ctypes.data for array in (rule, tensors, blocks, slopes)]
+        for part in parts_by_size(pieces):
+            first, last = np.searchsorted(blocks["tensor"], [part.start, part.stop]).tolist()
+            with around(rows[part]):
+                share(
+                    lambda begin, end, first=first: self._library.rnnopt_step(
+                        pointers[0], pointers[1], pointers[2], first + begin, first + end,
+                        pointers[3],
+                    ),
+                    blocks[first:last],
+                )  # fmt: skip
+        self._keep(pieces, context, blocks, slopes)
+        # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
+        torch.autograd.graph.increment_version([piece.param for piece in pieces])
+
+    def _transformed(
+        self, pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
+    ) -> dict[int, Tensor]:
+        """What orthogonalised directions add to the step of matrices, all of a shape at once."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, piece in enumerate(pieces):
+            if piece.transform is not None and piece.param.numel():
+                groups.setdefault(tuple(piece.param.shape), []).append(i)
+        extra: dict[int, Tensor] = {}
+        for shape, own in groups.items():
+            grad = torch.stack([grads[i].detach().reshape(-1) for i in own])
+            finite = grad.isfinite()
+            grad = torch.where(finite, grad, 0).clamp(-BOUND, BOUND)
+            m, v, steps = (
+                torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
+            )
+            adam, size = _adam(grad, m, v, steps.unsqueeze(1) + 1), (-1, *shape)
+            adam = torch.where(finite, adam, 0)
+            for weight, direction in (
+                (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
+            ):  # fmt: skip
+                turned = self._two_level.transform_matrix(direction.view(size)).flatten(1)
+                for i, values in zip(own, turned * weight[own].unsqueeze(1)):
+                    extra[i] = extra[i] + values if i in extra else values
+        return {i: values.contiguous() for i, values in extra.items()}
+
+    def _keep(
+        self, pieces: Sequence[Piece], context: Tensor, blocks: np.ndarray, slopes: np.ndarray
+    ) -> None:
+        """Write the leaves of the state that belong to whole tensors, and the slopes."""
+        rule = self._two_level
+        sums = torch.zeros(len(pieces), dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(slopes))
+        leaves = {"slope": sums.float(), **rule.leaves_of(context)}
+        for name, values in leaves.items():
+            torch._foreach_copy_([piece.state[name] for piece in pieces], list(values.unbind()))
+
+    def _table(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> np.ndarray:
+        """`Tensor` of two_level.c for each piece, without what depends on the context."""
+        rule, tensors = self._two_level, np.zeros(len(pieces), dtype=self._layout)
+        tensors["pointers"] = [
+            [
+                piece.param.data_ptr(), grad.data_ptr(),
+                *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
+                piece.state["cell"].data_ptr() if len(piece.state["cell"]) else 0, 0,
+            ]
+            for piece, grad in zip(pieces, grads)
+        ]  # fmt: skip
+        tensors["count"] = [piece.param.numel() for piece in pieces]
+        step, rate, rms, hidden = (
+            torch.stack([piece.state[name] for piece in pieces])
+            for name in ("step", "last_rate", "last_rms", "hidden")
+        )
+        if rule.coordinate_units:
+            shift = F.linear(hidden, rule.gates_context.weight, rule.gates.bias)
+            tensors["gate_shift"][:, :-1] = shift.detach().numpy()
+        for name, beta in zip(("m_correction", "v_correction"), BETAS):
+            tensors[name] = (1 - beta ** (step + 1)).numpy()
+        tensors["last_rate"] = (1 / (rate + FLOOR)).numpy()
+        tensors["begun"], tensors["last_rms"] = (rms > 0).numpy(), torch.log(rms + FLOOR).numpy()
+        tensors["lr"] = [piece.lr for piece in pieces]
+        tensors["decay"] = [p.lr * rule.step_size * p.weight_decay for p in pieces]
+        return tensors
+
+    def _rule_record(self) -> np.ndarray:
+        """`Rule` of two_level.c in float32; each matrix has a row that is not used."""
+        rule, padded = self._two_level, []
+        signed = 3 + rule.coordinate_units
+        rows: list[tuple[Any, int]] = [(None, 5), (None, signed), (None, 1)]
+        if rule.coordinate_units:
+            rows = [
+                (rule.gates.weight, rule.gates.weight.shape[1]),
+                (rule.candidate.weight, signed),
+                (rule.coordinate_output.weight, 1),
+            ]
+        for weight, width in rows:
+            own = np.zeros(0) if weight is None else weight.detach().numpy().ravel()
+            padded += [own, np.zeros(width)]
+        constants = (BETAS[0], 1 - BETAS[0], BETAS[1], 1 - BETAS[1], BOUND)
+        return np.concatenate([*padded, constants]).astype(np.float32)
+
+
+def _adam(grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Tensor:
+    """Adam's direction after the moments have seen the gradient, as in `TwoLevelLSTM.observe`."""
+    moment = BETAS[0] * m + (1 - BETAS[0]) * grad
+    square = BETAS[1] * v + (1 - BETAS[1]) * grad * grad
+    root = torch.sqrt(square / (1 - BETAS[1] ** step) + FLOOR)
+    return moment / (1 - BETAS[0] ** step) / root
+
+
+def build_two_level(units: int) -> ctypes.CDLL:
+    """The kernel for this many units of a coordinate; see `rnnopt.optim.kernels.cpu.load`."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    types = [pointer, pointer, pointer, number, number, pointer]
+    return load(SOURCE, units, _tensor_layout(units).itemsize, types, types)
+
+
+@functools.cache
+def _tensor_layout(units: int) -> np.dtype[Any]:
+    """`Tensor` of two_level.c."""
+    return np.dtype(
+        [
+            ("pointers", np.int64, len(_POINTERS)),
+            ("count", np.int64),
+            ("gate_shift", np.float32, (3 * units + 1,)),
+            *((name, np.float32) for name in _NUMBERS),
+        ],
+        align=True,
+    )
