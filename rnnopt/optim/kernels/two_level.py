@@ -30,7 +30,7 @@ from rnnopt.rules.two_level import BETAS, BOUND, FLOOR, Decisions, Sums, TwoLeve
 SOURCE = Path(__file__).with_name("two_level.c")
 # Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
 ADDED = [i for i, name in enumerate(Sums._fields) if name != "slope"]
-_POINTERS = ("param", "grad", "m", "v", "change", "cell", "extra")
+_POINTERS = ("param", "grad", "m", "v", "change", "cell", "direction", "extra")
 _NUMBERS = (
     "m_correction", "v_correction", "last_rate", "begun", "last_rms", "growth", "rate", "adam",
     "gradient", "last", "of_cell", "lr", "decay",
@@ -65,9 +65,12 @@ class TwoLevelStep(FusedStep):
         )
 
     def measure(self, pieces: Sequence[Piece]) -> Measured:
-        """See `FusedStep.measure`; the statistics are `Sums`."""
+        """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
-        rule, tensors = self._rule_record(), self._table(pieces, grads)
+        directions = [
+            torch.empty(piece.param.numel() if len(piece.state["cell"]) else 0) for piece in pieces
+        ]
+        rule, tensors = self._rule_record(), self._table(pieces, grads, directions)
         blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
         partial = np.zeros((len(blocks), len(ADDED)))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
@@ -83,14 +86,14 @@ class TwoLevelStep(FusedStep):
         statistics[:, ADDED] = sums.float()
         slopes = torch.stack([piece.state["slope"] for piece in pieces])
         statistics[:, Sums._fields.index("slope")] = slopes
-        return Measured(pieces, statistics, (rule, tensors, blocks, grads))
+        return Measured(pieces, statistics, (rule, tensors, blocks, grads, directions))
 
     def step(
         self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
         around: Around = unwatched,
     ) -> None:  # fmt: skip
         """See `FusedStep.step`; the context is (P, K)."""
-        pieces, (rule, tensors, blocks, grads) = measured.pieces, measured.kept
+        pieces, (rule, tensors, blocks, grads, _) = measured.pieces, measured.kept
         decisions = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
         tensors["growth"] = torch.expm1(decisions.growth).numpy()
         for name in ("rate", "adam", "gradient", "last"):
@@ -152,16 +155,19 @@ class TwoLevelStep(FusedStep):
         for name, values in leaves.items():
             torch._foreach_copy_([piece.state[name] for piece in pieces], list(values.unbind()))
 
-    def _table(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> np.ndarray:
+    def _table(
+        self, pieces: Sequence[Piece], grads: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> np.ndarray:
         """`Tensor` of two_level.c for each piece, without what depends on the context."""
         rule, tensors = self._two_level, np.zeros(len(pieces), dtype=self._layout)
         tensors["pointers"] = [
             [
                 piece.param.data_ptr(), grad.data_ptr(),
                 *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
-                piece.state["cell"].data_ptr() if len(piece.state["cell"]) else 0, 0,
+                piece.state["cell"].data_ptr() if len(piece.state["cell"]) else 0,
+                direction.data_ptr(), 0,
             ]
-            for piece, grad in zip(pieces, grads)
+            for piece, grad, direction in zip(pieces, grads, directions)
         ]  # fmt: skip
         tensors["count"] = [piece.param.numel() for piece in pieces]
         step, rate, rms, hidden = (
@@ -172,7 +178,7 @@ class TwoLevelStep(FusedStep):
             shift = F.linear(hidden, rule.gates_context.weight, rule.gates.bias)
             tensors["gate_shift"][:, :-1] = shift.detach().numpy()
         for name, beta in zip(("m_correction", "v_correction"), BETAS):
-            tensors[name] = (1 - beta ** (step + 1)).numpy()
+            tensors[name] = (1 / (1 - beta ** (step + 1))).numpy()
         tensors["last_rate"] = (1 / (rate + FLOOR)).numpy()
         tensors["begun"], tensors["last_rms"] = (rms > 0).numpy(), torch.log(rms + FLOOR).numpy()
         tensors["lr"] = [piece.lr for piece in pieces]

@@ -106,18 +106,6 @@ INLINE vec arsinh(vec x) {
     return (vec)((bits)logarithm(size + root(size * size + 1.0f)) | sign);
 }
 
-/* tanh x: an odd polynomial near 0, where the quotient would lose digits; error below 1e-7 of x */
-INLINE vec hyperbolic_tangent(vec x) {
-    bits sign = (bits)x & INT32_MIN;
-    vec size = (vec)((bits)x & INT32_MAX), square = size * size;
-    vec p = square * (62.0f / 2835) - 17.0f / 315;
-    p = p * square + 2.0f / 15;
-    p = p * square - 1.0f / 3;
-    vec small = size + size * square * p;
-    vec e = exponential(clamp(-2.0f * size, -28.0f, 0.0f));
-    vec large = (1.0f - e) / (1.0f + e);
-    return (vec)((bits)pick(size < 0.25f, small, large) | sign);
-}
 INLINE vec magnitude(vec x) { return (vec)((bits)x & INT32_MAX); }
 INLINE vec counted(bits mask) { return (vec)((bits)splat(1.0f) & mask); }
 
