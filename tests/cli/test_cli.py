@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from encoders import tiny_llama
 from rule_table import random_lstm
 
 from rnnopt import Adam, load_rule, save_rule
@@ -87,6 +88,13 @@ def test_meta_train_leaves_rule_log_and_picture(csv_file, encoder, tmp_path, cap
 @pytest.mark.parametrize("more", [["--tune", "lora", "--lora-rank", "2"], ["--pooling", "mean"]])
 def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
     assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
+
+
+@pytest.mark.parametrize("more", [("--order", "2"), ("--exact", "lora")])
+def test_meta_train_at_second_order_on_a_decoder(csv_file, tmp_path, more):
+    decoder = tiny_llama(tmp_path / "llama")  # it runs through a slice of its list of layers
+    arguments = meta_train(csv_file, decoder, tmp_path / "run", "--tune", "lora", *more)
+    assert run([*arguments, "--meta-steps", "1", "--validation-tasks", "1", "--steps", "1"]) == 0
 
 
 def test_exact_kinds_stand_among_those_that_train(csv_file, encoder, tmp_path, capsys):
