@@ -92,6 +92,22 @@ def read_texts(path: str | os.PathLike[str], *, text_column: str = "text") -> li
     ]
 
 
+def first_lines(
+    path: str | os.PathLike[str], texts: Sequence[str], *, text_column: str = "text"
+) -> list[int]:
+    """The lines of a file where texts first stand, for messages.
+
+    Args:
+        path: as in `read_corpus`.
+        texts: some of those that `read_corpus` has read from this file, compared by `text_key`.
+        text_column: as in `read_corpus`.
+    """
+    lines: dict[str, int] = {}
+    for line, row in _rows(Path(path), ""):
+        lines.setdefault(text_key(str(row.get(text_column, ""))), line)
+    return [lines[text_key(text)] for text in texts]
+
+
 def _rows(path: Path, label_column: str) -> Iterator[Row]:
     content, suffix = _file_text(path), stem_and_suffix(path)[1]
     if suffix in (".jsonl", ".ndjson"):

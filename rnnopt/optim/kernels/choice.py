@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 import warnings
 
 import torch
 
-from rnnopt.optim.kernels.cpu import CompiledStep, build
+from rnnopt.optim.kernels.cpu import CompiledStep, CompilerError, build
 from rnnopt.optim.kernels.fused import FusedStep
 from rnnopt.rules.lstm import CoordinateLSTM
 
@@ -38,13 +37,13 @@ def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
     """The C kernel for this many hidden units, or None if it can't be compiled."""
     try:
         return build(hidden_size)
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
+    except CompilerError as error:
+        _warn_once(str(error), "install gcc or clang, or name one in the environment variable CC")
+    except OSError as error:
         _warn_once(
-            detail.strip().splitlines()[0] if detail.strip() else type(error).__name__,
-            "install gcc or clang, or name one in the environment variable CC",
+            str(error), "name a folder that programs may run from in the variable XDG_CACHE_HOME"
         )
-        return None
+    return None
 
 
 def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:

@@ -1,7 +1,7 @@
 """The fused step on a CPU, see cell.c.
 
 The machine's C compiler builds the kernel on first use, in about a second. The shared library is
-kept in the user's cache folder.
+kept in the user's cache folder, or for the process alone where that can't be used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ BLOCK = 16_384
 _MIN_PER_THREAD = 32_768
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompiledStep(FusedStep):
@@ -101,27 +103,58 @@ def build(hidden_size: int) -> ctypes.CDLL:
     """Load the kernel for this many hidden units from the cache folder; compile it if necessary.
 
     Raises:
-        OSError: there is no compiler, or the cache folder can't be used.
-        RuntimeError: there is no home folder.
-        ValueError: the environment variable CC can't be parsed.
-        subprocess.SubprocessError: the compiler failed.
+        CompilerError: there is no compiler, or it failed.
+        OSError: no folder can be written, or the library can't be loaded.
+
+    Warns:
+        RuntimeWarning: the cache folder can't be used; the kernel is compiled for this process.
     """
-    return _load(_compiled(hidden_size), hidden_size)
+    command, name = _command(hidden_size)
+    try:
+        return _load(_compiled(command, _cache_folder() / name), hidden_size)
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+        warnings.warn(
+            f"the folder for the compiled step can't be used ({error}), and every process compiles "
+            "it anew, in a second; name a folder that you may write to in the environment variable "
+            "XDG_CACHE_HOME",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        return _load(_compiled(command, Path(scratch) / name), hidden_size)
 
 
-def _compiled(hidden_size: int) -> Path:
-    """The path of the shared library, compiled if it does not exist."""
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    command = [*compiler, *_FLAGS, f"-DHIDDEN={hidden_size}"]
+class CompilerError(Exception):
+    """There is no C compiler, or it failed."""
+
+
+def _command(hidden_size: int) -> tuple[list[str], str]:
+    """The compiler's command, and the name of the shared library that it makes."""
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise CompilerError(f"the environment variable CC can't be parsed: {error}") from error
     if shutil.which(compiler[0]) is None:
-        raise OSError(f"no C compiler: {compiler[0]} is not there")
+        raise CompilerError(f"no C compiler: {compiler[0]} is not there")
+    command = [*compiler, *_FLAGS, f"-DHIDDEN={hidden_size}"]
     # -march=native: several machines may share a home folder
-    identity = "\n".join([*command, _processor(), SOURCE.read_text()])
-    name = f"cell-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            target = Path(scratch) / name
+    identity = "\n".join(["with digest", *command, _processor(), SOURCE.read_text()])
+    return command, f"cell-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+
+
+def _compiled(command: list[str], path: Path) -> Path:
+    """The path of the shared library, compiled if it does not exist, or not as it was written.
+
+    Its SHA-256 follows the library in the file. To load a library that was cut off would end the
+    process.
+    """
+    if path.exists():
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
+            return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        target = Path(scratch) / path.name
+        try:
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(target)],
                 check=True,
@@ -129,8 +162,13 @@ def _compiled(hidden_size: int) -> Path:
                 text=True,
                 timeout=_BUILD_SECONDS,
             )
-            os.replace(target, folder / name)  # two processes may compile at once
-    return folder / name
+        except subprocess.SubprocessError as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            raise CompilerError(lines[0] if lines else str(error)) from error
+        with target.open("ab") as file:
+            file.write(hashlib.sha256(target.read_bytes()).digest())
+        os.replace(target, path)  # two processes may compile at once
+    return path
 
 
 def _cache_folder() -> Path:
