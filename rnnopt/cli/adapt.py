@@ -131,8 +131,8 @@ def _check_lr(lr: float) -> None:
     """Refuse what no rule learns with: a learning rate of AdamW's, in most cases."""
     if not LEAST_LR <= lr < math.inf:
         raise InputError(
-            f"--lr {lr}: must be finite and at least {LEAST_LR}; it multiplies the learned step, and "
-            "1 is as meta-trained: leave it out, or take a value near 1"
+            f"--lr {lr}: must be finite and at least {LEAST_LR}; it multiplies the learned step, "
+            "and 1 is as meta-trained: leave it out, or take a value near 1"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
-from rnnopt.rules.protocol import State, UpdateRule
+from rnnopt.rules.protocol import State, UpdateRule, statistics_of
 
 # Nats that the loss may rise above its minimum. On Hugging Face encoders it rises by less than
 # half of that where a rule works, and by 3 to 30 where a rule ruins the model.
@@ -41,6 +41,34 @@ class GuardedRule(UpdateRule, Protocol):
 
     def fallback(self) -> UpdateRule:
         """A rule with the same state whose steps are bounded, such as Adam's."""
+        ...
+
+
+@runtime_checkable
+class ScaleFreeRule(GuardedRule, Protocol):
+    """A guarded rule whose steps do not depend on a constant factor of the loss.
+
+    Gradients of accumulated batches, or of several processes, may arrive too large by a constant. A
+    bound in nats would undo good steps then, and without a bound in nats the guard is as free of
+    scale as the rule.
+    """
+
+    def largest_rise(self, states: Sequence[State]) -> Tensor:
+        """What the loss may rise above its minimum by what the states have seen, 0-d.
+
+        Args:
+            states: of the parameters that are stepped together.
+        """
+        ...
+
+    def promised(self, statistics: Sequence[Tensor]) -> Tensor:
+        """What the fallback's next step promises to first order, 0-d: the loss may rise by that.
+
+        Where the first gradients were very small, this alone tells a harmless rise from a ruin.
+
+        Args:
+            statistics: of the parameters that are stepped together, at their present gradients.
+        """
         ...
 
 
@@ -102,6 +130,7 @@ def check_last_step(
     states: Sequence[State],
     groups: Sequence[dict[str, Any]],
     all_states: Mapping[Tensor, State],
+    rule: UpdateRule,
 ) -> tuple[bool, bool]:
     """Undo the last step if the loss has risen too far; skip a batch without a finite gradient.
 
@@ -110,6 +139,7 @@ def check_last_step(
         states: the state of each of these parameters.
         groups: all param groups of the optimizer, with `GROUP_STATE`, which is updated.
         all_states: the state of every parameter.
+        rule: the optimizer's, which may say what rise is too far.
 
     Returns:
         Whether to take the next step; and whether the gradient is finite in every coordinate.
@@ -123,7 +153,7 @@ def check_last_step(
     # row is the fault of the step before them.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined = total > MAX_RISE
+    ruined = _is_ruined(total, work, states, rule)
     for group in groups:
         group["loss_rise"] = 0.0 if ruined else total
         group["undone"] += ruined
@@ -133,6 +163,20 @@ def check_last_step(
             if LAST_STEP in state:
                 undo(param, state)
     return not (ruined or skipped), finite
+
+
+def _is_ruined(rise: float, work: Work, states: Sequence[State], rule: UpdateRule) -> bool:
+    """Whether the loss has risen too far above its minimum."""
+    if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
+        return rise > MAX_RISE
+    if rise <= float(rule.largest_rise(states)):
+        return False
+    rows = [
+        statistics_of(rule, local(param), local_gradient(grad, param), state)
+        for (_, param, grad), state in zip(work, states)
+    ]
+    sums = sum_over_shards(rows, [param for _, param, _ in work])
+    return rise > float(rule.promised(cast(list[Tensor], sums)))
 
 
 @torch.no_grad()

@@ -282,10 +282,10 @@ def test_without_a_compiler_it_warns_once_and_the_plain_rule_steps(
 def test_a_cache_folder_that_cannot_be_used_is_named_and_the_kernel_steps(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder can be made in a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    more = "from rnnopt.optim.kernels.choice import c_kernel; print(c_kernel(8) is not None)"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT + "from rnnopt.optim.kernels.choice import c_kernel; print(c_kernel(8) is not None)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT + more], capture_output=True, text=True, check=True
+    )
     assert done.stdout.count("can't be used") == 1 and "XDG_CACHE_HOME" in done.stdout
     assert "compiler" not in done.stdout and done.stdout.endswith("True\n")
 

@@ -37,8 +37,9 @@ def save_classifier(classifier: Saveable, folder: Path, label_names: Sequence[st
     """Write a folder for `transformers.pipeline("text-classification", folder, truncation=True)`.
 
     The tokenizer in the folder truncates, where that is asked for, to the length that was trained
-    on; without it, texts longer than the encoder's positions fail. LoRA factors are merged into the weights that are written. The folder appears as a whole or not
-    at all. The classifier itself stays as it is.
+    on; without it, texts longer than the encoder's positions fail. LoRA factors are merged into the
+    weights that are written. The folder appears as a whole or not at all. The classifier itself
+    stays as it is.
 
     Args:
         classifier: the classifier to write.
