@@ -43,7 +43,7 @@ BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once s
 # and all weights of MiniLM that is 0.6 to 30 nats.
 MAX_RISE = 3.0
 FLOOR = 1e-20  # inside roots, whose derivative at 0 is infinite
-# Inside roots of squared gradients. Coordinates with gradients of 1e-9 are common, and a larger floor
+# Inside roots of squared gradients. Coordinates with gradients of 1e-9 are common; a larger floor
 # would make their steps depend on the scale of the loss.
 ROOT_FLOOR = 1e-30
 
