@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 import safetensors
 import torch
 from safetensors.torch import load as parse_tensors
@@ -66,6 +71,41 @@ def claim_folder(folder: Path) -> None:
         ) from error
     if taken:
         raise InputError(f"{folder} is not an empty folder; choose another --output")
+
+
+# Folders that this process has claimed for itself, by device and inode, as open descriptors. They
+# are closed, and so given back, by the system when the process ends, however it ends.
+_HELD: dict[tuple[int, int], int] = {}
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep other processes of rnnopt from writing to a folder as long as this one lives.
+
+    Where the file system has no locks, nothing happens.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    if fcntl is None:
+        return
+    try:
+        facts = os.stat(folder)
+        if (facts.st_dev, facts.st_ino) in _HELD:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # whoever writes there will say so
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"another process writes to {folder} now; wait for its end, or choose another --output"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return
+    _HELD[facts.st_dev, facts.st_ino] = descriptor
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
