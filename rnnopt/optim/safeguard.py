@@ -29,8 +29,11 @@ _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
 _CHUNK = 1 << 20
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
-# its minimum; whether the last batch was skipped because no gradient was finite.
-GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False}
+# its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
+GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
+# A gradient so many times larger than any before is an accident of one batch: Adam's second moment
+# would remember it for thousands of steps. Between batches norms differ tenfold at most.
+_OUTLIER = 1000.0
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -98,7 +101,7 @@ def init_guard_state(param: Tensor) -> State:
     }
 
 
-def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
+def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool, float]:
     """Nats by which the loss rose in the last step. Waits for the device.
 
     Args:
@@ -106,23 +109,25 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
         states: each parameter's state, with the last step in it.
 
     Returns:
-        The estimate, infinite if no gradient is finite after the step; and whether the gradient is
-        finite in every coordinate.
+        The estimate, infinite if no gradient is finite after the step; whether the gradient is
+        finite in every coordinate; and the norm of the finite ones.
     """
     items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
     params = [param for _, param, _ in work]
-    ends = [_slope(grad, state[LAST_STEP]) for grad, state in items]
-    rows = sum_over_shards([end.reshape(1) for end in ends], params)
-    (change,) = total(_with_start(rows, states))
+    ends = [
+        torch.stack([_slope(grad, state[LAST_STEP]), _slope(grad, grad)]) for grad, state in items
+    ]
+    change, square = total(_with_start(sum_over_shards(ends, params), states))
     if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
-        return change, True
+        return change, True, math.sqrt(square)
     rows = []
     for grad, state in items:
         end = _slope(grad, state[LAST_STEP], masked=True)
         counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
-        rows.append(torch.stack([end, *(count.to(end) for count in counts)]))
-    change, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
-    return math.inf if moved and not finite else change, False
+        clean = torch.where(torch.isfinite(grad), grad, 0)
+        rows.append(torch.stack([end, _slope(clean, clean), *(c.to(end) for c in counts)]))
+    change, square, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
+    return math.inf if moved and not finite else change, False, math.sqrt(square)
 
 
 def check_last_step(
@@ -132,7 +137,9 @@ def check_last_step(
     all_states: Mapping[Tensor, State],
     rule: UpdateRule,
 ) -> tuple[bool, bool]:
-    """Undo the last step if the loss has risen too far; skip a batch without a finite gradient.
+    """Undo the last step if the loss has risen too far; skip a batch without a usable gradient.
+
+    Usable is a gradient that is finite, and not thousands of times larger than any before.
 
     Args:
         work: (param group, parameter, its gradient after the last step).
@@ -148,13 +155,20 @@ def check_last_step(
         if LAST_STEP not in state:
             with torch.inference_mode(False):
                 state.update(init_guard_state(param))
-    (rise, finite), group = loss_rise(work, states), groups[0]
+    (rise, finite, norm), group = loss_rise(work, states), groups[0]
+    largest = group["largest_gradient"]
     # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
-    # row is the fault of the step before them.
+    # row is the fault of the step before them; a second gradient that is far larger than all before
+    # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
     ruined = _is_ruined(total, work, states, rule)
+    if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
+        skipped, total = True, group["loss_rise"]
+    if not (ruined or skipped):
+        largest = max(largest, norm)
     for group in groups:
+        group["largest_gradient"] = largest
         group["loss_rise"] = 0.0 if ruined else total
         group["undone"] += ruined
         group["skipped"] = skipped
