@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.tasks.adaptation import Adaptation
 from rnnopt.tasks.protocol import Scores
+
+_CHECK = "check"
 
 
 class Journal:
@@ -70,7 +73,7 @@ class Journal:
                 "seconds": done.seconds_per_step,
                 "undone": done.undone,
             }
-            self._append(json.dumps(entry))
+            self._append(json.dumps({**entry, _CHECK: _check(entry)}))
             self._runs[name] = entry
         entry = self._runs[name]
         scores = {int(b): scores for b, scores in entry["scores"].items()}
@@ -88,14 +91,21 @@ class Journal:
 
     def _remember(self, line: str) -> None:
         try:
-            entry = dict(json.loads(line))
+            entry = dict(parse_json(line))
+            if _CHECK in entry and entry.pop(_CHECK) != _check(entry):
+                return
             name, seconds = str(entry["run"]), float(entry["seconds"])
             scores = {str(int(b)): _named(scores) for b, scores in entry["scores"].items()}
             self._runs[name] = {
                 "scores": scores, "seconds": seconds, "undone": int(entry.get("undone", 0))
             }  # fmt: skip
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             return  # a crash cut the line off, or a disk changed it: its run is repeated
+
+
+def _check(entry: Mapping[str, Any]) -> int:
+    """A checksum of a run: a disk may change a digit without a word."""
+    return zlib.crc32(json.dumps(entry).encode())
 
 
 def _named(scores: Any) -> Scores:
@@ -108,7 +118,7 @@ def _named(scores: Any) -> Scores:
 def _difference(head: str, facts: Mapping[str, Any]) -> str:
     """How the first line of a journal differs from the facts, as text for an error."""
     try:
-        saved = dict(json.loads(head))
+        saved = dict(parse_json(head))
     except ValueError:
         return ""
     other = [

@@ -25,6 +25,15 @@ from torch import Tensor
 from rnnopt.errors import InputError
 
 _ABOUT = "rnnopt"
+_CHECK = "fingerprint of tensors"  # files that were written before 0.2 have none
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever it can't parse, deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -121,7 +130,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         InputError: see `write_atomically`.
     """
     contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
+    facts = {**about, _CHECK: fingerprint(contiguous)}
+    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(facts)}))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -150,9 +160,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = parse_tensors(data)
         (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        about = dict(json.loads(metadata.get(_ABOUT, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        metadata = parse_json(data[8 : 8 + length]).get("__metadata__", {})
+        about = dict(parse_json(metadata.get(_ABOUT, "{}")))
+        if about.pop(_CHECK, None) not in (None, fingerprint(tensors)):
+            raise ValueError("its tensors are not those that were saved")
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
             "format: make it again with `rnnopt meta-train`"

@@ -14,6 +14,7 @@ from rnnopt.errors import InputError
 from rnnopt.storage.files import (
     claim_folder,
     hold_folder,
+    parse_json,
     read_tensors,
     save_tensors,
     write_atomically,
@@ -104,7 +105,7 @@ class RunFolder:
     ) -> Checkpoint | None:
         checkpoint = None
         try:
-            self._check_same_run(dict(json.loads((self.path / RUN_FILE).read_text())), facts)
+            self._check_same_run(dict(parse_json((self.path / RUN_FILE).read_text())), facts)
             if (self.path / CHECKPOINT_FILE).exists():
                 checkpoint = read_tensors(self.path / CHECKPOINT_FILE)
                 restore(*checkpoint)
@@ -144,6 +145,6 @@ class RunFolder:
 def _step_of(line: str) -> float:
     """The meta-step of a line of the log; infinity for a line that a crash cut off."""
     try:
-        return float(json.loads(line)["meta_step"])
+        return float(parse_json(line)["meta_step"])
     except (ValueError, KeyError):
         return math.inf

@@ -20,7 +20,7 @@ from rnnopt.evaluation.report.tables import (
     sources_table,
     table,
 )
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.storage.provenance import PROVENANCE_FILE, read_json
 from rnnopt.storage.run_folder import LOG_FILE, RUN_FILE
 from rnnopt.tasks.requirement import Requirement
@@ -75,7 +75,7 @@ def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
 def _meta_training(folder: Path, say: Callable[[str], None]) -> list[str]:
     run, about = _read(folder / RUN_FILE), read_json(folder / PROVENANCE_FILE)
     lines = (folder / LOG_FILE).read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [parse_json(line) for line in lines]
     checks = [record for record in records if "validation" in record]
     picture = _picture(say, lambda plot: plot.plot_learning(records, folder / "learning.png"))
     return [
@@ -278,7 +278,7 @@ def _shown(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path}: can't be read ({error}); it is damaged or no file of rnnopt's: make the run "
