@@ -86,7 +86,8 @@ def _case(rule: Rule, chance: random.Random, small: bool) -> tuple[float, str]:
     """(the largest step as a share of the bound, what went wrong)."""
     from rnnopt import LearnedOptimizer
 
-    shapes = chance.sample(_SHAPES[: -2 if small else None], chance.randint(1, 3))
+    few = small or chance.random() < 0.95  # large tensors take most of the time
+    shapes = chance.sample(_SHAPES[: -2 if few else None], chance.randint(1, 3))
     dtype = chance.choice(_TYPES)
     generator = torch.Generator().manual_seed(chance.randrange(2**31))
     sizes = [chance.choice([0.0, 1e-4, 0.05, 1.0, 30.0]) for _ in shapes]
