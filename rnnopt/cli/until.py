@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,15 +14,18 @@ import torch
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.commands import Adapt
 from rnnopt.data.corpus import Corpus, merge, text_key
-from rnnopt.data.files import read_corpus
+from rnnopt.data.files import first_lines, read_corpus
 from rnnopt.data.splits import stratified_holdout
 from rnnopt.errors import InputError
 from rnnopt.evaluation.report.tables import confusion_text, show
-from rnnopt.tasks.requirement import Requirement
+from rnnopt.tasks.requirement import DIGITS, Requirement
 from rnnopt.tasks.text.adapt import JUDGED, Judgement, judge_texts, label_numbers
 from rnnopt.tasks.text.classifier import Classifier
+from rnnopt.tasks.text.estimator.figures import wilson_interval
 
-STEPS, MOST_STEPS = 20, 200  # without a requirement, and at most with one
+STEPS, MOST_STEPS = 20, 200  # without a requirement, and at most with one; more for more texts
+PASSES = 2  # times that every training text is seen by itself
+MOST_BY_ITSELF = 1000  # steps, which then take as long as is bearable
 
 
 def adapt_requirement(settings: Adapt) -> Requirement | None:
@@ -38,6 +42,30 @@ def adapt_requirement(settings: Adapt) -> Requirement | None:
     if settings.until is not None and settings.test and not os.path.exists(settings.test):
         raise InputError(f"{settings.test}: no such file; check the path of --test")
     return None if settings.until is None else Requirement.parse(settings.until, JUDGED)
+
+
+def steps_for(texts: int, batch_size: int, least: int) -> int:
+    """The steps that the data wants: `PASSES` times through it, at most `MOST_BY_ITSELF`.
+
+    Args:
+        texts: of training.
+        batch_size: texts of a step.
+        least: the steps that few texts get.
+    """
+    return max(least, min(math.ceil(PASSES * texts / batch_size), MOST_BY_ITSELF))
+
+
+def seen_line(texts: int, batch_size: int, steps: int) -> str:
+    """How much of the training texts has been seen, for people."""
+    batches = f"{steps} steps of {min(batch_size, texts)} texts"
+    if batch_size >= texts:
+        return f"{batches}: every step saw all training texts"
+    if (seen := steps * batch_size) < texts:
+        return (
+            f"{batches}: {seen} of {texts} training texts were seen, the others never; for all of "
+            f"them take --steps {math.ceil(texts / batch_size)} or more, or leave it out"
+        )
+    return f"{batches}: each of {texts} training texts was seen {seen / texts:.1f} times on average"
 
 
 class Watch:
@@ -141,7 +169,27 @@ def user_texts(settings: Adapt) -> tuple[Corpus, Corpus]:
         )
     if len(kept) < len(train):
         print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
-    return replace(train.take(kept), dropped=train.dropped), test
+    left = train.take(kept)
+    _require_all_labels(settings, train, left)
+    return replace(left, dropped=train.dropped), test
+
+
+def _require_all_labels(settings: Adapt, train: Corpus, left: Corpus) -> None:
+    """Refuse to lose a label because all its texts are in --test."""
+    lost = sorted(set(train.labels) - set(left.labels))
+    if not lost:
+        return
+    text = train.texts[train.labels.index(lost[0])]
+    here, there = (
+        first_lines(str(path), [text], text_column=settings.text_column)[0]
+        for path in (settings.data, settings.test)
+    )
+    others = f" (and {len(lost) - 1} more labels)" if len(lost) > 1 else ""
+    raise InputError(
+        f"label {lost[0]!r}{others}: all its texts are in --test too, such as line {here} of "
+        f"{settings.data}, which is line {there} of {settings.test}, and none is left to train on; "
+        "add other texts of the label, or take its texts out of one of the files"
+    )
 
 
 def judge_unseen(
@@ -162,7 +210,7 @@ def judge_unseen(
         print(f"left out of the test, since they are in --data: {left_out} texts")
     with waiting("judging"):
         judged = judge_texts(classifier, test.texts, labels)
-    print(judgement_line(judged, "of the test"))
+    print(judgement_line(judged, "of --test"))
     show(confusion_text(names, judged.matrix))
     return judged_facts(judged, names), data_facts(test)
 
@@ -196,6 +244,7 @@ def judged_facts(judged: Judgement, names: Sequence[str]) -> dict[str, Any]:
     """Figures and confusion matrix for a file."""
     return {
         **judged.figures(),
+        "accuracy_interval": [round(end, DIGITS) for end in _accuracy_interval(judged)],
         "texts": int(judged.matrix.sum()),
         "labels": list(names),
         "confusion": judged.matrix.tolist(),
@@ -205,10 +254,27 @@ def judged_facts(judged: Judgement, names: Sequence[str]) -> dict[str, Any]:
 def judgement_line(judged: Judgement, what: str) -> str:
     """The metrics, for people."""
     metrics = judged.metrics
+    low, high = _accuracy_interval(judged)
     return (
-        f"on {judged.matrix.sum()} texts {what}: accuracy {metrics.accuracy:.3f}, macro precision "
-        f"{metrics.precision:.3f}, recall {metrics.recall:.3f}, F1 {metrics.f1:.3f}"
+        f"on {judged.matrix.sum()} texts {what}: accuracy {metrics.accuracy:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}), macro precision {metrics.precision:.3f}, recall "
+        f"{metrics.recall:.3f}, F1 {metrics.f1:.3f}"
     )
+
+
+def _accuracy_interval(judged: Judgement) -> tuple[float, float]:
+    return wilson_interval(int(judged.matrix.trace()), int(judged.matrix.sum()))
+
+
+def say_if_no_better(judged: Judgement, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Tell of a classifier that is no better than one that always gives the commonest answer."""
+    counts = judged.matrix.sum(axis=1)
+    if judged.matrix.trace() <= counts.max():
+        say(
+            f"WARNING: accuracy {judged.metrics.accuracy:.3f} is no better than always answering "
+            f"{names[int(counts.argmax())]!r}, {counts.max() / counts.sum():.3f}: nothing was "
+            "learned that these texts show; raise --steps, leave --lr out, or check the labels"
+        )
 
 
 def data_facts(corpus: Corpus) -> str:

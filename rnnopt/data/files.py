@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rnnopt.data.corpus import ClassKey, Corpus, listed, readable, text_key
 from rnnopt.data.delimited import table_rows
 from rnnopt.errors import InputError
+
+MOST_TIMES = 100  # that a gzip file may grow; texts grow three- to tenfold
+_ALWAYS_UNPACKED = 2**24  # bytes
 
 Row = tuple[int, Mapping[str, object]]  # (line number, column -> value)
 
@@ -70,7 +74,7 @@ def read_corpus(
     if not kept:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
     _warn_of_spellings(path, spellings)
-    _warn_of_conflicts(path, conflicts)
+    _warn_of_conflicts(path, conflicts, {label for _, label, _ in kept})
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
 
@@ -90,6 +94,22 @@ def read_texts(path: str | os.PathLike[str], *, text_column: str = "text") -> li
         " ".join(_value(f"{path}, line {line}", row, text_column, "--text-column").split())
         for line, row in _rows(path, "")
     ]
+
+
+def first_lines(
+    path: str | os.PathLike[str], texts: Sequence[str], *, text_column: str = "text"
+) -> list[int]:
+    """The lines of a file where texts first stand, for messages.
+
+    Args:
+        path: as in `read_corpus`.
+        texts: some of those that `read_corpus` has read from this file, compared by `text_key`.
+        text_column: as in `read_corpus`.
+    """
+    lines: dict[str, int] = {}
+    for line, row in _rows(Path(path), ""):
+        lines.setdefault(text_key(str(row.get(text_column, ""))), line)
+    return [lines[text_key(text)] for text in texts]
 
 
 def _rows(path: Path, label_column: str) -> Iterator[Row]:
@@ -112,12 +132,16 @@ def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -
         )
 
 
-def _warn_of_conflicts(path: Path, conflicts: Sequence[tuple[int, str, int, str]]) -> None:
+def _warn_of_conflicts(
+    path: Path, conflicts: Sequence[tuple[int, str, int, str]], kept: Collection[str]
+) -> None:
     if conflicts:
         first, one, second, other = conflicts[0]
+        lost = sorted({label for *_, label in conflicts} - set(kept))
+        gone = f"; no text is left of label {listed(map(repr, lost))}" if lost else ""
         warnings.warn(
             f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
-            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept",
+            f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept{gone}",
             stacklevel=3,
         )
 
@@ -143,7 +167,7 @@ def _file_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
+            data = _unpacked(path, data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path}: not a whole gzip file ({error}); copy or compress it again, or drop .gz "
@@ -156,6 +180,19 @@ def _file_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+
+
+def _unpacked(path: Path, packed: bytes) -> bytes:
+    """Unpack gzip, and stop where it can't be text any more: such a file may fill the memory."""
+    most = max(_ALWAYS_UNPACKED, MOST_TIMES * len(packed))
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(
+            f"{path}: {len(packed)} bytes that unpack to more than {most}, {MOST_TIMES} times as "
+            "many, as labelled texts don't; check where the file is from, or unpack it yourself"
+        )
+    return data
 
 
 def _json_rows(path: Path, content: str) -> Iterator[Row]:

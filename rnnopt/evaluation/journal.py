@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rnnopt.errors import InputError
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.tasks.adaptation import Adaptation
 from rnnopt.tasks.protocol import Scores
+
+_CHECK = "check"
 
 
 class Journal:
@@ -33,8 +37,9 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_text() if path.exists() else ""
-            if not content:
-                path.write_text(head + "\n")
+            if head.startswith(content):  # new, or its first line was cut off
+                write_atomically(path, f"{head}\n".encode())
+                content = ""
             elif not content.endswith("\n"):  # a crash cut the last line off
                 self._append("")
         except (OSError, UnicodeDecodeError) as error:
@@ -68,12 +73,11 @@ class Journal:
                 "seconds": done.seconds_per_step,
                 "undone": done.undone,
             }
-            self._append(json.dumps(entry))
+            self._append(json.dumps({**entry, _CHECK: _check(entry)}))
             self._runs[name] = entry
         entry = self._runs[name]
         scores = {int(b): scores for b, scores in entry["scores"].items()}
-        # version 0.1 did not keep the number of undone steps
-        return Adaptation(scores, entry["seconds"], entry.get("undone", 0))
+        return Adaptation(scores, entry["seconds"], entry["undone"])
 
     def _append(self, line: str) -> None:
         try:
@@ -87,24 +91,34 @@ class Journal:
 
     def _remember(self, line: str) -> None:
         try:
-            entry = json.loads(line)
-        except ValueError:  # a crash cut the line off, so its run is repeated
-            return
-        entry["scores"] = {b: _named(scores) for b, scores in entry["scores"].items()}
-        self._runs[entry["run"]] = entry
+            entry = dict(parse_json(line))
+            if _CHECK in entry and entry.pop(_CHECK) != _check(entry):
+                return
+            name, seconds = str(entry["run"]), float(entry["seconds"])
+            scores = {str(int(b)): _named(scores) for b, scores in entry["scores"].items()}
+            self._runs[name] = {
+                "scores": scores, "seconds": seconds, "undone": int(entry.get("undone", 0))
+            }  # fmt: skip
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return  # a crash cut the line off, or a disk changed it: its run is repeated
+
+
+def _check(entry: Mapping[str, Any]) -> int:
+    """A checksum of a run: a disk may change a digit without a word."""
+    return zlib.crc32(json.dumps(entry).encode())
 
 
 def _named(scores: Any) -> Scores:
     """The figures by name. Version 0.1 kept a list without names, in the order below."""
     if isinstance(scores, list):
         scores = dict(zip(("loss", "accuracy", "f1", "calibrated"), scores))
-    return {name: value for name, value in dict(scores).items() if value is not None}
+    return {name: float(value) for name, value in dict(scores).items() if value is not None}
 
 
 def _difference(head: str, facts: Mapping[str, Any]) -> str:
     """How the first line of a journal differs from the facts, as text for an error."""
     try:
-        saved = dict(json.loads(head))
+        saved = dict(parse_json(head))
     except ValueError:
         return ""
     other = [

@@ -64,8 +64,25 @@ class DifferentiableLearnedOptimizer(higher.optim.DifferentiableOptimizer):  # t
             group["params"][i] = (param + delta).to(param.dtype)
 
 
-def _accept_peft() -> None:
-    """Let `higher` patch peft's layers.
+class _PatchedType(ABCMeta):
+    """The type of `higher`'s patched classes: `higher` alone makes instances of them.
+
+    Containers make new ones of their own class: a slice of a `ModuleList` is
+    ``self.__class__(modules)``, and Llama, Qwen2 and Mistral run through such a slice. `higher`'s
+    classes take other arguments ("missing 1 required positional argument: 'root'"). A class that a
+    module makes an instance of is therefore the original class, which holds the patched modules.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "root" in kwargs:  # `higher` itself, which names this argument
+            return super().__call__(*args, **kwargs)
+        original = cls.__bases__[0]
+        # a ParameterList would turn the patched parameters into new ones, without their graph
+        return (list if issubclass(original, nn.ParameterList) else original)(*args, **kwargs)
+
+
+def _accept_all_modules() -> None:
+    """Let `higher` patch peft's layers, and modules that slice a container.
 
     `higher` makes a class that inherits from the layer's class and from its own base class, whose
     bases are `(ABC, Module)`. peft's layers have the bases `(Module, ..., ABC)`. Python finds no
@@ -75,8 +92,8 @@ def _accept_peft() -> None:
     base = higher.patch._MonkeyPatchBase
     own = {"__dict__", "__weakref__", "_abc_impl"}  # every class gets its own
     body = {name: value for name, value in vars(base).items() if name not in own}
-    higher.patch._MonkeyPatchBase = ABCMeta(base.__name__, (nn.Module, ABC), body)
+    higher.patch._MonkeyPatchBase = _PatchedType(base.__name__, (nn.Module, ABC), body)
 
 
-_accept_peft()
+_accept_all_modules()
 higher.register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)

@@ -6,11 +6,14 @@ processes: sums of tensors use NCCL on GPUs, and everything else uses gloo.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,9 +26,11 @@ from rnnopt.errors import InputError, ToldElsewhereError
 
 _T = TypeVar("_T")
 # How long a process waits for the slowest one. A process that ended is noticed at once, because its
-# connections close; only a machine that is out of reach is waited for. The time must be longer than
-# any work that one process may do alone, such as a long task or a download of the encoder.
+# connections close, and one that hangs by its pulse. The time must be longer than any work that one
+# process may do alone, such as a long task or a download of the encoder.
 _LONGEST_WAIT = timedelta(minutes=10)
+# Seconds between two signs of life of a process, and without one until it is given up.
+_BEAT, _SILENCE = 5.0, 45.0
 
 
 class _LostError(InputError):
@@ -42,15 +47,22 @@ class Team:
         rank: the number of this process, 0 .. size - 1. Process 0 writes files and prints.
         size: the number of processes.
         local_rank: the number of this process on its machine, and of its GPU.
+        pulse: shows the other processes that this one lives; None if nobody looks.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    pulse: Pulse | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def join(cls) -> Team:
+    def join(cls, lost: Callable[[str], None] | None = None) -> Team:
         """Join the processes that torchrun's environment variables describe; wait for all of them.
+
+        Args:
+            lost: called in a thread of every process that is alive, when another has hung, which
+                the process itself may never learn, since it waits for that one. The message is
+                empty in all processes but one.
 
         Raises:
             InputError: the variables are incomplete, or other processes can't be reached.
@@ -68,7 +80,8 @@ class Team:
                 f"can't join the {size} processes of this run ({_reason(error)}); start them "
                 "all with torchrun, at one rendezvous"
             ) from error
-        return cls(dist.get_rank(), size, _variable("LOCAL_RANK", 0))
+        pulse = None if lost is None else Pulse(dist.get_rank(), size, lost)
+        return cls(dist.get_rank(), size, _variable("LOCAL_RANK", 0), pulse)
 
     def __enter__(self) -> Team:
         return self
@@ -79,6 +92,8 @@ class Team:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.pulse is not None:
+            self.pulse.stop()
         # if another process is lost, leaving the group could wait for it; this process ends anyway
         if self.size > 1 and not isinstance(error, _LostError):
             dist.destroy_process_group()
@@ -140,6 +155,85 @@ class Team:
         """
         result = self.together(lambda: None if self.rank else action())
         return self.gather(result)[0]  # type: ignore[return-value]  # the value of rank 0 is not None
+
+
+class Pulse:
+    """Signs of life of the processes of a run, in the store where they have met.
+
+    A process that is stopped, or whose machine is out of reach, closes no connection, and the
+    others would wait for it. A thread of each process writes a number every few seconds and reads
+    those of the others. A second thread looks at the clock, because the first waits for ever where
+    the process that keeps the store hangs.
+
+    Args:
+        rank: of this process.
+        size: the number of processes.
+        lost: see `Team.join`.
+    """
+
+    def __init__(self, rank: int, size: int, lost: Callable[[str], None]) -> None:
+        self._rank, self._size, self._lost = rank, size, lost
+        self._over = threading.Event()
+        self._store = self._connect()
+        self._store.set(self._key(rank), "0")
+        dist.barrier()  # now all have begun
+        self._answered = time.monotonic()  # when the store has answered last
+        self._signs = [("", self._answered)] * size  # each process's number, and since when
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, name="rnnopt pulse", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look for no more signs, and tell the others that this process has ended."""
+        self._over.set()
+
+    def _beat(self) -> None:
+        for beat in itertools.count(1):
+            over = self._over.wait(_BEAT)
+            try:
+                self._store.set(self._key(self._rank), _ENDED if over else str(beat))
+                if over:
+                    return
+                now = [self._store.get(self._key(rank)).decode() for rank in range(self._size)]
+            except RuntimeError:
+                return  # the process that keeps the store has ended, and so will this one
+            self._answered = time.monotonic()
+            self._signs = [
+                (new, self._answered) if new in (_ENDED, "") or new != old else (old, since)
+                for new, (old, since) in zip(now, self._signs)
+            ]
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            now = time.monotonic()
+            silent = [r for r, (_, since) in enumerate(self._signs) if now - since > _SILENCE]
+            if now - self._answered > _SILENCE:
+                silent = [0]  # which keeps the store, and all the numbers
+            if silent:
+                self._give_up(silent)
+                return
+
+    def _give_up(self, silent: Sequence[int]) -> None:
+        alive = min(rank for rank in range(self._size) if rank not in silent)
+        names = ", ".join(map(str, silent))
+        self._lost(
+            f"process {names} of {self._size} has given no sign of life for {_SILENCE:.0f} s; see "
+            "what it or its machine does, then go on with --resume"
+            if alive == self._rank
+            else ""
+        )
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"rnnopt/pulse/{rank}"
+
+    @staticmethod
+    def _connect() -> dist.TCPStore:
+        """A connection of its own to the store that torchrun's variables name."""
+        address, port = os.environ["MASTER_ADDR"], _variable("MASTER_PORT", 0)
+        return dist.TCPStore(address, port, is_master=False)
+
+
+_ENDED = "ended"
 
 
 def check_alike(everyone: Sequence[dict[str, Any]]) -> None:

@@ -335,6 +335,10 @@ class MetaTraining:
         for name, leaf in _under("meta.", tensors).items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = leaf
+        if not all(torch.isfinite(leaf).all() for leaf in tensors.values()):
+            raise ValueError("values of the checkpoint are not finite")
+        if len({frozenset(leaves) for leaves in state.values()}) > 1:
+            raise ValueError("the meta-optimizer's state lacks a part")
         groups = self.meta_optimizer.state_dict()["param_groups"]
         self.meta_optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -17,7 +17,7 @@ from rnnopt.rules.files import load_rule
 from rnnopt.rules.protocol import UpdateRule
 
 # A smaller multiplier is a learning rate that was left over from another optimizer.
-_MIN_LR = 0.01
+LEAST_LR = 0.01
 
 
 def resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
@@ -104,7 +104,7 @@ def check_group(group: dict[str, Any]) -> None:
         UserWarning: lr looks like the learning rate of another optimizer.
     """
     check_numbers(group)
-    if 0 < as_number("lr", group["lr"]) < _MIN_LR:
+    if 0 < as_number("lr", group["lr"]) < LEAST_LR:
         warnings.warn(
             f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
             "with this one next to nothing is learned; leave lr out",

@@ -204,7 +204,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._apply(work, self._has_gradient)
 
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
-        proceed, finite = check_last_step(work, states, self.param_groups, self.state)
+        proceed, finite = check_last_step(work, states, self.param_groups, self.state, self.rule)
         if proceed:
             last = LastStep(work, states, finite)
             self._apply(work, self._has_gradient, last.recorded)

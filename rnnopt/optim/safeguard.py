@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
-from rnnopt.rules.protocol import State, UpdateRule
+from rnnopt.rules.protocol import State, UpdateRule, statistics_of
 
 # Nats that the loss may rise above its minimum. On Hugging Face encoders it rises by less than
 # half of that where a rule works, and by 3 to 30 where a rule ruins the model.
@@ -29,8 +29,11 @@ _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
 _CHUNK = 1 << 20
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
-# its minimum; whether the last batch was skipped because no gradient was finite.
-GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False}
+# its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
+GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
+# A gradient so many times larger than any before is an accident of one batch: Adam's second moment
+# would remember it for thousands of steps. Between batches norms differ tenfold at most.
+_OUTLIER = 1000.0
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -41,6 +44,34 @@ class GuardedRule(UpdateRule, Protocol):
 
     def fallback(self) -> UpdateRule:
         """A rule with the same state whose steps are bounded, such as Adam's."""
+        ...
+
+
+@runtime_checkable
+class ScaleFreeRule(GuardedRule, Protocol):
+    """A guarded rule whose steps do not depend on a constant factor of the loss.
+
+    Gradients of accumulated batches, or of several processes, may arrive too large by a constant. A
+    bound in nats would undo good steps then, and without a bound in nats the guard is as free of
+    scale as the rule.
+    """
+
+    def largest_rise(self, states: Sequence[State]) -> Tensor:
+        """What the loss may rise above its minimum by what the states have seen, 0-d.
+
+        Args:
+            states: of the parameters that are stepped together.
+        """
+        ...
+
+    def promised(self, statistics: Sequence[Tensor]) -> Tensor:
+        """What the fallback's next step promises to first order, 0-d: the loss may rise by that.
+
+        Where the first gradients were very small, this alone tells a harmless rise from a ruin.
+
+        Args:
+            statistics: of the parameters that are stepped together, at their present gradients.
+        """
         ...
 
 
@@ -70,7 +101,7 @@ def init_guard_state(param: Tensor) -> State:
     }
 
 
-def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
+def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool, float]:
     """Nats by which the loss rose in the last step. Waits for the device.
 
     Args:
@@ -78,23 +109,25 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool]:
         states: each parameter's state, with the last step in it.
 
     Returns:
-        The estimate, infinite if no gradient is finite after the step; and whether the gradient is
-        finite in every coordinate.
+        The estimate, infinite if no gradient is finite after the step; whether the gradient is
+        finite in every coordinate; and the norm of the finite ones.
     """
     items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
     params = [param for _, param, _ in work]
-    ends = [_slope(grad, state[LAST_STEP]) for grad, state in items]
-    rows = sum_over_shards([end.reshape(1) for end in ends], params)
-    (change,) = total(_with_start(rows, states))
+    ends = [
+        torch.stack([_slope(grad, state[LAST_STEP]), _slope(grad, grad)]) for grad, state in items
+    ]
+    change, square = total(_with_start(sum_over_shards(ends, params), states))
     if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
-        return change, True
+        return change, True, math.sqrt(square)
     rows = []
     for grad, state in items:
         end = _slope(grad, state[LAST_STEP], masked=True)
         counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
-        rows.append(torch.stack([end, *(count.to(end) for count in counts)]))
-    change, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
-    return math.inf if moved and not finite else change, False
+        clean = torch.where(torch.isfinite(grad), grad, 0)
+        rows.append(torch.stack([end, _slope(clean, clean), *(c.to(end) for c in counts)]))
+    change, square, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
+    return math.inf if moved and not finite else change, False, math.sqrt(square)
 
 
 def check_last_step(
@@ -102,14 +135,18 @@ def check_last_step(
     states: Sequence[State],
     groups: Sequence[dict[str, Any]],
     all_states: Mapping[Tensor, State],
+    rule: UpdateRule,
 ) -> tuple[bool, bool]:
-    """Undo the last step if the loss has risen too far; skip a batch without a finite gradient.
+    """Undo the last step if the loss has risen too far; skip a batch without a usable gradient.
+
+    Usable is a gradient that is finite, and not thousands of times larger than any before.
 
     Args:
         work: (param group, parameter, its gradient after the last step).
         states: the state of each of these parameters.
         groups: all param groups of the optimizer, with `GROUP_STATE`, which is updated.
         all_states: the state of every parameter.
+        rule: the optimizer's, which may say what rise is too far.
 
     Returns:
         Whether to take the next step; and whether the gradient is finite in every coordinate.
@@ -118,13 +155,20 @@ def check_last_step(
         if LAST_STEP not in state:
             with torch.inference_mode(False):
                 state.update(init_guard_state(param))
-    (rise, finite), group = loss_rise(work, states), groups[0]
+    (rise, finite, norm), group = loss_rise(work, states), groups[0]
+    largest = group["largest_gradient"]
     # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
-    # row is the fault of the step before them.
+    # row is the fault of the step before them; a second gradient that is far larger than all before
+    # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined = total > MAX_RISE
+    ruined = _is_ruined(total, work, states, rule)
+    if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
+        skipped, total = True, group["loss_rise"]
+    if not (ruined or skipped):
+        largest = max(largest, norm)
     for group in groups:
+        group["largest_gradient"] = largest
         group["loss_rise"] = 0.0 if ruined else total
         group["undone"] += ruined
         group["skipped"] = skipped
@@ -133,6 +177,20 @@ def check_last_step(
             if LAST_STEP in state:
                 undo(param, state)
     return not (ruined or skipped), finite
+
+
+def _is_ruined(rise: float, work: Work, states: Sequence[State], rule: UpdateRule) -> bool:
+    """Whether the loss has risen too far above its minimum."""
+    if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
+        return rise > MAX_RISE
+    if rise <= float(rule.largest_rise(states)):
+        return False
+    rows = [
+        statistics_of(rule, local(param), local_gradient(grad, param), state)
+        for (_, param, grad), state in zip(work, states)
+    ]
+    sums = sum_over_shards(rows, [param for _, param, _ in work])
+    return rise > float(rule.promised(cast(list[Tensor], sums)))
 
 
 @torch.no_grad()

@@ -40,7 +40,13 @@ NARROW = 64  # a matrix with a side of at most this has orthogonalised direction
 WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM, to save memory
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
 BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
+# The loss may rise by so many times the first-order decrease of a base step: on heads, LoRA factors
+# and all weights of MiniLM that is 0.6 to 30 nats.
+MAX_RISE = 3.0
 FLOOR = 1e-20  # inside roots, whose derivative at 0 is infinite
+# Inside roots of squared gradients. Coordinates with gradients of 1e-9 are common; a larger floor
+# would make their steps depend on the scale of the loss.
+ROOT_FLOOR = 1e-30
 
 TENSOR_FEATURES = 26
 SIGNED, EVEN = 3, 5  # inputs of the coordinate-wise LSTM besides its own cell
@@ -162,6 +168,15 @@ class TwoLevelLSTM(nn.Module):
         twin.zero_output()
         return twin
 
+    def largest_rise(self, states: Sequence[State]) -> Tensor:
+        """`MAX_RISE` base steps' decrease; see `rnnopt.optim.safeguard.ScaleFreeRule`."""
+        return MAX_RISE * torch.stack([state["unit"] for state in states]).max()
+
+    def promised(self, statistics: Sequence[Tensor]) -> Tensor:
+        """The first-order decrease of a base step, 0-d."""
+        sums = Sums(*torch.stack(list(statistics)).unbind(-1))
+        return (base_rates(sums)[0] * sums.g_abs).sum()
+
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values."""
@@ -213,7 +228,7 @@ class TwoLevelLSTM(nn.Module):
         step = state["step"].unsqueeze(-1) + 1
         moment = BETAS[0] * state["m"] + (1 - BETAS[0]) * grad
         square = BETAS[1] * state["v"] + (1 - BETAS[1]) * grad * grad
-        root = torch.sqrt(square / (1 - BETAS[1] ** step) + FLOOR)
+        root = torch.sqrt(square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
         adam = moment / (1 - BETAS[0] ** step) / root
         cell, direction = self.next_cell(adam, grad / root, root, state)
         last, m = state["change"], state["m"]
@@ -296,7 +311,7 @@ class TwoLevelLSTM(nn.Module):
         rates, share = base_rates(s)
         promised = (rates * s.g_abs).sum(-1, keepdim=True)
         unit = torch.maximum(states["unit"].amax(-1, keepdim=True), promised) + FLOOR
-        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + FLOOR)
+        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + ROOT_FLOOR)
         decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
         seen = self.features(s, states, unit, share, rms, decrease)
         said = torch.tanh(self.message(torch.cat([states["hidden"], seen], -1)))
@@ -417,7 +432,7 @@ def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:
     so the model as a whole moves by one distance, whatever trains: a head, LoRA factors, an
     encoder.
     """
-    rms = torch.sqrt(sums.g_g / sums.nonzero.clamp(min=1) + FLOOR)
+    rms = torch.sqrt(sums.g_g / sums.nonzero.clamp(min=1) + ROOT_FLOOR)
     share = rms / rms.amax(-1, keepdim=True)
     total = sums.live.sum(-1, keepdim=True).clamp(min=1)
     return FIRST_DISTANCE / torch.sqrt(total) * share**SHARE_POWER, share

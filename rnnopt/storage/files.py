@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 import safetensors
 import torch
 from safetensors.torch import load as parse_tensors
@@ -20,6 +25,15 @@ from torch import Tensor
 from rnnopt.errors import InputError
 
 _ABOUT = "rnnopt"
+_CHECK = "fingerprint of tensors"  # files that were written before 0.2 have none
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever it can't parse, deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -68,6 +82,41 @@ def claim_folder(folder: Path) -> None:
         raise InputError(f"{folder} is not an empty folder; choose another --output")
 
 
+# Folders that this process has claimed for itself, by device and inode, as open descriptors. They
+# are closed, and so given back, by the system when the process ends, however it ends.
+_HELD: dict[tuple[int, int], int] = {}
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep other processes of rnnopt from writing to a folder as long as this one lives.
+
+    Where the file system has no locks, nothing happens.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    if fcntl is None:
+        return
+    try:
+        facts = os.stat(folder)
+        if (facts.st_dev, facts.st_ino) in _HELD:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # whoever writes there will say so
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"another process writes to {folder} now; wait for its end, or choose another --output"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return
+    _HELD[facts.st_dev, facts.st_ino] = descriptor
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically. The same content always gives the same bytes.
 
@@ -81,7 +130,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         InputError: see `write_atomically`.
     """
     contiguous = {name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}
-    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(about)}))
+    facts = {**about, _CHECK: fingerprint(contiguous)}
+    write_atomically(path, serialise_tensors(contiguous, {_ABOUT: json.dumps(facts)}))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -110,9 +160,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = parse_tensors(data)
         (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        about = dict(json.loads(metadata.get(_ABOUT, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        metadata = parse_json(data[8 : 8 + length]).get("__metadata__", {})
+        about = dict(parse_json(metadata.get(_ABOUT, "{}")))
+        if about.pop(_CHECK, None) not in (None, fingerprint(tensors)):
+            raise ValueError("its tensors are not those that were saved")
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
             "format: make it again with `rnnopt meta-train`"

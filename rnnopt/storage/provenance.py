@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.storage.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
@@ -64,6 +64,6 @@ def write_provenance(
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no file, or if it holds no JSON object."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}

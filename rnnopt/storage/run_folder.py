@@ -11,7 +11,14 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import claim_folder, read_tensors, save_tensors, write_atomically
+from rnnopt.storage.files import (
+    claim_folder,
+    hold_folder,
+    parse_json,
+    read_tensors,
+    save_tensors,
+    write_atomically,
+)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RUN_FILE = "run.json"
@@ -49,20 +56,21 @@ class RunFolder:
             The checkpoint; None if there is none.
 
         Raises:
-            InputError: the folder holds a run and resume is False; it holds a run with other facts
-                or a damaged run; or it holds other files.
+            InputError: another process writes to the folder; it holds a run and resume is False;
+                it holds a run with other facts or a damaged run; or it holds other files.
         """
         facts = dict(json.loads(json.dumps(facts)))
         run_file = self.path / RUN_FILE
         checkpoint = None
         if not run_file.exists():
             claim_folder(self.path)
-        elif not resume:
-            raise InputError(
-                f"{self.path} already holds a run; add --resume to continue it (in Python "
-                "resume=True), or choose another --output"
-            )
-        else:
+        hold_folder(self.path)
+        if run_file.exists():
+            if not resume:
+                raise InputError(
+                    f"{self.path} already holds a run; add --resume to continue it (in Python "
+                    "resume=True), or choose another --output"
+                )
             checkpoint = self._take_up(facts, restore)
         write_atomically(run_file, json.dumps(facts, indent=2).encode())
         return checkpoint
@@ -97,7 +105,7 @@ class RunFolder:
     ) -> Checkpoint | None:
         checkpoint = None
         try:
-            self._check_same_run(dict(json.loads((self.path / RUN_FILE).read_text())), facts)
+            self._check_same_run(dict(parse_json((self.path / RUN_FILE).read_text())), facts)
             if (self.path / CHECKPOINT_FILE).exists():
                 checkpoint = read_tensors(self.path / CHECKPOINT_FILE)
                 restore(*checkpoint)
@@ -137,6 +145,6 @@ class RunFolder:
 def _step_of(line: str) -> float:
     """The meta-step of a line of the log; infinity for a line that a crash cut off."""
     try:
-        return float(json.loads(line)["meta_step"])
+        return float(parse_json(line)["meta_step"])
     except (ValueError, KeyError):
         return math.inf

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from encoders import tiny_llama
 from rule_table import random_lstm
 
 from rnnopt import Adam, load_rule, save_rule
 from rnnopt.cli.main import main
 from rnnopt.cli.settings.commands import MetaTrain
 from rnnopt.cli.settings.loading import load_kinds
+from rnnopt.cli.until import steps_for
 from rnnopt.data.splits import class_sketches, read_splits
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, read_training
 from rnnopt.storage.files import read_tensors
@@ -87,6 +89,13 @@ def test_meta_train_leaves_rule_log_and_picture(csv_file, encoder, tmp_path, cap
 @pytest.mark.parametrize("more", [["--tune", "lora", "--lora-rank", "2"], ["--pooling", "mean"]])
 def test_meta_train_at_second_order(csv_file, encoder, tmp_path, more):
     assert run(meta_train(csv_file, encoder, tmp_path / "run", "--order", "2", *more)) == 0
+
+
+@pytest.mark.parametrize("more", [("--order", "2"), ("--exact", "lora")])
+def test_meta_train_at_second_order_on_a_decoder(csv_file, tmp_path, more):
+    decoder = tiny_llama(tmp_path / "llama")  # it runs through a slice of its list of layers
+    arguments = meta_train(csv_file, decoder, tmp_path / "run", "--tune", "lora", *more)
+    assert run([*arguments, "--meta-steps", "1", "--validation-tasks", "1", "--steps", "1"]) == 0
 
 
 def test_exact_kinds_stand_among_those_that_train(csv_file, encoder, tmp_path, capsys):
@@ -182,14 +191,30 @@ def test_adapt_lowers_the_training_loss(csv_file, encoder, tmp_path):
 
 def test_adapt_without_a_rule_takes_the_shipped_one(csv_file, encoder, tmp_path, capsys):
     assert run(adapt(csv_file, encoder, tmp_path / "out")) == 0
-    assert "will be seen" not in capsys.readouterr().out
+    assert "on 50 texts held out: accuracy " in capsys.readouterr().out
 
 
 def test_adapt_says_where_its_steps_are_too_few_for_the_file(csv_file, encoder, tmp_path, capsys):
     assert run(adapt(csv_file, encoder, tmp_path / "out", "--batch-size", 8)) == 0
-    assert "at most 24 of the 190 training texts will be seen; raise --steps" in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "3 steps of 8 texts: 24 of 190 training texts were seen, the others never" in out
+    assert "--steps 24 or more" in out
+
+
+def test_adapt_takes_as_many_steps_as_the_file_wants(csv_file, encoder, tmp_path, capsys):
+    command = [word for word in adapt(csv_file, encoder, tmp_path / "out", "--batch-size", 4)]
+    place = command.index("--steps")
+    assert run(command[:place] + command[place + 2 :]) == 0
+    out = capsys.readouterr().out
+    assert "95 steps of 4 texts: each of 190 training texts was seen 2.0 times" in out
+    assert json.loads((tmp_path / "out" / "adapt.json").read_text())["steps"] == 95
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "steps"), [(10, 64, 20), (640, 64, 20), (3400, 64, 107), (10**6, 64, 1000)]
+)
+def test_the_steps_grow_with_the_texts_up_to_a_bound(texts, size, steps):
+    assert steps_for(texts, size, 20) == steps
 
 
 def test_compare_writes_the_figures_and_the_picture(csv_file, encoder, rule_file, tmp_path, capsys):
@@ -306,8 +331,9 @@ def test_a_seed_out_of_range(csv_file, encoder, tmp_path, capsys, seed):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--lr", "-1"], "--lr -1.0: must be positive"),
-        (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--lr", "-1"], "--lr -1.0: must be finite and at least 0.01"),
+        (["--lr", "nan"], "--lr nan: must be finite"),
+        (["--lr", "1e-3"], "multiplies the learned step, and 1 is as meta-trained: leave it out"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     ],
@@ -324,7 +350,35 @@ def test_adapt_leaves_test_texts_out_of_training(csv_file, encoder, rule_file, t
     assert run(command) == 0
     out = capsys.readouterr().out
     assert "left out of training, since they are in --test: 3 texts" in out
-    assert "training: 237 texts" in out
+    assert "training: 237 texts" in out and "--test: 3 texts" in out
+    # three texts say little, and they are no texts held out
+    assert "on 3 texts of --test: accuracy" in out and "held out" not in out
+    assert re.search(r"accuracy [01]\.\d{3} \(95 % interval 0\.\d{3} to [01]\.\d{3}\)", out)
+    facts = json.loads((tmp_path / "out" / "adapt.json").read_text())
+    low, high = facts["accuracy_interval"]
+    assert low <= facts["accuracy"] <= high and high - low > 0.5
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## The test file" in report and "held out" not in report.split("## Options")[0]
+
+
+def test_a_label_whose_texts_are_all_in_the_test_is_refused_by_its_lines(
+    encoder, rule_file, tmp_path, capsys
+):
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text("text,label\nx one,A\ny two,B\nz three,C\n")
+    test.write_text("text,label\nw four,B\nZ  three,A\n")
+    command = adapt(train, encoder, tmp_path / "out", "--rule", rule_file, "--test", test)
+    error = fails(command, capsys)
+    assert f"label 'C': all its texts are in --test too, such as line 4 of {train}" in error
+    assert f"line 3 of {test}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_that_learned_nothing_is_told(csv_file, encoder, tmp_path, capsys):
+    save_rule(Adam(1e-12), tmp_path / "still.safetensors")
+    command = adapt(csv_file, encoder, tmp_path / "out", "--rule", tmp_path / "still.safetensors")
+    assert run(command) == 0
+    assert "no better than always answering" in capsys.readouterr().out
 
 
 def test_one_episode_is_too_few_for_an_interval(csv_file, encoder, rule_file, tmp_path, capsys):

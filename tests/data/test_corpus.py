@@ -781,3 +781,18 @@ def test_every_two_parts_of_a_source_are_checked_for_common_classes(
     with pytest.raises(InputError, match=f"{names} have classes in common"):
         read_splits([tmp_path])
     assert len(read_splits([tmp_path], allow_overlap=True).train.classes) >= 2
+
+
+def test_a_gzip_file_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\n" + bytes(2**25)))
+    message = error(read_corpus, path)
+    assert message.startswith(f"{path}: {path.stat().st_size} bytes that unpack to more than")
+    assert "check where the file is from" in message
+
+
+def test_a_label_that_conflicts_leave_without_a_text_is_told(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\nhi,a\nho,b\nHI,c\n")
+    with pytest.warns(UserWarning, match="no text is left of label 'c'"):
+        assert set(read_corpus(path).labels) == {"a", "b"}

@@ -173,6 +173,7 @@ def test_f1_is_told_at_the_rate_of_the_accuracy_and_left_out_where_it_was_not_ke
     head, *lines = (tmp_path / "j").read_text().splitlines()
     old = [json.loads(line) for line in lines]
     for run in old:
+        del run["check"]
         run["scores"] = {b: [row["loss"], row["accuracy"]] for b, row in run["scores"].items()}
     (tmp_path / "old").write_text("\n".join([head, *map(json.dumps, old)]) + "\n")
     again = comparison(sources, Journal(tmp_path / "old", {})).run(2, 1)
@@ -322,3 +323,33 @@ def test_figures_of_every_episode_are_kept_and_pair(sources, tmp_path):
             difference = np.subtract(values["learned"][metric]["3"], values[name][metric]["3"])
             assert len(difference) == 3
             assert result["paired"][name][metric]["3"] == pytest.approx(interval(difference))
+
+
+@pytest.mark.parametrize("change", ["a digit", "cut", "nested", "other keys", "a list"])
+def test_a_run_that_the_disk_has_changed_is_made_again(tmp_path, change):
+    def run():
+        made.append(1)
+        return Adaptation({1: {"loss": 0.25, "accuracy": 0.5}}, 0.1)
+
+    made = []
+    Journal(tmp_path / "j", {"a": 1}).run("x", [1], run)
+    head, line = (tmp_path / "j").read_text().splitlines()
+    line = {
+        "a digit": line.replace("0.25", "0.35"),
+        "cut": line[:40],
+        "nested": line.replace("0.25", "[" * 100_000),
+        "other keys": line.replace("scores", "score"),
+        "a list": "[1, 2]",
+    }[change]
+    (tmp_path / "j").write_text(f"{head}\n{line}\n")
+    assert Journal(tmp_path / "j", {"a": 1}).run("x", [1], run).scores[1]["loss"] == 0.25
+    assert made == [1, 1]
+
+
+def test_a_journal_whose_first_line_was_cut_off_begins_again(tmp_path):
+    Journal(tmp_path / "j", {"a": 1})
+    whole = (tmp_path / "j").read_text()
+    for end in (0, 3, len(whole) - 1):
+        (tmp_path / "j").write_text(whole[:end])
+        Journal(tmp_path / "j", {"a": 1})
+        assert (tmp_path / "j").read_text() == whole

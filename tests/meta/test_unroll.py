@@ -123,6 +123,46 @@ def test_second_order_equals_central_differences_on_a_bert(tmp_path):
     )
 
 
+class Containers(nn.Module):
+    """Runs through parts of every container that torch has: as slices, or one at a time."""
+
+    def __init__(self, sliced):
+        super().__init__()
+        self.sliced = sliced
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.chain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.scales = nn.ParameterList(nn.Parameter(torch.rand(4)) for _ in range(3))
+
+    def forward(self, inputs):
+        layers, scales = self.layers, self.scales
+        for layer in layers[:2] if self.sliced else (layers[0], layers[1]):
+            inputs = inputs + layer(inputs)
+        for scale in scales[1:] if self.sliced else (scales[1], scales[2]):
+            inputs = inputs * scale
+        return self.chain[:2](inputs) if self.sliced else self.chain[1](self.chain[0](inputs))
+
+
+def test_second_order_is_the_same_through_slices_of_containers():
+    inputs, labels = torch.randn(8, 4), torch.randint(4, (8,))
+    whole = Containers(sliced=False)
+    sliced = Containers(sliced=True)
+    sliced.load_state_dict(whole.state_dict())
+    rule = random_lstm(initial_decrease=0.1)
+    settings = UnrollSettings(steps=3, order=2)
+    expected, found = (
+        meta_gradient(
+            net,
+            rule,
+            lambda module, step: cross_entropy(module(inputs), labels),
+            lambda module, step: cross_entropy(module(-inputs), labels),
+            settings,
+        )[1]
+        for net in (whole, sliced)
+    )
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_first_order_equals_the_graph_of_detached_gradients(orthogonalize):
     net, support, query = problem()

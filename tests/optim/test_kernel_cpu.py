@@ -279,6 +279,31 @@ def test_without_a_compiler_it_warns_once_and_the_plain_rule_steps(
 
 
 @needs_compiler
+def test_a_cache_folder_that_cannot_be_used_is_named_and_the_kernel_steps(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder can be made in a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    more = "from rnnopt.optim.kernels.choice import c_kernel; print(c_kernel(8) is not None)"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT + more], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("can't be used") == 1 and "XDG_CACHE_HOME" in done.stdout
+    assert "compiler" not in done.stdout and done.stdout.endswith("True\n")
+
+
+@needs_compiler
+def test_a_damaged_library_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = "from rnnopt.optim.kernels.choice import c_kernel; assert c_kernel(8)"
+    run = [sys.executable, "-W", "error", "-c", line]
+    subprocess.run(run, check=True)
+    (library,) = (tmp_path / "rnnopt").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 3])
+    subprocess.run(run, check=True)
+    assert len(library.read_bytes()) == len(whole)
+
+
+@needs_compiler
 def test_two_processes_can_compile_it_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     line = "from rnnopt.optim.kernels.choice import c_kernel; assert c_kernel(8)"

@@ -194,7 +194,7 @@ def test_the_rise_is_that_of_a_parabola(dtype, masked):
         param.grad[0] = float("inf")
     now = float(param.detach()[masked:].double().square().sum() / 2)
     work = [(optimizer.param_groups[0], param, param.grad)]
-    change, finite = loss_rise(work, [optimizer.state[param]])
+    change, finite, _ = loss_rise(work, [optimizer.state[param]])
     assert change == pytest.approx(now - values[1], rel=0.03 if dtype == torch.bfloat16 else 0.01)
     assert finite == (not masked)
 
@@ -241,3 +241,28 @@ def test_no_rule_ends_far_above_where_it_started(seed, steep, lr):
 
     losses = descend(param, optimizer, 41, loss)
     assert min(losses[-2:]) < losses[0] + 1.1  # the last may be about to be undone
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e15, 1e30])
+def test_one_gradient_that_is_far_larger_than_all_before_is_skipped(factor):
+    param = torch.ones(4, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm(), guard=True)
+    twin = torch.ones(4, requires_grad=True)
+    untroubled = LearnedOptimizer([twin], random_lstm(), guard=True)
+    for scale in (1.0, factor, 1.0, 1.0):
+        param.grad = scale * torch.tensor([1.0, -2.0, 3.0, 4.0])
+        optimizer.step()
+        if scale == 1.0:
+            twin.grad = param.grad.clone()
+            untroubled.step()
+    assert torch.equal(param, twin) and optimizer.undone == 0
+
+
+def test_a_second_large_gradient_in_a_row_is_the_new_scale():
+    param = torch.ones(4, requires_grad=True)
+    optimizer = LearnedOptimizer([param], random_lstm(), guard=True)
+    for scale in (1e-9, 1.0, 1.0):
+        before = param.detach().clone()
+        param.grad = scale * torch.tensor([1.0, -2.0, 3.0, 4.0])
+        optimizer.step()
+    assert (param != before).all()

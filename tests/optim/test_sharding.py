@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rule_table import RULES
 
 from rnnopt.optim.sharding import sum_over_shards
 
@@ -29,6 +30,12 @@ def torchrun(script, processes, *arguments):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.slow  # a minute, and torch does most of it
+def test_two_processes_with_half_of_the_data_each_train_as_one_process_does():
+    printed = torchrun(SCRIPT.with_name("data_parallel_steps.py"), 2)
+    assert printed.count("same") == 2 * (len(RULES) + 2) and printed.count("warned") == 2
 
 
 @pytest.fixture(scope="module")

@@ -403,6 +403,14 @@ def test_a_batch_is_no_longer_than_the_encoder_takes(folders: dict[str, Path]) -
     assert classifier.logits(batch).isfinite().all()
 
 
+def test_an_encoder_without_a_bound_on_positions_takes_any_length(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(
+        vocab_size=500, d_model=32, n_layer=1, n_head=2, d_inner=32, pad_token_id=0
+    )
+    classifier = load(tiny_encoder(tmp_path, config), tune="head", max_length=100)
+    assert classifier.tokens.max_length == 100  # XLNet says -1 positions
+
+
 def test_a_batch_holds_only_what_the_encoder_takes(folders: dict[str, Path]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bert"])
     cache = TokenCache(tokenizer, names=["input_ids", "attention_mask", "labels"])
@@ -444,6 +452,44 @@ def test_a_saved_folder_gives_the_same_logits_in_a_pipeline(
     expected = classifier.logits(classifier.batch(texts)).tolist()
     for answer, logits in zip(got, expected):
         assert answer == pytest.approx(dict(zip(["weather", "music", "food"], logits)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"return_dict": False},
+        {"output_hidden_states": True},
+        {"use_cache": True, "id2label": {"0": "a score"}, "num_labels": 1},
+    ],
+)
+def test_a_saved_model_is_what_was_trained_whatever_the_encoder_was_before(
+    bert: Path, tmp_path: Path, left_over: dict[str, object]
+) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | left_over))
+    classifier = load(bert)
+    expected = classifier.logits(classifier.batch(TEXTS[:1])).softmax(dim=1)[0]
+    classifier.save(tmp_path / "out", ["a", "b", "c"])
+    with silence():
+        pipeline = transformers.pipeline("text-classification", str(tmp_path / "out"))
+        scores = {each["label"]: each["score"] for each in pipeline(TEXTS[0], top_k=None)}
+    assert [scores[name] for name in "abc"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_saved_folder_truncates_long_texts_as_in_training(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    classifier = load(folders["bert"], max_length=16)
+    long = " ".join(TEXTS[i % len(TEXTS)] for i in range(600))
+    expected = classifier.logits(classifier.batch([long])).softmax(dim=1).max()
+    classifier.save(tmp_path / "out", ["a", "b", "c"])
+    with silence():
+        pipeline = transformers.pipeline(
+            "text-classification", str(tmp_path / "out"), truncation=True
+        )
+        assert pipeline(long)[0]["score"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_saving_leaves_the_classifier_as_it_was(folders: dict[str, Path], tmp_path: Path) -> None:

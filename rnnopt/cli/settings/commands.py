@@ -170,7 +170,8 @@ class AdaptationSettings(Settings):
 
     steps: int | None = option(
         "Steps of adaptation; with --until at most.",
-        None, aliases=("--max-steps",), metavar="T", shown="20; with --until 200",
+        None, aliases=("--max-steps",), metavar="T",
+        shown="20, or 200 with --until; more for more texts: twice through --data, at most 1000",
     )  # fmt: skip
     batch_size: int = option("Texts of a step.", 64, metavar="B")
     lr: float = option("Multiplies the learned step; 1 is as meta-trained.", 1.0, metavar="X")
@@ -185,8 +186,8 @@ class AdaptationSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Adapt(LabelledSettings, TuneSettings, RuleSettings, AdaptationSettings):
     """Fine-tune a classifier on a labelled file and save a folder that
-    transformers.pipeline("text-classification", DIR) loads. The exit code is 3 where --until was
-    not met."""
+    transformers.pipeline("text-classification", DIR, truncation=True) loads. The exit code is 3
+    where --until was not met."""
 
     command: ClassVar = "adapt"
     summary: ClassVar = "fine-tune a classifier on your labelled file"

@@ -20,7 +20,7 @@ from rnnopt.evaluation.report.tables import (
     sources_table,
     table,
 )
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.storage.provenance import PROVENANCE_FILE, read_json
 from rnnopt.storage.run_folder import LOG_FILE, RUN_FILE
 from rnnopt.tasks.requirement import Requirement
@@ -75,7 +75,7 @@ def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
 def _meta_training(folder: Path, say: Callable[[str], None]) -> list[str]:
     run, about = _read(folder / RUN_FILE), read_json(folder / PROVENANCE_FILE)
     lines = (folder / LOG_FILE).read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [parse_json(line) for line in lines]
     checks = [record for record in records if "validation" in record]
     picture = _picture(say, lambda plot: plot.plot_learning(records, folder / "learning.png"))
     return [
@@ -158,7 +158,8 @@ def _adaptation(folder: Path, say: Callable[[str], None]) -> list[str]:
         sections.append(_judged("The test file, read when all else was done", test))
     how = " (slightly optimistic, since they also chose when to stop)" if watched else ""
     if "confusion" in result:
-        sections.append(_judged(f"Texts held out{how}", result))
+        by_test = result.get("judged_by") == "--test"
+        sections.append(_judged("The test file" if by_test else f"Texts held out{how}", result))
     if checks:
         header = list(checks[0])
         rows = [[check["step"], *map(_figure, list(check.values())[1:])] for check in checks]
@@ -168,9 +169,20 @@ def _adaptation(folder: Path, say: Callable[[str], None]) -> list[str]:
 
 def _judged(title: str, judged: Mapping[str, Any]) -> str:
     names = ("accuracy", "precision", "recall", "f1", "loss")
+    row = [_figure(judged.get(name)) for name in names]
+    if "accuracy_interval" in judged:  # files of earlier versions lack it
+        low, high = judged["accuracy_interval"]
+        row[0] += f" ({low:.3f} to {high:.3f})"
     figures = table(
-        ["texts", "accuracy", "macro precision", "macro recall", "macro F1", "loss"],
-        [[judged["texts"], *(_figure(judged.get(name)) for name in names)]],
+        [
+            "texts",
+            "accuracy (95 % interval)",
+            "macro precision",
+            "macro recall",
+            "macro F1",
+            "loss",
+        ],
+        [[judged["texts"], *row]],
     )
     matrix = confusion_text(judged["labels"], np.array(judged["confusion"]))
     return f"## {title}\n\n{figures}\n\nConfusion, in texts:\n\n{matrix}"
@@ -266,7 +278,7 @@ def _shown(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path}: can't be read ({error}); it is damaged or no file of rnnopt's: make the run "

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from rnnopt.optim.kernels.cpu import CompiledStep, build
+from rnnopt.optim.kernels.cpu import CompiledStep, CompilerError, build
 from rnnopt.optim.kernels.fused import FusedStep
 from rnnopt.optim.kernels.two_level import TwoLevelStep, build_two_level
 from rnnopt.rules.lstm import CoordinateLSTM
@@ -54,13 +53,13 @@ def two_level_kernel(units: int) -> ctypes.CDLL | None:
 def _built(make: Callable[[int], ctypes.CDLL], units: int) -> ctypes.CDLL | None:
     try:
         return make(units)
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
+    except CompilerError as error:
+        _warn_once(str(error), "install gcc or clang, or name one in the environment variable CC")
+    except OSError as error:
         _warn_once(
-            detail.strip().splitlines()[0] if detail.strip() else type(error).__name__,
-            "install gcc or clang, or name one in the environment variable CC",
+            str(error), "name a folder that programs may run from in the variable XDG_CACHE_HOME"
         )
-        return None
+    return None
 
 
 def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:

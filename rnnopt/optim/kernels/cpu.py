@@ -1,7 +1,7 @@
 """The fused step on a CPU, see cell.c.
 
 The machine's C compiler builds the kernel on first use, in about a second. The shared library is
-kept in the user's cache folder.
+kept in the user's cache folder, or for the process alone where that can't be used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ BLOCK = 16_384
 _MIN_PER_THREAD = 32_768
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompiledStep(FusedStep):
@@ -117,44 +119,83 @@ def load(
         step: the same of ``rnnopt_step``.
 
     Raises:
-        OSError: there is no compiler, or the cache folder can't be used.
-        RuntimeError: there is no home folder.
-        ValueError: the environment variable CC can't be parsed.
-        subprocess.SubprocessError: the compiler failed.
+        CompilerError: there is no compiler, or it failed.
+        OSError: no folder can be written, or the library can't be loaded.
+
+    Warns:
+        RuntimeWarning: the cache folder can't be used; the kernel is compiled for this process.
     """
-    path = _compiled(source, units)
-    library = ctypes.CDLL(str(path))
-    library.rnnopt_statistics.argtypes, library.rnnopt_step.argtypes = statistics, step
-    library.rnnopt_statistics.restype = library.rnnopt_step.restype = None
-    library.rnnopt_tensor_size.restype = ctypes.c_int64
-    if library.rnnopt_tensor_size() != tensor_size:
-        raise OSError(f"{path.name} lays out memory unlike numpy on this machine")
-    return library
+
+    def opened(path: Path) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(path))
+        library.rnnopt_statistics.argtypes, library.rnnopt_step.argtypes = statistics, step
+        library.rnnopt_statistics.restype = library.rnnopt_step.restype = None
+        library.rnnopt_tensor_size.restype = ctypes.c_int64
+        if library.rnnopt_tensor_size() != tensor_size:
+            raise OSError(f"{path.name} lays out memory unlike numpy on this machine")
+        return library
+
+    command, name = _command(source, units)
+    try:
+        return opened(_compiled(command, _cache_folder() / name))
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+        warnings.warn(
+            f"the folder for the compiled step can't be used ({error}), and every process compiles "
+            "it anew, in a second; name a folder that you may write to in the environment variable "
+            "XDG_CACHE_HOME",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        return opened(_compiled(command, Path(scratch) / name))
 
 
-def _compiled(source: Path, units: int) -> Path:
-    """The path of the shared library, compiled if it does not exist."""
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    command = [*compiler, *_FLAGS, f"-DHIDDEN={units}"]
+class CompilerError(Exception):
+    """There is no C compiler, or it failed."""
+
+
+def _command(source: Path, units: int) -> tuple[list[str], str]:
+    """The compiler's command, and the name of the shared library that it makes."""
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise CompilerError(f"the environment variable CC can't be parsed: {error}") from error
     if shutil.which(compiler[0]) is None:
-        raise OSError(f"no C compiler: {compiler[0]} is not there")
+        raise CompilerError(f"no C compiler: {compiler[0]} is not there")
+    command = [*compiler, *_FLAGS, f"-DHIDDEN={units}", str(source)]
     # -march=native: several machines may share a home folder
     code = [source.read_text(), HEADER.read_text()]
-    identity = "\n".join([*command, _processor(), *code])
-    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            target = Path(scratch) / name
+    identity = "\n".join(["with digest", *command[:-1], _processor(), *code])
+    return command, f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+
+
+def _compiled(command: list[str], path: Path) -> Path:
+    """The path of the shared library, compiled if it does not exist, or not as it was written.
+
+    Its SHA-256 follows the library in the file. To load a library that was cut off would end the
+    process.
+    """
+    if path.exists():
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
+            return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        target = Path(scratch) / path.name
+        try:
             subprocess.run(
-                [*command, str(source), "-o", str(target)],
+                [*command, "-o", str(target)],
                 check=True,
                 capture_output=True,
                 text=True,
                 timeout=_BUILD_SECONDS,
             )
-            os.replace(target, folder / name)  # two processes may compile at once
-    return folder / name
+        except subprocess.SubprocessError as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            raise CompilerError(lines[0] if lines else str(error)) from error
+        with target.open("ab") as file:
+            file.write(hashlib.sha256(target.read_bytes()).digest())
+        os.replace(target, path)  # two processes may compile at once
+    return path
 
 
 def _cache_folder() -> Path:

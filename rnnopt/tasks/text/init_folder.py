@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import fingerprint, read_tensors, write_atomically
+from rnnopt.storage.files import fingerprint, parse_json, read_tensors, write_atomically
 from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.start import Start
 from rnnopt.tasks.text.classifier import Classifier
@@ -119,7 +119,7 @@ def _facts(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         folder = folder / INIT_FOLDER
     remedy = "name a folder that `rnnopt meta-train --init maml` wrote with this version"
     try:
-        facts = dict(json.loads((folder / INIT_FILE).read_text()))
+        facts = dict(parse_json((folder / INIT_FILE).read_text()))
     except OSError as error:
         raise InputError(f"--init {path}: no {INIT_FILE} ({error.strerror}); {remedy}") from error
     except (ValueError, TypeError) as error:

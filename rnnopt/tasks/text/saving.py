@@ -34,10 +34,12 @@ class Saveable(Protocol):
 
 
 def save_classifier(classifier: Saveable, folder: Path, label_names: Sequence[str]) -> None:
-    """Write a folder that `transformers.pipeline("text-classification", folder)` loads.
+    """Write a folder for `transformers.pipeline("text-classification", folder, truncation=True)`.
 
-    LoRA factors are merged into the weights that are written. The folder appears as a whole or not
-    at all. The classifier itself stays as it is.
+    The tokenizer in the folder truncates, where that is asked for, to the length that was trained
+    on; without it, texts longer than the encoder's positions fail. LoRA factors are merged into the
+    weights that are written. The folder appears as a whole or not at all. The classifier itself
+    stays as it is.
 
     Args:
         classifier: the classifier to write.
@@ -59,7 +61,9 @@ def save_classifier(classifier: Saveable, folder: Path, label_names: Sequence[st
     try:
         with silence():
             model.eval().save_pretrained(partial)
-            classifier.tokens.tokenizer.save_pretrained(partial)
+            tokenizer = copy.deepcopy(classifier.tokens.tokenizer)
+            tokenizer.model_max_length = classifier.tokens.max_length
+            tokenizer.save_pretrained(partial)
         os.replace(partial, folder)
     except BaseException as error:
         folder.rmdir()  # still empty

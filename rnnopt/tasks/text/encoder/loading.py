@@ -175,9 +175,20 @@ def _read_model(
         ) from error
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     _check_complete(model, absent, encoder, pooling)
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # a decoder's cache is of no use to a classifier
+    _as_classifier(model.config)
     return MeanPooled(model, ways) if pooling == "mean" else model, absent
+
+
+def _as_classifier(config: Any) -> None:
+    """Set what a model's earlier use has left in its configuration to what is trained here.
+
+    Scores are a softmax over classes: a configuration for several labels a text, or for regression,
+    would make `transformers.pipeline` show sigmoids, or bare logits, of a saved classifier.
+    """
+    config.problem_type = "single_label_classification"
+    config.use_cache = False  # a decoder's cache is of no use to a classifier
+    config.return_dict = True  # outputs are read by name
+    config.output_hidden_states = False
 
 
 def _check_complete(model: Any, absent: set[str], encoder: str | Path, pooling: Pooling) -> None:
@@ -215,7 +226,9 @@ def position_limit(model: Any) -> int:
             # RoBERTa numbers positions from the padding's index + 1
             used = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - used
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
+    limit = getattr(model.config, "max_position_embeddings", None)
+    # XLNet, which has no limit, says -1
+    return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
 def encoder_name(encoder: str | Path) -> str:

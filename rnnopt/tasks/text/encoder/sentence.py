@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import write_atomically
+from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.tasks.text.encoder.loading import (
     MeanPooled,
     find_folder,
@@ -240,6 +240,6 @@ class SentenceEncoder(nn.Module):
 def _json(path: Path, absent: Any) -> Any:
     """What a JSON file holds; `absent` if there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return absent

@@ -1,0 +1,84 @@
+"""Run by test_sharding.py under torchrun: data in two halves against one process with all of it."""
+
+import copy
+import warnings
+
+import torch
+from rule_table import RULES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from rnnopt import LearnedOptimizer, load_rule
+from rnnopt.rules.files import TWO_LEVEL_RULE
+
+STEPS, BATCH = 6, 12
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(),
+                         nn.Linear(40, 3))  # fmt: skip
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(BATCH, 20, generator=generator)
+    return inputs, inputs[:, :3].argmax(dim=1)
+
+
+def train(net, optimizer, part=slice(None)):
+    for seed in range(STEPS):
+        inputs, labels = batch(seed)
+        optimizer.zero_grad()
+        cross_entropy(net(inputs[part]), labels[part]).backward()
+        optimizer.step()
+
+
+def same_as_one_process(make_rule):
+    """`DistributedDataParallel` averages the gradients, and every process steps alike."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole = network()
+    shared = DistributedDataParallel(copy.deepcopy(whole))
+    train(whole, LearnedOptimizer(whole.parameters(), make_rule()))
+    optimizer = LearnedOptimizer(shared.parameters(), make_rule())
+    train(shared, optimizer, slice(rank, None, size))
+    for ours, theirs in zip(shared.module.parameters(), whole.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        every = [torch.empty_like(ours) for _ in range(size)]
+        torch.distributed.all_gather(every, ours.detach())
+        assert all(torch.equal(every[0], other) for other in every)
+
+
+def warns(make, owner):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        make()
+    assert any(f"{owner} shows each process a part" in str(told.message) for told in heard), owner
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for name, make in {
+        **RULES,
+        "shipped": lambda: None,
+        "two-level, shipped": lambda: load_rule(TWO_LEVEL_RULE),
+    }.items():
+        same_as_one_process(make)
+        print("same", name)
+    cpu = torch.device("cpu")
+    fully = FullyShardedDataParallel(network(), device_id=cpu, use_orig_params=True)
+    warns(lambda: LearnedOptimizer(fully.parameters()), "FullyShardedDataParallel (FSDP1)")
+    shared = DistributedDataParallel(network())
+    warns(
+        lambda: ZeroRedundancyOptimizer(shared.parameters(), optimizer_class=LearnedOptimizer),
+        "ZeroRedundancyOptimizer",
+    )
+    print("warned")
+    torch.distributed.destroy_process_group()
+
+
+main()
