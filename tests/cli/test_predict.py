@@ -162,3 +162,29 @@ def test_files_that_can_not_be_judged_or_fitted(model, encoder, tmp_path, capsys
     line = fails(capsys, "fit", "--data", path, "--encoder", encoder, "--output", tmp_path / "new")
     assert "no column 'label', the columns are text, kind; name the right one" in line
     assert not (tmp_path / "new").exists()
+
+
+def test_texts_with_several_labels(encoder, tmp_path, capsys):
+    path, model = tmp_path / "f.csv", tmp_path / "model"
+    rows = [("a song", "music"), ("a pizza", "food"), ("a song and a pizza", "music|food")]
+    rows = [(f"{text} {i}", label) for i in range(4) for text, label in [*rows, ("a desk", "")]]
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    words = "fit", "--data", path, "--encoder", encoder, "--output", model, "--steps", 0
+    assert run(*words, "--label-separator", "|") == 0
+    out = capsys.readouterr().out
+    assert "16 texts, 2 labels, 1.00 labels a text" in out and "several labels a text: micro" in out
+    known = TextClassifier.load(model)
+    assert run("predict", "--model", model, "--data", path) == 0
+    found = [row["label"] for row in rows_of(capsys.readouterr().out)]
+    assert found == [";".join(row) for row in known.predict([text for text, _ in rows])]
+    words = "evaluate", "--model", model, "--data", path
+    assert run(*words, "--label-separator", "|") == 0
+    assert "all labels right" in capsys.readouterr().out
+    assert "label 'music|food' is none of" in fails(capsys, *words)  # the separator is ; unless said
+    words = "predict", "--model", model, "--text", "a", "--label-separator"
+    assert "label 'food' holds; choose another" in fails(capsys, *words, "oo")
+
+
+def test_a_separator_for_a_classifier_of_one_label(model, csv_file, capsys):
+    words = "evaluate", "--model", model, "--data", csv_file, "--label-separator", ";"
+    assert "gives a text one label; leave it out" in fails(capsys, *words)

@@ -25,7 +25,6 @@ from rnnopt.tasks.text.estimator import adaptation, evidence
 from rnnopt.tasks.text.estimator.evidence import (
     Labelled,
     choose_start,
-    stratified_folds,
     weights_of,
 )
 from rnnopt.tasks.text.estimator.figures import (
@@ -39,6 +38,7 @@ from rnnopt.tasks.text.estimator.heads import (
     log_softmax,
     logistic_head,
 )
+from rnnopt.tasks.text.estimator.objective.one_label import stratified_folds
 
 CPU = torch.device("cpu")
 
@@ -215,7 +215,8 @@ def test_better_by_chance_is_not_better():
     losses = np.array([1.0, 0.2, 0.7, 0.4])
 
     def judged(losses):
-        return evidence.Judged(evidence.Evidence("", 1, losses.mean(), 1), losses, np.ones(4))
+        found = evidence.Evidence("", 1, losses.mean(), 1)
+        return evidence.Judged(found, losses, np.ones(4), np.zeros((4, 2)), np.zeros(4, int))
 
     once = judged(losses - np.array([0.3, 0, 0, 0]))  # the mean is lower, by one text of four
     assert not once.better_than(judged(losses), 2) and once.better_than(judged(losses), 0)
@@ -456,8 +457,8 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         TextClassifier.load(encoder)
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1; fit the"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1 and 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
     path.write_text('{"format": 1}')
     with pytest.raises(InputError, match="do not hold what they should"):
@@ -481,7 +482,6 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], ["x", None], "label 1 is None, of type NoneType; labels must be strings"),
         (["a", "b"], [0.5, 1.5], "label 0 is 0.5, of type float; .* convert them"),
         (["a", "b"], [float("nan"), 1], "label 0 is nan, of type float"),
-        (["a", "b"], [["x"], ["y"]], "label 0 is .*several labels a text are not supported: fit"),
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
         (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from rnnopt.cli.settings.groups import Device, SeedSettings
 from rnnopt.cli.settings.parser import Settings, advanced, option
 
+SEPARATOR = ";"  # of several labels, where no other is named
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileSettings(Settings):
@@ -16,6 +18,11 @@ class FileSettings(Settings):
     data: str = option("Labelled file: CSV, TSV, JSONL, also .gz.", metavar="FILE")
     text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
     label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+    label_separator: str | None = option(
+        "What stands between the labels of a text that may have several, such as ';'. Then an "
+        "empty label is none.",
+        None, metavar="CHARACTERS", shown="a text has one label",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,11 @@ class FitSettings(Settings):
     class_weight: Literal["balanced"] | None = option(
         "balanced: every label counts alike, whatever its texts.", None
     )
+    abstain: float | None = option(
+        "Learn when to give no label, such that this share of texts of the known labels gets none, "
+        "such as 0.05.",
+        None, metavar="SHARE",
+    )  # fmt: skip
     abstain_below: float | None = option(
         "Give no label where the best one's probability is lower.", None, metavar="P"
     )
@@ -97,6 +109,10 @@ class Predict(ModelSettings):
         None, metavar="P", shown="as it was fitted",
     )  # fmt: skip
     text_column: str = option("Column with the texts.", "text", metavar="NAME")
+    label_separator: str = option(
+        "What to put between the labels of a text that may have several.",
+        SEPARATOR, metavar="CHARACTERS",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

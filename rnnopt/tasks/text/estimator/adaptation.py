@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
@@ -27,14 +26,14 @@ from rnnopt.tasks.text.estimator.evidence import (
     ADAPTATION_MARGIN,
     MOST_FOLDS,
     Evidence,
-    Fold,
     Judged,
     Labelled,
     Start,
     held_out_logits,
-    stratified_folds,
 )
 from rnnopt.tasks.text.estimator.heads import LinearHead
+from rnnopt.tasks.text.estimator.objective.choice import objective_of
+from rnnopt.tasks.text.estimator.objective.protocol import Fold
 
 BATCH = 64  # texts of a step, at most
 _PIECE = 16  # texts that are run at once: small enough to be of like length
@@ -70,7 +69,7 @@ class Verdict:
     Attributes:
         reason: why it was kept or not.
         head: the adapted head, not yet at its temperature; None where the start was kept.
-        evidence: of what was kept; None where the start was kept.
+        judged: what was kept, on texts held out; None where the start was kept.
         start: the start's evidence on the same folds; None where nothing was compared.
         tried: evidence after each number of steps that was judged.
         folds: how many.
@@ -78,10 +77,15 @@ class Verdict:
 
     reason: str
     head: LinearHead | None = None
-    evidence: Evidence | None = None
+    judged: Judged | None = None
     start: Evidence | None = None
     tried: tuple[Evidence, ...] = ()
     folds: int = 0
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """Of what was kept; None where the start was kept."""
+        return self.judged.evidence if self.judged else None
 
 
 class _OutOfTimeError(Exception):
@@ -168,14 +172,14 @@ def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan:
     ]
     begun, tried = beginning.evidence, tuple(one.evidence for one in judged)
     better = [
-        one.evidence
+        one
         for one in judged
-        if one.evidence.accuracy >= begun.accuracy and one.better_than(beginning, ADAPTATION_MARGIN)
+        if one.evidence.quality >= begun.quality and one.better_than(beginning, ADAPTATION_MARGIN)
     ]
     if better:
-        best = min(better, key=lambda evidence: evidence.log_loss)
-        reason = f"{_figures(best)} on texts held out, and {start.name} {_figures(begun)}"
-        return Verdict(reason, None, best, begun, tried, len(folds))
+        kept = min(better, key=lambda one: one.evidence.log_loss)
+        reason = f"{_figures(kept.evidence)} on texts held out, and {start.name} {_figures(begun)}"
+        return Verdict(reason, None, kept, begun, tried, len(folds))
     best = min(tried, key=lambda evidence: evidence.log_loss)
     reason = (
         f"{_figures(begun)} on texts held out, and adaptation at its best {_figures(best)} "
@@ -188,14 +192,14 @@ def _affordable(
     adaptation: _Adaptation, data: Labelled, start: Start, plan: Plan
 ) -> list[Fold] | Verdict:
     """As many folds as the time allows."""
-    most = stratified_folds(data.labels, MOST_FOLDS, plan.seed)
+    most = objective_of(data.labels).folds(data.labels, MOST_FOLDS, plan.seed)
     if plan.seconds is None:
         return most
     # twice, since the first pass also allocates
     step = min(adaptation.seconds_per_step(start.fit(data)) for _ in range(2))
     for count in (len(most), 3, 2):
         if (count + 1) * plan.steps * step <= plan.seconds:
-            return stratified_folds(data.labels, count, plan.seed)
+            return objective_of(data.labels).folds(data.labels, count, plan.seed)
     needed = 3 * plan.steps * step
     return Verdict(
         f"adaptation would take about {needed:.0f} s, and {plan.seconds:g} s are allowed; give "
@@ -222,6 +226,7 @@ class _Adaptation:
         self._encoder, self._texts, self._plan = encoder, texts, plan
         self._cache: TokenCache = encoder.tokens()
         self._lengths = self._cache.lengths(texts)
+        self._objective = objective_of(data.labels)
         self._labels = torch.from_numpy(data.labels).to(encoder.device)
         self._weights = torch.from_numpy(data.weights).float().to(encoder.device)
         self._end = None if plan.seconds is None else time.monotonic() + _OVERRUN * plan.seconds
@@ -289,15 +294,15 @@ class _Adaptation:
         return module
 
     def _backward(self, rows: np.ndarray, module: nn.Linear) -> None:
-        """Add the gradient of the mean cross-entropy, piece by piece."""
+        """Add the gradient of the mean loss of the texts, piece by piece."""
         order = sorted(rows, key=lambda i: self._lengths[i])
         total = self._weights[rows].sum()
         size = len(order) if self._encoder.device.type == "cuda" else _PIECE
         for first in range(0, len(order), size):
             piece = order[first : first + size]
             batch = self._cache.batch([self._texts[i] for i in piece], self._encoder.device)
-            losses: Tensor = cross_entropy(
-                module(self._encoder(batch)), self._labels[piece], reduction="none"
+            losses: Tensor = self._objective.torch_losses(
+                module(self._encoder(batch)), self._labels[piece]
             )
             torch.autograd.backward((self._weights[piece] * losses).sum() / total)
 
@@ -318,7 +323,8 @@ def _as_head(module: nn.Linear) -> LinearHead:
 
 
 def _figures(evidence: Evidence) -> str:
-    return f"has accuracy {evidence.accuracy:.3f} and log loss {evidence.log_loss:.3f}"
+    what = "accuracy" if evidence.micro_f1 is None else "micro F1"
+    return f"has {what} {evidence.quality:.3f} and log loss {evidence.log_loss:.3f}"
 
 
 def _steps(count: int) -> str:

@@ -18,11 +18,12 @@ from rnnopt.storage.files import read_tensors, save_tensors, write_atomically
 from rnnopt.storage.provenance import read_json, versions
 from rnnopt.tasks.text.encoder.loading import first_line
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.answers import Decision
 from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.report import Report, card
 
 FACTS_FILE, HEAD_FILE, CARD_FILE = "classifier.json", "head.safetensors", "README.md"
-_FORMAT = 1
+_FORMAT, _READABLE = 2, (1, 2)  # 1 knows neither several labels nor a floor
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Fitted:
     Attributes:
         encoder: LoRA merged.
         head: at its temperature.
-        classes: the labels, (C,).
+        decision: how logits become labels.
         report: see there.
     """
 
     encoder: SentenceEncoder
     head: LinearHead
-    classes: np.ndarray
+    decision: Decision
     report: Report
 
 
@@ -88,16 +89,19 @@ def _write(folder: Path, fitted: Fitted, settings: dict[str, Any]) -> None:
     fitted.encoder.save(folder)
     head = {"weight": fitted.head.weight, "bias": fitted.head.bias}
     save_tensors(folder / HEAD_FILE, {name: torch.from_numpy(v) for name, v in head.items()}, {})
+    decision = fitted.decision
     facts = {
         "format": _FORMAT,
-        "classes": fitted.classes.tolist(),
+        "classes": decision.classes.tolist(),
+        "thresholds": None if decision.thresholds is None else decision.thresholds.tolist(),
+        "floor": decision.floor,
         "settings": settings,
         "report": fitted.report.facts(),
         "versions": versions(),
     }
     content = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / FACTS_FILE, content.encode("utf-8"))
-    page = card(fitted.report, [str(name) for name in facts["classes"]], versions())
+    page = card(fitted.report, [str(name) for name in decision.classes.tolist()], versions())
     write_atomically(folder / CARD_FILE, page.encode("utf-8"))
 
 
@@ -117,26 +121,30 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
             "TextClassifier.save or `rnnopt fit` wrote"
         )
     facts = read_json(source / FACTS_FILE)
-    if facts.get("format") != _FORMAT:
+    if facts.get("format") not in _READABLE:
         raise InputError(
             f"{source / FACTS_FILE} has format {facts.get('format')}, and this rnnopt reads "
-            f"{_FORMAT}; fit the classifier again"
+            f"{' and '.join(map(str, _READABLE))}; fit the classifier again"
         )
     tensors, _ = read_tensors(source / HEAD_FILE)
     encoder = SentenceEncoder.load(source, device)
     try:
         head = LinearHead(tensors["weight"].double().numpy(), tensors["bias"].double().numpy())
-        fitted = Fitted(
-            encoder, head, np.array(facts["classes"]), Report.from_facts(facts["report"])
+        thresholds = facts.get("thresholds")
+        decision = Decision(
+            np.array(facts["classes"]),
+            None if thresholds is None else np.array(thresholds, float),
+            facts.get("floor"),
         )
+        fitted = Fitted(encoder, head, decision, Report.from_facts(facts["report"]))
         settings = dict(facts["settings"])
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{source}: its files do not hold what they should ({error}); fit the classifier again"
         ) from error
-    if head.weight.shape != (len(fitted.classes), encoder.width):
+    if head.weight.shape != (len(decision.classes), encoder.width):
         raise InputError(
-            f"{source}: a head of shape {head.weight.shape} for {len(fitted.classes)} labels and "
+            f"{source}: a head of shape {head.weight.shape} for {len(decision.classes)} labels and "
             f"an encoder of width {encoder.width}; the files are not of one classifier: fit again"
         )
     return fitted, settings

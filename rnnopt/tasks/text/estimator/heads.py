@@ -17,8 +17,8 @@ import numpy as np
 # single ones are for one label a class, where no text can be held out to choose by.
 INVERSE_PENALTIES = (3.0, 0.1, 1.0, 10.0, 100.0)
 SINGLE_PENALTY, SINGLE_TEMPERATURE = 1.0, 0.08
-_ITERATIONS, _TOLERANCE = 300, 1e-4
-_TEMPERATURES = np.geomspace(0.02, 50.0, 157)  # 5 % apart
+ITERATIONS, TOLERANCE = 300, 1e-4
+TEMPERATURES = np.geomspace(0.02, 50.0, 157)  # 5 % apart
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def logistic_head(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    centre, scale = _spread(embeddings)
+    centre, scale = spread(embeddings)
     # With two classes scikit-learn has one weight vector, the difference of the two of a softmax.
     # The same minimum then needs half the penalty: the sum of squares is half of the difference's.
     two = labels.max() == 1
     model = LogisticRegression(
-        C=2 * inverse_penalty if two else inverse_penalty, max_iter=_ITERATIONS, tol=_TOLERANCE
+        C=2 * inverse_penalty if two else inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE
     )
     with warnings.catch_warnings():
         # one label a class, which scikit-learn takes for an error
@@ -92,7 +92,7 @@ def class_mean_head(embeddings: np.ndarray, labels: np.ndarray) -> LinearHead:
         embeddings: (B, H).
         labels: (B,), 0 to C - 1, each at least once.
     """
-    centre, scale = _spread(embeddings)
+    centre, scale = spread(embeddings)
     members = np.eye(labels.max() + 1)[labels]  # (B, C)
     means = (members.T @ (embeddings - centre)) / members.sum(axis=0)[:, None] / scale  # (C, H)
     weight = 2 * means / scale
@@ -117,12 +117,12 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
     targets[np.arange(count), labels] = 1 - rest
     losses = [
         -(weights * (targets * log_softmax(logits / temperature)).sum(axis=1)).sum()
-        for temperature in _TEMPERATURES
+        for temperature in TEMPERATURES
     ]
-    return float(_TEMPERATURES[int(np.argmin(losses))])
+    return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def _spread(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
+def spread(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
     """The centre (H,) of embeddings, and the root of the mean squared distance from it."""
     centre = embeddings.mean(axis=0)
     scale = float(np.sqrt(np.square(embeddings - centre).sum(axis=1).mean()))

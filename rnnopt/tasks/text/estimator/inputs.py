@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,129 @@ def check_texts(texts: Any) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Labels as they were given, and as numbers.
+
+    Attributes:
+        classes: the distinct ones, sorted, (C,).
+        places: each text's class by its place among them, (B,); or (B, C) zeros and ones where a
+            text may have several.
+        named: as given, JSON-compatible; several labels of a text are a sorted list.
+    """
+
+    classes: np.ndarray
+    places: np.ndarray
+    named: list[Any]
+
+    @property
+    def several(self) -> bool:
+        """Whether a text may have several labels."""
+        return self.places.ndim == 2
+
+
+def read_labels(labels: Any, count: int) -> Labels:
+    """The labels of a classifier that is to be fitted.
+
+    Args:
+        labels: strings, integers or booleans; or a list of strings for each text.
+        count: B, how many there must be.
+
+    Raises:
+        InputError: as `check_labels` and `check_classes`; or no label tells texts apart.
+    """
+    labels = (
+        list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
+    )
+    if not is_several(labels):
+        found = check_labels(labels, count)
+        return Labels(*check_classes(found), found.tolist())
+    rows = check_several(labels, count)
+    classes = np.array(sorted({label for row in rows for label in row}))
+    if all(row == rows[0] for row in rows):
+        raise InputError(
+            f"all {count} texts have the labels {_shown(rows[0])}; a classifier needs texts of "
+            "other labels, or of none: add some"
+        )
+    return Labels(classes, matrix(rows, classes), rows)
+
+
+def is_several(labels: Any) -> bool:
+    """Whether labels are lists of labels."""
+    kinds = (list, tuple, set, frozenset)
+    return isinstance(labels, Sequence) and any(isinstance(label, kinds) for label in labels)
+
+
+def check_several(labels: Sequence[Any], count: int) -> list[list[str]]:
+    """The labels of each text as a sorted list of distinct strings; it may be empty.
+
+    Raises:
+        InputError: another number of labels, or labels of another kind.
+    """
+    if len(labels) != count:
+        raise InputError(
+            f"{count} texts and {len(labels)} lists of labels; give each text one list"
+        )
+    for i, row in enumerate(labels):
+        if not isinstance(row, list | tuple | set | frozenset):
+            raise InputError(
+                f"label {i} is {_shown(row)}, and others are lists; where a text may have several "
+                "labels every text needs a list of strings: put it in [brackets]"
+            )
+        for label in row:
+            if not isinstance(label, str):
+                raise InputError(
+                    f"label {i} is {_shown(row)}; lists of labels must hold strings: convert them"
+                )
+    return [sorted({str(label) for label in row}) for row in labels]
+
+
+def matrix(rows: Sequence[Sequence[str]], classes: np.ndarray) -> np.ndarray:
+    """Lists of labels as (B, C) zeros and ones, float64."""
+    place = {label: number for number, label in enumerate(classes.tolist())}
+    made = np.zeros((len(rows), len(classes)))
+    for row, labels in zip(made, rows):
+        row[[place[label] for label in labels]] = 1
+    return made
+
+
+def known_labels(labels: Any, count: int, classes: np.ndarray, several: bool) -> np.ndarray:
+    """Labels to judge by as `Labels.places`, by the classes of a fitted classifier.
+
+    Args:
+        labels: as in `read_labels`.
+        count: B, how many there must be.
+        classes: those of the classifier, (C,).
+        several: whether it gives a text several labels.
+
+    Raises:
+        InputError: as `check_labels`; or a label is none of the classifier's.
+    """
+    labels = (
+        list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
+    )
+    known = set(classes.tolist())
+    if several:
+        given = labels if isinstance(labels, list) else [labels]
+        rows = check_several([[one] if isinstance(one, str) else one for one in given], count)
+        flat = [label for row in rows for label in row]
+    elif is_several(labels):
+        raise InputError(
+            f"label 0 is {_shown(labels[0])}, and this classifier gives a text one label; give one "
+            "label a text"
+        )
+    else:
+        flat = check_labels(labels, count).tolist()
+    foreign = [label for label in flat if label not in known]
+    if foreign:
+        raise InputError(
+            f"label {foreign[0]!r} is none of the classifier's {len(known)} "
+            f"({kind_of(classes)}, such as {classes[0].item()!r}); correct it, or leave its "
+            "texts out"
+        )
+    return matrix(rows, classes) if several else np.searchsorted(classes, np.array(flat))
+
+
 def check_labels(labels: Any, count: int) -> np.ndarray:
     """The labels as an array (B,) of one kind: booleans, integers or strings.
 
@@ -65,10 +189,10 @@ def check_labels(labels: Any, count: int) -> np.ndarray:
     if len(found) != count:
         raise InputError(f"{count} texts and {len(found)} labels; give each text one label")
     for i, label in enumerate(found):
-        if isinstance(label, list | tuple | set | frozenset | np.ndarray):
+        if isinstance(label, np.ndarray):
             raise InputError(
-                f"label {i} is {_shown(label)}; a text has one label here, several labels a text "
-                "are not supported: fit one classifier for each label, with True and False"
+                f"label {i} is {_shown(label)}, an array; where a text has several labels, give it "
+                "a list of strings"
             )
         if type(label) not in _KINDS:
             raise InputError(
@@ -105,10 +229,15 @@ def kind_of(classes: np.ndarray) -> str:
     return _KINDS[type(classes[0].item())]
 
 
-def fingerprint(texts: list[str], labels: np.ndarray) -> str:
+def fingerprint(texts: list[str], labels: list[Any]) -> str:
     """16 hexadecimal digits of the SHA-256 of texts and labels, in their order."""
-    contents = json.dumps([texts, labels.tolist()])
+    contents = json.dumps([texts, labels])
     return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+
+def _as_list(labels: Any) -> Any:
+    """A list of what can be iterated over and is no string."""
+    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
 
 
 def _shown(value: Any) -> str:
