@@ -180,7 +180,9 @@ def test_texts_with_several_labels(encoder, tmp_path, capsys):
     words = "evaluate", "--model", model, "--data", path
     assert run(*words, "--label-separator", "|") == 0
     assert "all labels right" in capsys.readouterr().out
-    assert "label 'music|food' is none of" in fails(capsys, *words)  # the separator is ; unless said
+    assert "label 'music|food' is none of" in fails(
+        capsys, *words
+    )  # the separator is ; unless said
     words = "predict", "--model", model, "--text", "a", "--label-separator"
     assert "label 'food' holds; choose another" in fails(capsys, *words, "oo")
 

@@ -49,10 +49,7 @@ def test_lists_of_labels_give_lists_of_labels(fitted, pairs):
     assert fitted.classes_.tolist() == ["food", "music"]
     answers, probabilities = fitted.answer(pairs[0])
     assert answers == fitted.predict(pairs[0])
-    assert answers == [
-        [name for name, chance, least in zip(fitted.classes_, row, fitted.thresholds_) if chance >= least]
-        for row in probabilities
-    ]  # fmt: skip
+    assert answers == [fitted.classes_[row >= fitted.thresholds_].tolist() for row in probabilities]
     assert {len(row) for row in answers} == {0, 1, 2}
     assert ((probabilities > 0) & (probabilities < 1)).all()
     assert fitted.score(*pairs) == np.mean([a == sorted(b) for a, b in zip(answers, pairs[1])])
@@ -144,9 +141,13 @@ def test_each_class_is_a_logistic_regression_of_scikit_learn():
 
 
 @given(
-    labels=arrays(float, st.tuples(st.integers(2, 25), st.integers(1, 4)), elements=st.sampled_from([0.0, 1.0])),
+    labels=arrays(
+        float,
+        st.tuples(st.integers(2, 25), st.integers(1, 4)),
+        elements=st.sampled_from([0.0, 1.0]),
+    ),
     folds=st.integers(2, 5),
-)  # fmt: skip
+)
 def test_folds_hold_out_every_text_once_but_the_only_one_of_a_class(labels, folds):
     made = iterative_folds(labels, folds, seed=0)
     alone = (labels[:, labels.sum(axis=0) == 1] > 0).any(axis=1)

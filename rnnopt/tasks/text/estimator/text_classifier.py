@@ -171,7 +171,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def answer(self, texts: Sequence[str]) -> tuple[Any, np.ndarray]:
         """What `predict` and what `predict_proba` return, in one pass."""
         self._check_shares()
-        decision, logits = self._fitted().decision, self._logits(texts)
+        decision, logits = self._fitted().decision, self.decision_function(texts)
         found = decision.answers(logits, self.abstain_below)
         return found, decision.objective.probabilities(logits)
 
@@ -185,7 +185,17 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             NotFittedInputError: before `fit`.
             InputError: texts that can't be used.
         """
-        return self._fitted().decision.objective.probabilities(self._logits(texts))
+        return self._fitted().decision.objective.probabilities(self.decision_function(texts))
+
+    def decision_function(self, texts: Sequence[str]) -> np.ndarray:
+        """Logits (B, C), in the order of `classes_`, at the temperature.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: texts that can't be used.
+        """
+        fitted = self._fitted()
+        return fitted.head.logits(fitted.encoder.embed(check_texts(texts)).numpy())
 
     def score(
         self,
@@ -279,10 +289,6 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "saved one with TextClassifier.load(folder)"
             )
         return self._state
-
-    def _logits(self, texts: Sequence[str]) -> np.ndarray:
-        fitted = self._fitted()
-        return fitted.head.logits(fitted.encoder.embed(check_texts(texts)).numpy())
 
     def _decision(
         self, named: Labels, start: Start, verdict: Verdict, head: LinearHead, data: Labelled
