@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +75,25 @@ def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
     Raises:
         InputError: a folder with something in it, or one that can't be written.
     """
+    with new_folder(folder) as partial:
+        _write(partial, fitted, settings)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place when the block has ended without an error.
+
+    Args:
+        folder: absent or empty.
+
+    Raises:
+        InputError: a folder with something in it, or one that can't be written.
+    """
     target = check_new(folder)
     partial = target.parent / f".{target.name}.{os.getpid()}"
     try:
         partial.mkdir(parents=True)
-        _write(partial, fitted, settings)
+        yield partial
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't write {target}: {first_line(error)}; choose another") from error

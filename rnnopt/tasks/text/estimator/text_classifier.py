@@ -22,6 +22,8 @@ from rnnopt.tasks.text.estimator import folder as folders
 from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better
 from rnnopt.tasks.text.estimator.answers import Decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
+from rnnopt.tasks.text.estimator.export import onnx
+from rnnopt.tasks.text.estimator.export.onnx import OnnxReport
 from rnnopt.tasks.text.estimator.figures import Figures
 from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.inputs import (
@@ -258,6 +260,40 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if name not in ("encoder", "device") and _is_plain(value)
         }
         folders.save(Path(folder), fitted, settings)
+
+    def export_onnx(
+        self,
+        folder: str | os.PathLike[str],
+        texts: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
+        int8: bool = True,
+    ) -> OnnxReport:
+        """Write files that onnxruntime runs, with the same logits to 1e-4.
+
+        `folder` gets ``model.onnx``, from tokens to logits, with weights of 8 bits
+        ``model_int8.onnx``, the tokenizer, the labels, and a page that says how to run them.
+
+        Args:
+            folder: absent or empty.
+            texts: to compare by; None for a few short ones.
+            labels: of the texts; then accuracies are told, too.
+            int8: whether to write the file of 8 bits.
+
+        Returns:
+            How far the files agree with the classifier.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: onnx is not installed, the folder has something in it, or this encoder
+                can't be exported with the same logits.
+        """
+        fitted = self._fitted()
+        texts = None if texts is None else check_texts(texts)
+        places = None
+        if texts is not None and labels is not None:
+            several = fitted.decision.thresholds is not None
+            places = known_labels(labels, len(texts), fitted.decision.classes, several)
+        return onnx.export(fitted, Path(folder), texts, places, int8)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: str = "auto") -> Self:
