@@ -64,19 +64,22 @@ def check_new(folder: str | Path) -> Path:
     return target
 
 
-def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+def save(
+    folder: str | Path, fitted: Fitted, settings: dict[str, Any], name: str = "FOLDER"
+) -> None:
     """Write a classifier; the folder appears whole or not at all.
 
     Args:
         folder: absent or empty.
         fitted: the classifier.
         settings: JSON-compatible.
+        name: what the model card calls it.
 
     Raises:
         InputError: a folder with something in it, or one that can't be written.
     """
     with new_folder(folder) as partial:
-        _write(partial, fitted, settings)
+        _write(partial, fitted, settings, name)
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(folder: Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+def _write(folder: Path, fitted: Fitted, settings: dict[str, Any], name: str) -> None:
     fitted.encoder.save(folder)
     head = {"weight": fitted.head.weight, "bias": fitted.head.bias}
     save_tensors(folder / HEAD_FILE, {name: torch.from_numpy(v) for name, v in head.items()}, {})
@@ -117,7 +120,8 @@ def _write(folder: Path, fitted: Fitted, settings: dict[str, Any]) -> None:
     }
     content = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / FACTS_FILE, content.encode("utf-8"))
-    page = card(fitted.report, [str(name) for name in decision.classes.tolist()], versions())
+    labels = [str(label) for label in decision.classes.tolist()]
+    page = card(fitted.report, labels, versions(), name)
     write_atomically(folder / CARD_FILE, page.encode("utf-8"))
 
 

@@ -97,13 +97,14 @@ def peak_memory() -> int | None:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def card(report: Report, classes: list[str], versions: dict[str, str]) -> str:
+def card(report: Report, classes: list[str], versions: dict[str, str], name: str = "FOLDER") -> str:
     """The model card of a saved classifier, as Markdown with the hub's header.
 
     Args:
         report: of its `fit`.
         classes: the labels as text.
         versions: of libraries.
+        name: of the folder, or on the hub.
     """
     shown = ", ".join(f"`{name}`" for name in classes[:20])
     more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
@@ -127,10 +128,10 @@ tags: [rnnopt, few-shot]
 ```python
 from rnnopt import TextClassifier
 
-TextClassifier.load("FOLDER").predict(["..."])
+TextClassifier.from_pretrained("{name}").predict(["..."])
 ```
 
-The encoder alone is loaded by `SentenceTransformer("FOLDER")`. `head.safetensors` holds the linear
+The encoder alone is loaded by `SentenceTransformer("{name}")`. `head.safetensors` holds the linear
 head on its vectors, and `classifier.json` the labels.
 
 | | |

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ from rnnopt.tasks.text.estimator import folder as folders
 from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better
 from rnnopt.tasks.text.estimator.answers import Decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
-from rnnopt.tasks.text.estimator.export import onnx
-from rnnopt.tasks.text.estimator.export.onnx import OnnxReport
+from rnnopt.tasks.text.estimator.export import hub
+from rnnopt.tasks.text.estimator.export.exports import Exports
 from rnnopt.tasks.text.estimator.figures import Figures
 from rnnopt.tasks.text.estimator.heads import LinearHead
-from rnnopt.tasks.text.estimator.inputs import (
+from rnnopt.tasks.text.estimator.inputs.labelled import (
     Labels,
     check_labels,
     check_several,
@@ -34,6 +33,11 @@ from rnnopt.tasks.text.estimator.inputs import (
     fingerprint,
     known_labels,
     read_labels,
+)
+from rnnopt.tasks.text.estimator.inputs.settings import (
+    check_abstention,
+    check_for_several_labels,
+    check_settings,
 )
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.objective.several_labels import (
@@ -47,7 +51,7 @@ class NotFittedInputError(InputError, NotFittedError):  # type: ignore[misc]
     """Prediction was asked of a classifier that has not been fitted."""
 
 
-class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[misc]
     """A text classifier from a few labelled texts, with the habits of scikit-learn.
 
     >>> classifier = TextClassifier("sentence-transformers/all-MiniLM-L6-v2").fit(texts, labels)
@@ -132,11 +136,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             InputError: texts, labels, the encoder or a setting can't be used.
         """
         started = time.perf_counter()
-        self._check_settings()
+        check_settings(self.get_params(deep=False))
         texts = check_texts(texts)
         named = read_labels(labels, len(texts))
         if named.several:
-            self._check_one_label_settings()
+            check_for_several_labels(self.get_params(deep=False))
         encoder = SentenceEncoder.load(
             self.encoder, self._torch_device(), self.pooling, self.max_length
         )
@@ -172,7 +176,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def answer(self, texts: Sequence[str]) -> tuple[Any, np.ndarray]:
         """What `predict` and what `predict_proba` return, in one pass."""
-        self._check_shares()
+        check_abstention(self.get_params(deep=False))
         decision, logits = self._fitted().decision, self.decision_function(texts)
         found = decision.answers(logits, self.abstain_below)
         return found, decision.objective.probabilities(logits)
@@ -241,59 +245,27 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         given = np.array([answer is not None for answer in answers])
         return figures.with_answers(given, answers == decision.classes[places])
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `load` reads, and whose encoder sentence-transformers loads.
-
-        It holds safetensors, JSON and a model card, LoRA merged, and appears whole or not at all.
-
-        Args:
-            folder: absent or empty.
-
-        Raises:
-            NotFittedInputError: before `fit`.
-            InputError: a folder with something in it, or one that can't be written.
-        """
-        fitted = self._fitted()
-        settings = {
-            name: value
-            for name, value in self.get_params(deep=False).items()
-            if name not in ("encoder", "device") and _is_plain(value)
-        }
-        folders.save(Path(folder), fitted, settings)
-
-    def export_onnx(
-        self,
-        folder: str | os.PathLike[str],
-        texts: Sequence[str] | None = None,
-        labels: Sequence[Any] | None = None,
-        int8: bool = True,
-    ) -> OnnxReport:
-        """Write files that onnxruntime runs, with the same logits to 1e-4.
-
-        `folder` gets ``model.onnx``, from tokens to logits, with weights of 8 bits
-        ``model_int8.onnx``, the tokenizer, the labels, and a page that says how to run them.
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str = "auto",
+    ) -> Self:
+        """Read a classifier from a folder, or from the Hugging Face hub.
 
         Args:
-            folder: absent or empty.
-            texts: to compare by; None for a few short ones.
-            labels: of the texts; then accuracies are told, too.
-            int8: whether to write the file of 8 bits.
-
-        Returns:
-            How far the files agree with the classifier.
+            name: a folder, or ``owner/name``.
+            revision: a branch, a tag or a commit; None for the main branch.
+            token: of the hub; None for the one that is logged in.
+            device: see the class.
 
         Raises:
-            NotFittedInputError: before `fit`.
-            InputError: onnx is not installed, the folder has something in it, or this encoder
-                can't be exported with the same logits.
+            InputError: there is no such classifier, or it can't be read.
         """
-        fitted = self._fitted()
-        texts = None if texts is None else check_texts(texts)
-        places = None
-        if texts is not None and labels is not None:
-            several = fitted.decision.thresholds is not None
-            places = known_labels(labels, len(texts), fitted.decision.classes, several)
-        return onnx.export(fitted, Path(folder), texts, places, int8)
+        return cls.load(hub.fetch(name, revision, token), device)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: str = "auto") -> Self:
@@ -379,42 +351,6 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"device is {self.device!r}, and torch can't use it; give 'cpu' or 'auto'"
             ) from error
 
-    def _check_settings(self) -> None:
-        if self.class_weight not in (None, "balanced"):
-            raise InputError(f"class_weight is {self.class_weight!r}; use None or 'balanced'")
-        for name, least in (("steps", 0), ("lora_rank", 1), ("random_state", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
-        if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            raise InputError(
-                f"seconds is {self.seconds!r}; it must be at least 0, or None for no bound"
-            )
-        self._check_shares()
-
-    def _check_shares(self) -> None:
-        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
-            raise InputError(
-                f"abstain_below is {self.abstain_below!r}; it is a probability, between 0 and 1"
-            )
-        if self.abstain is not None and not 0 <= self.abstain < 1:
-            raise InputError(
-                f"abstain is {self.abstain!r}; it is the share of texts of the known classes that "
-                "may stay without an answer, at least 0 and below 1, and 0.05 is usual"
-            )
-
-    def _check_one_label_settings(self) -> None:
-        for name, remedy in (
-            ("class_weight", "thresholds are chosen by F1, which rare labels count in"),
-            ("abstain", "a text that no label is likely for gets an empty list"),
-            ("abstain_below", "a text that no label is likely for gets an empty list"),
-        ):
-            if getattr(self, name) is not None:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}, and texts have several labels here; leave "
-                    f"it at None: {remedy}"
-                )
-
 
 def _abstention(decision: Decision, judged: Judged | None) -> dict[str, Any]:
     """What a report says of texts without an answer."""
@@ -427,7 +363,3 @@ def _abstention(decision: Decision, judged: Judged | None) -> dict[str, Any]:
         "answered": float(answered.mean()),
         "answered_accuracy": float(right[answered].mean()),
     }
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
