@@ -190,3 +190,34 @@ def test_texts_with_several_labels(encoder, tmp_path, capsys):
 def test_a_separator_for_a_classifier_of_one_label(model, csv_file, capsys):
     words = "evaluate", "--model", model, "--data", csv_file, "--label-separator", ";"
     assert "gives a text one label; leave it out" in fails(capsys, *words)
+
+
+def test_export_to_onnx_tells_both_accuracies(model, csv_file, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    words = "export", "--model", model, "--output", tmp_path / "onnx"
+    assert run(*words, "--data", csv_file) == 0
+    out = capsys.readouterr().out
+    assert "model.onnx: " in out and "on 240 texts, accuracy 1.000" in out
+    assert "model_int8.onnx: " in out and out.count(", accuracy ") == 2
+    assert "nothing is overwritten" in fails(capsys, *words)
+
+
+def test_fit_exports_what_it_has_fitted(csv_file, encoder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--output"
+    line = fails(capsys, *words, tmp_path / "one", "--onnx", tmp_path / "one")
+    assert "--output and --onnx are both" in line and not (tmp_path / "one").exists()
+    assert run(*words, tmp_path / "one", "--onnx", tmp_path / "two") == 0
+    assert "compared on the texts that it was fitted on" in capsys.readouterr().out
+    assert (tmp_path / "two" / "model_int8.onnx").exists()
+
+
+def test_export_to_transformers(model, encoder, csv_file, tmp_path, capsys):
+    line = fails(capsys, "export", "--model", model, "--output", tmp_path / "x",
+                 "--format", "transformers")  # fmt: skip
+    assert "export it to ONNX, or fit with pooling='cls'" in line
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--pooling", "cls"
+    assert run(*words, "--output", tmp_path / "one") == 0
+    words = "export", "--model", tmp_path / "one", "--output", tmp_path / "two"
+    assert run(*words, "--format", "transformers") == 0
+    assert 'pipeline("text-classification", "' in capsys.readouterr().out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rnnopt import TextClassifier
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.sentence import Layout
-from rnnopt.tasks.text.estimator.export import pipeline
+from rnnopt.tasks.text.estimator.export import agreement
 
 LABELS = ["a", "b", "c", "a", "b", "c", "a", "b", "c", "a"]
 
@@ -80,7 +80,8 @@ def test_an_encoder_without_such_a_model_is_refused(fitted, tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"'cls', scaled to length 1, and transformers'"):
         scaled.export_transformers(tmp_path / "model")
     scaled = scaled.set_params(pooling="cls")
-    monkeypatch.setattr(pipeline, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "ABSOLUTE", 0.0)
+    monkeypatch.setattr(agreement, "RELATIVE", 0.0)
     Layout("cls", False, 12, "").write(tmp_path / "encoder", 32)
     plain = TextClassifier(tmp_path / "encoder", steps=0, device="cpu").fit(TEXTS, LABELS)
     with pytest.raises(InputError, match="its logits differ by up to"):

@@ -9,7 +9,7 @@ from encoders import TEXTS, tiny_bert, tiny_distilbert, tiny_roberta
 from rnnopt import TextClassifier
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.sentence import Layout
-from rnnopt.tasks.text.estimator.export import onnx
+from rnnopt.tasks.text.estimator.export import agreement
 
 onnxruntime = pytest.importorskip("onnxruntime")
 LABELS = ["a", "b"] * 5
@@ -99,7 +99,8 @@ def test_nothing_is_overwritten(exported):
 
 
 def test_other_logits_are_refused_and_leave_nothing(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "ABSOLUTE", 0.0)
+    monkeypatch.setattr(agreement, "RELATIVE", 0.0)
     with pytest.raises(InputError, match=r"logits differ by up to .*and 0e\+00 is allowed; this"):
         exported[0].export_onnx(tmp_path / "new", int8=False)
     assert list(tmp_path.iterdir()) == []

@@ -16,13 +16,13 @@ from rnnopt.data.several import read_several
 from rnnopt.errors import InputError
 from rnnopt.rules.classical import AdamW
 from rnnopt.tasks.text.estimator.figures import Figures
+from rnnopt.tasks.text.estimator.heads import one_vs_rest_head
 from rnnopt.tasks.text.estimator.objective.several_labels import (
     SeveralLabels,
     best_thresholds,
     iterative_folds,
     micro_macro_f1,
     middle_thresholds,
-    one_vs_rest_head,
 )
 
 SEVERAL = SeveralLabels()

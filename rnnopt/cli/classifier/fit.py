@@ -5,17 +5,23 @@ from __future__ import annotations
 from rnnopt.cli.classifier.labelled import read_labelled
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Fit
+from rnnopt.errors import InputError
+from rnnopt.tasks.text.estimator.export.onnx import onnx_runtime
 from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
 # settings that the classifier lacks
-_OURS = ("data", "output", "text_column", "label_column", "label_separator")
+_OURS = ("data", "output", "text_column", "label_column", "label_separator", "onnx")
 
 
 def run(settings: Fit) -> None:
     """Fit, tell what was done and why, save."""
     folder = check_new(settings.output)
-    found = read_labelled(settings)
+    if settings.onnx is not None:
+        onnx_runtime()
+        if check_new(settings.onnx).resolve() == folder.resolve():
+            raise InputError(f"--output and --onnx are both {folder}; choose two folders")
+    found = read_labelled(settings.data, settings)
     print(found.summary)
     chosen = {name: value for name, value in vars(settings).items() if name not in _OURS}
     chosen["random_state"] = chosen.pop("seed")
@@ -23,4 +29,8 @@ def run(settings: Fit) -> None:
         classifier = TextClassifier(**chosen).fit(found.texts, found.labels)
     print(classifier.report_)
     classifier.save(folder)
+    if settings.onnx is not None:
+        with waiting("exporting"):
+            report = classifier.export_onnx(settings.onnx, found.texts, found.labels)
+        print(f"{settings.onnx}, compared on the texts that it was fitted on:\n{report}")
     print(f'next: rnnopt predict --model {folder} --text "..."')

@@ -75,6 +75,9 @@ class Fit(FileSettings, SentenceSettings, FitSettings, SeedSettings):
     takes_config: ClassVar = True
 
     output: str = option("Folder for the classifier.", metavar="DIR")
+    onnx: str | None = option(
+        "Folder for files that onnxruntime runs, of 32 and of 8 bits.", None, metavar="DIR"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +128,27 @@ class Evaluate(FileSettings, ModelSettings):
     home: ClassVar = "rnnopt.cli.classifier"
 
     json: bool = option("Print the figures as JSON.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ModelSettings):
+    """Write a classifier for another library: onnx for onnxruntime, with a file of 32 and one of 8
+    bits; transformers for its text-classification pipelines, where the encoder reads the first
+    token. The logits are compared with the classifier's, and may differ by 1e-4."""
+
+    command: ClassVar = "export"
+    summary: ClassVar = "a saved classifier for onnxruntime or transformers"
+    home: ClassVar = "rnnopt.cli.classifier"
+
+    output: str = option("Folder to write.", metavar="DIR")
+    format: Literal["onnx", "transformers"] = option("For which library.", "onnx")
+    data: str | None = option(
+        "Labelled file to compare by; then the accuracy of both files is told.",
+        None, metavar="FILE", shown="a few short texts",
+    )  # fmt: skip
+    text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
+    label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+    label_separator: str | None = advanced(
+        "What stands between the labels of a text that may have several.",
+        None, metavar="CHARACTERS", shown=SEPARATOR,
+    )  # fmt: skip

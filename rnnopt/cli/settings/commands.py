@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rnnopt.cli.settings.classifier import Evaluate, Fit, Predict
+from rnnopt.cli.settings.classifier import Evaluate, Export, Fit, Predict
 from rnnopt.cli.settings.groups import (
     ColumnSettings,
     DataSettings,
@@ -295,5 +295,5 @@ class Demo(SeedSettings):
 
 
 COMMANDS: tuple[type[Settings], ...] = (
-    Fit, Predict, Evaluate, MetaTrain, Adapt, Compare, Inspect, Report, Demo,
+    Fit, Predict, Evaluate, Export, MetaTrain, Adapt, Compare, Inspect, Report, Demo,
 )  # fmt: skip

@@ -37,6 +37,13 @@ class LinearHead:
         """(B, C), of embeddings (B, H)."""
         return embeddings.astype(np.float64) @ self.weight.T + self.bias
 
+    def around(self, centre: np.ndarray) -> LinearHead:
+        """The head that gives the same logits for embeddings less a centre, (H,).
+
+        In float32 it rounds less: embeddings have much in common, which large weights multiply.
+        """
+        return LinearHead(self.weight, self.bias + self.weight @ centre)
+
     def cooled(self, temperature: float) -> LinearHead:
         """The head whose logits are these divided by a temperature."""
         return LinearHead(self.weight / temperature, self.bias / temperature)
@@ -78,6 +85,41 @@ def logistic_head(
     if two:
         weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
     weight = weight / scale
+    return LinearHead(weight, bias - weight @ centre)
+
+
+def one_vs_rest_head(
+    embeddings: np.ndarray, labels: np.ndarray, weights: np.ndarray, inverse_penalty: float
+) -> LinearHead:
+    """A binary logistic regression by scikit-learn for each class.
+
+    A class that all texts have, or none, has a constant logit, ``log((P + 1/2) / (N + 1/2))`` of P
+    texts with it and N without.
+
+    Args:
+        embeddings: (B, H).
+        labels: (B, C).
+        weights: (B,), of each text's loss.
+        inverse_penalty: scikit-learn's C.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    centre, scale = spread(embeddings)
+    rows = (embeddings - centre) / scale
+    weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
+    model = LogisticRegression(C=inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE)
+    for number, column in enumerate(labels.T):
+        if column.min() == column.max():
+            positive = column.sum()
+            bias[number] = np.log((positive + 0.5) / (len(column) - positive + 0.5))
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            # two texts of two classes, which scikit-learn takes for an error
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            model.fit(rows, column, sample_weight=weights)
+        weight[number], bias[number] = model.coef_[0] / scale, model.intercept_[0]
     return LinearHead(weight, bias - weight @ centre)
 
 

@@ -22,11 +22,11 @@ from rnnopt.errors import InputError
 from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.text.encoder.loading import first_line, silence
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.export.agreement import require_agreement
 from rnnopt.tasks.text.estimator.folder import Fitted, new_folder
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 FACTS_FILE, CARD_FILE = "onnx.json", "README.md"
-TOLERANCE = 1e-4  # of logits
 _OPSET = 17
 _BATCH = 32
 _PROBES = ("a", "two words", "this text is longer than the others, so that they are padded", "")
@@ -73,21 +73,26 @@ class _Graph(nn.Module):
     """Encoder, pooling and head.
 
     Args:
-        encoder: with its pooling.
-        fitted: has the head.
+        fitted: has them.
         names: of the inputs, in their order.
+        centre: (H,), of embeddings, see `LinearHead.around`.
     """
 
-    def __init__(self, fitted: Fitted, names: Sequence[str]) -> None:
+    centre: Tensor
+
+    def __init__(self, fitted: Fitted, names: Sequence[str], centre: np.ndarray) -> None:
         super().__init__()
         self.encoder, self.names = fitted.encoder, tuple(names)
-        self.head = nn.Linear(fitted.head.weight.shape[1], len(fitted.head.bias))
+        head = fitted.head.around(centre)
+        self.head = nn.Linear(head.weight.shape[1], len(head.bias))
+        self.register_buffer("centre", torch.from_numpy(centre))
         with torch.no_grad():
-            self.head.weight.copy_(torch.from_numpy(fitted.head.weight))
-            self.head.bias.copy_(torch.from_numpy(fitted.head.bias))
+            self.head.weight.copy_(torch.from_numpy(head.weight))
+            self.head.bias.copy_(torch.from_numpy(head.bias))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.encoder(dict(zip(self.names, inputs))))
+        vectors = self.encoder(dict(zip(self.names, inputs)))
+        logits: Tensor = self.head(vectors - self.centre)
         return logits
 
 
@@ -101,7 +106,7 @@ def export(
     """Write `MODEL_FILE`, `INT8_FILE`, the tokenizer, `FACTS_FILE` and a page on how to run them.
 
     The folder appears whole or not at all, and only if onnxruntime gives the classifier's logits
-    within `TOLERANCE`.
+    within what `require_agreement` allows.
 
     Args:
         fitted: the classifier.
@@ -115,21 +120,17 @@ def export(
         InputError: the packages are missing, the folder can't be written, or this encoder can't be
             exported with the same logits.
     """
-    runtime = _runtime()
+    runtime = onnx_runtime()
     probes = [*_PROBES, *map(str, fitted.decision.classes.tolist()[:28])]
     texts = probes if texts is None else list(texts)
     if not texts:
         raise InputError("there are 0 texts to compare by; give at least one, or None")
     with new_folder(folder) as partial:
-        names = _write_graph(fitted, partial / MODEL_FILE)
-        wanted = fitted.head.logits(fitted.encoder.embed(texts).numpy())
+        vectors = fitted.encoder.embed(texts).numpy()
+        names = _write_graph(fitted, partial / MODEL_FILE, vectors.mean(axis=0))
+        wanted = fitted.head.logits(vectors)
         found = run(runtime, partial / MODEL_FILE, fitted.encoder, texts)
-        difference = float(np.abs(found - wanted).max())
-        if not difference <= TOLERANCE:
-            raise InputError(
-                f"onnxruntime's logits differ by up to {difference:.1e} from the classifier's, and "
-                f"{TOLERANCE:.0e} is allowed; this encoder ({_kind(fitted)}) can't be exported"
-            )
+        difference = require_agreement(found, wanted, _kind(fitted))
         report = OnnxReport(
             len(texts), difference, (partial / MODEL_FILE).stat().st_size,
             accuracy=_accuracy(fitted, found, places),
@@ -154,12 +155,12 @@ def run(runtime: Any, path: Path, encoder: SentenceEncoder, texts: Sequence[str]
     return np.concatenate(made).astype(np.float64)
 
 
-def _write_graph(fitted: Fitted, path: Path) -> list[str]:
+def _write_graph(fitted: Fitted, path: Path, centre: np.ndarray) -> list[str]:
     """Write the graph; returns the names of its inputs."""
     batch = fitted.encoder.tokens().batch(_PROBES[:3])
     names = list(batch)
     device = fitted.encoder.device
-    graph = _Graph(fitted, names).eval()
+    graph = _Graph(fitted, names, centre).eval()
     axes = {name: {0: "texts", 1: "tokens"} for name in names} | {"logits": {0: "texts"}}
     try:
         with _quiet(), torch.no_grad():
@@ -262,7 +263,12 @@ def _kind(fitted: Fitted) -> str:
     return str(fitted.encoder.encoder.config.model_type)
 
 
-def _runtime() -> Any:
+def onnx_runtime() -> Any:
+    """The module onnxruntime.
+
+    Raises:
+        InputError: it is not installed, or onnx is not.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime

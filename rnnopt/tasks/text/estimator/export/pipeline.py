@@ -19,41 +19,44 @@ from torch import nn
 
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.loading import make_sequence_classifier, read_encoder, silence
+from rnnopt.tasks.text.estimator.export.agreement import require_agreement
 from rnnopt.tasks.text.estimator.folder import Fitted, new_folder
 from rnnopt.tasks.text.estimator.heads import LinearHead
 
-TOLERANCE = 1e-4  # of logits
 _SMALL = 2.0**-13  # tanh(x * this) is x * this to 1e-6 for x up to 10, and the product is exact
 _TEXTS = ("a", "two words", "this text is longer than the others, so that they are padded", "")
 
 
-def _through_tanh(dense: nn.Linear, output: nn.Linear, head: LinearHead) -> None:
+def _through_tanh(
+    dense: nn.Linear, output: nn.Linear, head: LinearHead, centre: np.ndarray
+) -> None:
+    head = head.around(centre)
     dense.weight.copy_(_SMALL * torch.eye(len(dense.weight)))
-    dense.bias.zero_()
+    dense.bias.copy_(torch.from_numpy(-_SMALL * centre))
     output.weight.copy_(torch.from_numpy(head.weight / _SMALL))
     output.bias.copy_(torch.from_numpy(head.bias))
 
 
-def _bert(model: Any, head: LinearHead) -> None:
-    _through_tanh(model.base_model.pooler.dense, model.classifier, head)
+def _bert(model: Any, head: LinearHead, centre: np.ndarray) -> None:
+    _through_tanh(model.base_model.pooler.dense, model.classifier, head, centre)
 
 
-def _roberta(model: Any, head: LinearHead) -> None:
-    _through_tanh(model.classifier.dense, model.classifier.out_proj, head)
+def _roberta(model: Any, head: LinearHead, centre: np.ndarray) -> None:
+    _through_tanh(model.classifier.dense, model.classifier.out_proj, head, centre)
 
 
-def _distilbert(model: Any, head: LinearHead) -> None:
+def _distilbert(model: Any, head: LinearHead, centre: np.ndarray) -> None:
     last = model.base_model.transformer.layer[-1].output_layer_norm
     # no output of layer normalisation is larger: its input has the mean square 1
-    bound = float((math.sqrt(len(last.weight)) * last.weight.abs() + last.bias.abs()).max())
+    bound = (math.sqrt(len(last.weight)) * last.weight.abs() + last.bias.abs()).max().item()
     model.pre_classifier.weight.copy_(torch.eye(len(model.pre_classifier.weight)))
     model.pre_classifier.bias.fill_(bound)
     model.classifier.weight.copy_(torch.from_numpy(head.weight))
-    shifted = head.bias - head.weight.sum(axis=1) * model.pre_classifier.bias[0].double().item()
-    model.classifier.bias.copy_(torch.from_numpy(shifted))
+    shifted = head.around(np.full(len(last.weight), -bound))
+    model.classifier.bias.copy_(torch.from_numpy(shifted.bias))
 
 
-_KINDS: Mapping[str, Callable[[Any, LinearHead], None]] = {
+_KINDS: Mapping[str, Callable[[Any, LinearHead, np.ndarray], None]] = {
     "bert": _bert,
     "camembert": _roberta,
     "distilbert": _distilbert,
@@ -65,7 +68,8 @@ _KINDS: Mapping[str, Callable[[Any, LinearHead], None]] = {
 def export(fitted: Fitted, folder: str | Path, texts: Sequence[str] | None) -> float:
     """Write a folder for ``transformers.pipeline("text-classification", folder)``.
 
-    It appears whole or not at all, and only if its logits are the classifier's within `TOLERANCE`.
+    It appears whole or not at all, and only if its logits are the classifier's within what
+    `require_agreement` allows.
 
     Args:
         fitted: the classifier.
@@ -94,27 +98,21 @@ def export(fitted: Fitted, folder: str | Path, texts: Sequence[str] | None) -> f
     with new_folder(folder) as partial:
         with silence(), torch.no_grad():
             model = make_sequence_classifier(fitted.encoder.encoder, names, several)
-            _KINDS[config.model_type](model, fitted.head)
+            centre = fitted.encoder.embed(texts).double().numpy().mean(axis=0)
+            _KINDS[config.model_type](model, fitted.head, centre)
             model.save_pretrained(partial)
             tokenizer = fitted.encoder.tokenizer
             tokenizer.model_max_length = layout.max_length
             tokenizer.save_pretrained(partial)
-        difference = _difference(fitted, partial, texts)
-        if not difference <= TOLERANCE:
-            raise InputError(
-                f"its logits differ by up to {difference:.1e} from the classifier's, and "
-                f"{TOLERANCE:.0e} is allowed; this encoder can't be exported"
-            )
-    return difference
+        return _compared(fitted, partial, texts)
 
 
 @torch.no_grad()
-def _difference(fitted: Fitted, folder: Path, texts: Sequence[str]) -> float:
+def _compared(fitted: Fitted, folder: Path, texts: Sequence[str]) -> float:
     """The largest difference of a logit from what the folder holds."""
     model, _, _ = read_encoder(folder, "model", len(fitted.head.bias), None)
-    cache, most = fitted.encoder.tokens(), 0.0
-    for text in texts:
-        found = model.eval()(**cache.batch([text])).logits.double().numpy()
-        wanted = fitted.head.logits(fitted.encoder.embed([text]).numpy())
-        most = max(most, float(np.abs(found - wanted).max()))
-    return most
+    cache = fitted.encoder.tokens()
+    found = [model.eval()(**cache.batch([text])).logits for text in texts]
+    wanted = fitted.head.logits(fitted.encoder.embed(texts).numpy())
+    kind = fitted.encoder.encoder.config.model_type
+    return require_agreement(torch.cat(found).double().numpy(), wanted, kind)

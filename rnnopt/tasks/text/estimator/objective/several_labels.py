@@ -5,20 +5,13 @@ Shapes: B texts, H embedding size, C classes; labels are (B, C), zeros and ones,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rnnopt.tasks.text.estimator.heads import (
-    ITERATIONS,
-    TEMPERATURES,
-    TOLERANCE,
-    LinearHead,
-    spread,
-)
+from rnnopt.tasks.text.estimator.heads import TEMPERATURES, one_vs_rest_head
 from rnnopt.tasks.text.estimator.objective.one_label import folds_of
 from rnnopt.tasks.text.estimator.objective.protocol import Fold, MakeHead
 
@@ -108,41 +101,6 @@ class SeveralLabels:
 
 def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.logaddexp(0, logits) - targets * logits
-
-
-def one_vs_rest_head(
-    embeddings: np.ndarray, labels: np.ndarray, weights: np.ndarray, inverse_penalty: float
-) -> LinearHead:
-    """A binary logistic regression by scikit-learn for each class.
-
-    A class that all texts have, or none, has a constant logit, ``log((P + 1/2) / (N + 1/2))`` of P
-    texts with it and N without.
-
-    Args:
-        embeddings: (B, H).
-        labels: (B, C).
-        weights: (B,), of each text's loss.
-        inverse_penalty: scikit-learn's C.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    centre, scale = spread(embeddings)
-    rows = (embeddings - centre) / scale
-    weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
-    model = LogisticRegression(C=inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE)
-    for number, column in enumerate(labels.T):
-        if column.min() == column.max():
-            positive = column.sum()
-            bias[number] = np.log((positive + 0.5) / (len(column) - positive + 0.5))
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            # two texts of two classes, which scikit-learn takes for an error
-            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-            model.fit(rows, column, sample_weight=weights)
-        weight[number], bias[number] = model.coef_[0] / scale, model.intercept_[0]
-    return LinearHead(weight, bias - weight @ centre)
 
 
 def iterative_folds(labels: np.ndarray, folds: int, seed: int) -> list[Fold]:
