@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from rnnopt.cli.classifier.labelled import read_labelled
+from rnnopt.cli.classifier.model import unfitted
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Fit
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.estimator.export.onnx import onnx_runtime
 from rnnopt.tasks.text.estimator.folder import check_new
-from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
-
-# settings that the classifier lacks
-_OURS = ("data", "output", "text_column", "label_column", "label_separator", "onnx")
 
 
 def run(settings: Fit) -> None:
@@ -23,10 +20,8 @@ def run(settings: Fit) -> None:
             raise InputError(f"--output and --onnx are both {folder}; choose two folders")
     found = read_labelled(settings.data, settings)
     print(found.summary)
-    chosen = {name: value for name, value in vars(settings).items() if name not in _OURS}
-    chosen["random_state"] = chosen.pop("seed")
     with waiting("fitting"):
-        classifier = TextClassifier(**chosen).fit(found.texts, found.labels)
+        classifier = unfitted(settings).fit(found.texts, found.labels)
     print(classifier.report_)
     classifier.save(folder)
     if settings.onnx is not None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rnnopt.cli.settings.classifier import SEPARATOR, Evaluate, Export, Fit
+from rnnopt.cli.settings.classifier import SEPARATOR, Doctor, Evaluate, Export, Fit
 from rnnopt.data.corpus import summary
 from rnnopt.data.files import read_corpus
 from rnnopt.data.several import read_several
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
-Named = Fit | Evaluate | Export  # settings that name columns
+Named = Fit | Doctor | Evaluate | Export  # settings that name columns
 
 
 @dataclass(frozen=True)

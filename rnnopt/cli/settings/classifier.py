@@ -152,3 +152,17 @@ class Export(ModelSettings):
         "What stands between the labels of a text that may have several.",
         None, metavar="CHARACTERS", shown=SEPARATOR,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(FileSettings, SentenceSettings, FitSettings, SeedSettings):
+    """Check the machine, the encoder, the data and the settings of rnnopt fit, and tell what it
+    would do and how long it would take. Nothing is fitted or written. The exit code is 2 where
+    something has to be mended first."""
+
+    command: ClassVar = "doctor"
+    summary: ClassVar = "check machine, encoder, data and settings before rnnopt fit"
+    home: ClassVar = "rnnopt.cli.classifier"
+    takes_config: ClassVar = True
+
+    output: str | None = option("Folder that is meant for the classifier.", None, metavar="DIR")

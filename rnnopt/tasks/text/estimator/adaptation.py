@@ -195,16 +195,76 @@ def _affordable(
     most = objective_of(data.labels).folds(data.labels, MOST_FOLDS, plan.seed)
     if plan.seconds is None:
         return most
-    # twice, since the first pass also allocates
-    step = min(adaptation.seconds_per_step(start.fit(data)) for _ in range(2))
-    for count in (len(most), 3, 2):
-        if (count + 1) * plan.steps * step <= plan.seconds:
-            return objective_of(data.labels).folds(data.labels, count, plan.seed)
+    step = adaptation.seconds_per_step(start.fit(data))
+    count = affordable(len(most), plan, step)
+    if count:
+        return objective_of(data.labels).folds(data.labels, count, plan.seed)
     needed = 3 * plan.steps * step
     return Verdict(
         f"adaptation would take about {needed:.0f} s, and {plan.seconds:g} s are allowed; give "
         "more seconds, or fewer steps"
     )
+
+
+def affordable(most: int, plan: Plan, step: float) -> int:
+    """How many folds the time allows, at most `most`; 0 if not even two.
+
+    Args:
+        most: folds.
+        plan: says how many steps, and in what time.
+        step: seconds of one.
+    """
+    if plan.seconds is None:
+        return most
+    fitting = (n for n in (most, 3, 2) if (n + 1) * plan.steps * step <= plan.seconds)
+    return next(fitting, 0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `adapt_if_better` is going to do.
+
+    Attributes:
+        folds: of cross-validation; 0 where nothing is going to be adapted.
+        step: seconds of one step.
+        seconds: of adaptation, cross-validation included.
+    """
+
+    folds: int
+    step: float
+    seconds: float
+
+
+def forecast(
+    encoder: SentenceEncoder, texts: Sequence[str], labels: np.ndarray, plan: Plan, forward: float
+) -> Forecast:
+    """Time a step, and say how long adaptation is going to take; the encoder stays as it is.
+
+    Args:
+        encoder: that would be adapted.
+        texts: B texts.
+        labels: of them.
+        plan: how it would be done.
+        forward: seconds of the encoder for a text, without a gradient.
+
+    Raises:
+        InputError: this encoder can't be adapted.
+    """
+    objective = objective_of(labels)
+    nothing = Labelled(np.zeros((len(texts), 0)), labels, np.ones(len(texts)))
+    adaptation = _Adaptation(encoder, texts, nothing, plan)
+    try:
+        ways = objective.ways(labels)
+        step = adaptation.seconds_per_step(
+            LinearHead(np.zeros((ways, encoder.width)), np.zeros(ways))
+        )
+    finally:
+        adaptation.end(keep=False)
+    most = len(objective.folds(labels, MOST_FOLDS, plan.seed))
+    folds = affordable(most, plan, step) if plan.steps else 0
+    judged = len({*_JUDGED, plan.steps} & {*range(1, plan.steps + 1)})
+    seconds = (folds + 1) * plan.steps * step + judged * len(texts) * forward if folds else 0.0
+    return Forecast(folds, step, seconds)
 
 
 class _Adaptation:
@@ -271,9 +331,12 @@ class _Adaptation:
         """How long a forward and backward pass takes."""
         module = self._begin(head)
         rows = next(_batches(np.arange(len(self._texts)), self._plan.seed))
-        started = time.perf_counter()
-        self._backward(rows, module)
-        return time.perf_counter() - started
+        took = []
+        for _ in range(2):  # the first pass also allocates
+            started = time.perf_counter()
+            self._backward(rows, module)
+            took.append(time.perf_counter() - started)
+        return min(took)
 
     def end(self, keep: bool) -> None:
         """Merge the factors into the encoder's weights, or take them out."""

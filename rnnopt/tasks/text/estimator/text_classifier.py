@@ -142,7 +142,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         if named.several:
             check_for_several_labels(self.get_params(deep=False))
         encoder = SentenceEncoder.load(
-            self.encoder, self._torch_device(), self.pooling, self.max_length
+            self.encoder, self.torch_device(), self.pooling, self.max_length
         )
         weights = weights_of(named.places, self.class_weight)
         data = Labelled(encoder.embed(texts).double().numpy(), named.places, weights)
@@ -279,7 +279,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             InputError: the folder holds no classifier, or one that can't be read.
         """
         made = cls(os.fspath(folder), device=device)
-        fitted, settings = folders.load(Path(folder), made._torch_device())
+        fitted, settings = folders.load(Path(folder), made.torch_device())
         known = made.get_params(deep=False)
         made.set_params(**{name: value for name, value in settings.items() if name in known})
         made._take(fitted)
@@ -341,7 +341,12 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             memory=peak_memory(),
         )
 
-    def _torch_device(self) -> torch.device:
+    def torch_device(self) -> torch.device:
+        """The device that `device` names.
+
+        Raises:
+            InputError: torch can't use it.
+        """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
