@@ -13,6 +13,9 @@ import pytest
 from rnnopt import TextClassifier
 from rnnopt.cli.main import main
 
+# most tests judge by the texts that the classifier was fitted on, of which it warns
+pytestmark = pytest.mark.filterwarnings("ignore:.* stand among those that it was fitted on")
+
 
 def run(*words):
     return main([str(word) for word in words])
@@ -111,6 +114,14 @@ def test_evaluate_tells_accuracy_with_its_interval(model, known, csv_file, texts
     assert run("evaluate", "--model", model, "--data", csv_file, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == wanted.accuracy and found["low"] < found["accuracy"]
+
+
+def test_evaluate_says_which_texts_it_was_fitted_on(model, texts, tmp_path, capsys):
+    path = tmp_path / "test.csv"
+    path.write_text(f"text,label\n{texts[0][0].upper()},weather\na text of mine,weather\n")
+    with pytest.warns(UserWarning, match="1 of the 2 texts to judge by stand among those that it"):
+        assert run("evaluate", "--model", model, "--data", path) == 0
+    assert "; it was fitted on 1 of these texts, so that this flatters" in capsys.readouterr().out
 
 
 def test_labels_that_were_integers_are_judged_from_a_file(encoder, tmp_path, capsys):

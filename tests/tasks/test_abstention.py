@@ -66,6 +66,7 @@ def test_a_floor_and_a_probability_both_bound():
     assert Decision(classes, floor=1.5).answers(logits, 0.8).tolist() == [None, "a", None]
 
 
+@pytest.mark.filterwarnings("ignore:.* stand among those that it was fitted on")
 def test_it_is_saved_and_judged(fitted, known, tmp_path):
     fitted.save(tmp_path / "saved")
     again = TextClassifier.load(tmp_path / "saved", device="cpu")

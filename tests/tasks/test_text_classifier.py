@@ -165,6 +165,36 @@ def test_a_hundred_classes_and_one_text_a_class(encoder, texts):
     assert classifier.report_.accuracy is None
 
 
+@pytest.mark.parametrize("shots", [1, 2])
+def test_150_classes_are_never_worse_than_the_start(shots, encoder):
+    words = [f"thing number {i} {'please' if j else 'now'}" for i in range(150) for j in range(2)]
+    rows = [2 * i + j for i in range(150) for j in range(shots)]
+    classifier = TextClassifier(
+        encoder, rule=AdamW(step_size=1e-2), steps=2, seconds=None, device="cpu"
+    ).fit([words[i] for i in rows], [i // 2 for i in rows])
+    report = classifier.report_
+    assert (report.classes, report.texts) == (150, 150 * shots)
+    assert report.memory > 1e8 and f"at most {report.memory / 1e6:.0f} MB" in str(report)
+    if shots == 1:
+        assert report.accuracy is None and "none can be held out" in report.reason
+    else:
+        assert report.log_loss <= report.tried[0].log_loss
+        assert report.accuracy >= report.tried[0].accuracy or "adaptation" not in report.kept
+    assert np.allclose(classifier.predict_proba(words[:5]).sum(axis=1), 1)
+
+
+def test_evaluation_by_texts_that_it_was_fitted_on_is_told(fitted, few, tmp_path):
+    fitted.save(tmp_path / "saved")
+    again = TextClassifier.load(tmp_path / "saved", device="cpu")
+    shouted = [f"  {few[0][0].upper()}", "a text of mine", "another of mine"]
+    for one in (fitted, again):
+        with pytest.warns(UserWarning, match="1 of the 3 texts to judge by stand among .*leave"):
+            figures = one.evaluate(shouted, few[1][:3])
+        assert figures.known == 1 and "it was fitted on 1 of these texts" in str(figures)
+        assert one.evaluate(shouted[1:], few[1][:2]).known == 0
+    assert few[0][0] not in (tmp_path / "saved" / "classifier.json").read_text()
+
+
 def test_the_lines_of_the_guide_run(encoder, few, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "classifier.md").read_text()
     first, second = [block for block in page.split("```") if block.startswith("python\n")][:2]

@@ -34,6 +34,7 @@ class Figures:
             calibration error is that of every yes or no.
         answered: share of texts with an answer, and `answered_accuracy` the share of right ones
             among those; None where every text has one.
+        known: how many of the texts it was fitted on; figures of them flatter.
     """
 
     texts: int
@@ -46,6 +47,7 @@ class Figures:
     micro_f1: float | None = None
     answered: float | None = None
     answered_accuracy: float | None = None
+    known: int = 0
 
     @classmethod
     def of(cls, probabilities: np.ndarray, labels: np.ndarray) -> Figures:
@@ -95,6 +97,8 @@ class Figures:
                 f"; {self.answered:.3f} of them answered, and {self.answered_accuracy:.3f} of the "
                 "answers right"
             )
+        if self.known:
+            answers += f"; it was fitted on {self.known} of these texts, so that this flatters"
         return (
             f"on {self.texts} texts: {exact} {self.accuracy:.3f} (95 % interval {self.low:.3f} to "
             f"{self.high:.3f}), {micro}macro F1 {self.macro_f1:.3f}, log loss "

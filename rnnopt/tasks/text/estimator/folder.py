@@ -37,12 +37,14 @@ class Fitted:
         head: at its temperature.
         decision: how logits become labels.
         report: see there.
+        known: hashes of the texts that it was fitted on, see `text_hashes`.
     """
 
     encoder: SentenceEncoder
     head: LinearHead
     decision: Decision
     report: Report
+    known: frozenset[str] = frozenset()
 
 
 def check_new(folder: str | Path) -> Path:
@@ -114,6 +116,7 @@ def _write(folder: Path, fitted: Fitted, settings: dict[str, Any], name: str) ->
         "classes": decision.classes.tolist(),
         "thresholds": None if decision.thresholds is None else decision.thresholds.tolist(),
         "floor": decision.floor,
+        "known": sorted(fitted.known),
         "settings": settings,
         "report": fitted.report.facts(),
         "versions": versions(),
@@ -156,7 +159,8 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
             None if thresholds is None else np.array(thresholds, float),
             facts.get("floor"),
         )
-        fitted = Fitted(encoder, head, decision, Report.from_facts(facts["report"]))
+        report = Report.from_facts(facts["report"])
+        fitted = Fitted(encoder, head, decision, report, frozenset(facts.get("known", ())))
         settings = dict(facts["settings"])
     except (KeyError, TypeError) as error:
         raise InputError(

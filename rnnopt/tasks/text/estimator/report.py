@@ -58,6 +58,7 @@ class Report:
     memory: int | None = None
 
     def __str__(self) -> str:
+        memory = "" if self.memory is None else f", at most {self.memory / 1e6:.0f} MB of memory"
         more = ""
         if self.micro_f1 is not None:
             more = (
@@ -73,7 +74,7 @@ class Report:
         return (
             f"kept {self.kept}: {self.reason}\n{more}"
             f"{self.texts} texts, {self.classes} classes with {self.fewest} to {self.most} texts; "
-            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s"
+            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
         )
 
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from rnnopt.tasks.text.estimator.inputs.labelled import (
     fingerprint,
     known_labels,
     read_labels,
+    text_hashes,
 )
 from rnnopt.tasks.text.estimator.inputs.settings import (
     check_abstention,
@@ -159,7 +161,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             encoder, start, verdict, named.places, fingerprint(texts, named.named), started
         )
         report = replace(report, **_abstention(decision, judged))
-        self._take(folders.Fitted(encoder, head, decision, report))
+        known = frozenset(text_hashes(texts))
+        self._take(folders.Fitted(encoder, head, decision, report, known))
         return self
 
     def predict(self, texts: Sequence[str]) -> Any:
@@ -228,22 +231,33 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
     def evaluate(self, texts: Sequence[str], labels: Sequence[Any]) -> Figures:
         """Accuracy with its interval, macro F1, log loss and calibration on labelled texts.
 
+        It warns of texts that it was fitted on.
+
         Raises:
             InputError: no text, or a label that `fit` has not seen.
         """
-        decision = self._fitted().decision
+        fitted = self._fitted()
+        decision = fitted.decision
         texts = check_texts(texts)
         places = known_labels(labels, len(texts), decision.classes, decision.thresholds is not None)
         if not texts:
             raise InputError("there are 0 texts to judge by; give at least one")
+        known = sum(one in fitted.known for one in text_hashes(texts))
+        if known:
+            warnings.warn(
+                f"{known} of the {len(texts)} texts to judge by stand among those that it was "
+                "fitted on, so that the figures flatter; leave them out",
+                stacklevel=2,
+            )
         answers, probabilities = self.answer(texts)
         if decision.thresholds is not None:
-            return Figures.of_several(probabilities, places, decision.thresholds)
-        figures = Figures.of(probabilities, places)
-        if decision.floor is None and self.abstain_below is None:
-            return figures
-        given = np.array([answer is not None for answer in answers])
-        return figures.with_answers(given, answers == decision.classes[places])
+            figures = Figures.of_several(probabilities, places, decision.thresholds)
+        else:
+            figures = Figures.of(probabilities, places)
+        if decision.floor is not None or self.abstain_below is not None:
+            given = np.array([answer is not None for answer in answers])
+            figures = figures.with_answers(given, answers == decision.classes[places])
+        return replace(figures, known=known)
 
     @classmethod
     def from_pretrained(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rnnopt.data.corpus import HASH_BYTES, text_key
 from rnnopt.errors import InputError
 
 _KINDS = {bool: "booleans", int: "integers", str: "strings"}
@@ -233,6 +234,18 @@ def fingerprint(texts: list[str], labels: list[Any]) -> str:
     """16 hexadecimal digits of the SHA-256 of texts and labels, in their order."""
     contents = json.dumps([texts, labels])
     return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+
+def text_hashes(texts: Sequence[str]) -> list[str]:
+    """12 hexadecimal digits for each text, by what `rnnopt.data.corpus.text_key` keeps of it.
+
+    They tell whether a text is known without telling the text.
+    """
+    return [
+        hashlib.blake2b(text_key(text).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES)
+        .hexdigest()
+        for text in texts
+    ]  # fmt: skip
 
 
 def _as_list(labels: Any) -> Any:
