@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rnnopt.cli.classifier.forecast import forecast
 from rnnopt.cli.classifier.labelled import LabelledTexts, read_labelled
 from rnnopt.cli.classifier.model import unfitted
 from rnnopt.cli.progress import waiting
@@ -20,7 +21,7 @@ from rnnopt.errors import InputError
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import Plan, forecast, make_optimizer
+from rnnopt.tasks.text.estimator.adaptation import Plan, make_optimizer
 from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings

@@ -5,10 +5,12 @@ Shapes: B texts, H embedding size, C classes.
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +39,15 @@ from rnnopt.tasks.text.estimator.objective.protocol import Fold
 
 BATCH = 64  # texts of a step, at most
 _PIECE = 16  # texts that are run at once: small enough to be of like length
-_JUDGED = (1, 2, 3, 5, 10, 20, 40)  # after these steps, and after the last
+JUDGED = (1, 2, 3, 5, 10, 20, 40)  # after these steps, and after the last
 _OVERRUN = 1.5  # times the seconds allowed, after which adaptation is broken off
 
 Rule = UpdateRule | str | os.PathLike[str] | None
+Report = Callable[[dict[str, Any]], None]
+
+
+def ignore(record: dict[str, Any]) -> None:
+    """A `report` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,9 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
 
 
 def adapt_if_better(
-    encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, start: Start, plan: Plan
-) -> Verdict:
+    encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, start: Start, plan: Plan,
+    report: Report = ignore,
+) -> Verdict:  # fmt: skip
     """Adapt if texts that were held out speak for it; else leave the encoder as it is.
 
     Cross-validation adapts from each fold's own start and judges the texts held out after several
@@ -121,23 +129,26 @@ def adapt_if_better(
         data: their embeddings, labels and weights.
         start: where adaptation begins.
         plan: how it is done.
+        report: called with the training loss after each step, ``{"step", "fold", "loss"}``, and
+            with the evidence, ``{"step", "held_out"}``; fold 0 is all texts.
     """
     if plan.steps == 0:
         return Verdict("adaptation was not asked for (steps=0)")
     if start.evidence is None:
         return Verdict("every label has one text, so that none can be held out to judge by")
     try:
-        adaptation = _Adaptation(encoder, texts, data, plan)
+        adaptation = Adaptation(encoder, texts, data, plan)
     except InputError as error:
         return Verdict(f"this encoder can't be adapted: {error}")
     verdict = Verdict("")
     try:
-        verdict = _cross_validate(adaptation, data, start, plan)
+        verdict = _cross_validate(adaptation, data, start, plan, report)
         if verdict.evidence is not None:
             everything = np.arange(len(texts))
             steps = int(verdict.evidence.name.split()[0])
-            *_, module = adaptation.run(everything, start.head(data), steps)
-            head = _as_head(module)
+            for step, last in adaptation.run(everything, start.head(data), steps):
+                report({"step": step, "fold": 0, "loss": adaptation.loss})
+                head = _as_head(last)
             if np.isfinite(head.weight).all():
                 verdict = replace(verdict, head=head)
             else:
@@ -152,7 +163,9 @@ def adapt_if_better(
     return verdict
 
 
-def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan: Plan) -> Verdict:
+def _cross_validate(
+    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Report
+) -> Verdict:
     """The verdict but for the head."""
     folds = _affordable(adaptation, data, start, plan)
     if isinstance(folds, Verdict):
@@ -161,15 +174,17 @@ def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan:
     labels, weights = data.labels[held], data.weights[held]
     beginning = Judged.of(start.name, held_out_logits(data, folds, start.fit), labels, weights)
     found: dict[int, list[np.ndarray]] = {}
-    for known, held_out in folds:
-        head = start.head(data.take(known))
-        for step, module in enumerate(adaptation.run(known, head, plan.steps), start=1):
-            if step in _JUDGED or step == plan.steps:
+    for fold, (known, held_out) in enumerate(folds, start=1):
+        for step, module in adaptation.run(known, start.head(data.take(known)), plan.steps):
+            report({"step": step, "fold": fold, "loss": adaptation.loss})
+            if step in JUDGED or step == plan.steps:
                 found.setdefault(step, []).append(adaptation.logits(held_out, module))
     judged = [
         Judged.of(f"{step} {_steps(step)} of adaptation", np.concatenate(rows), labels, weights)
         for step, rows in found.items()
     ]
+    for step, one in zip([0, *found], [beginning, *judged]):
+        report({"step": step, "held_out": asdict(one.evidence)})
     begun, tried = beginning.evidence, tuple(one.evidence for one in judged)
     better = [
         one
@@ -189,7 +204,7 @@ def _cross_validate(adaptation: _Adaptation, data: Labelled, start: Start, plan:
 
 
 def _affordable(
-    adaptation: _Adaptation, data: Labelled, start: Start, plan: Plan
+    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan
 ) -> list[Fold] | Verdict:
     """As many folds as the time allows."""
     most = objective_of(data.labels).folds(data.labels, MOST_FOLDS, plan.seed)
@@ -220,54 +235,7 @@ def affordable(most: int, plan: Plan, step: float) -> int:
     return next(fitting, 0)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What `adapt_if_better` is going to do.
-
-    Attributes:
-        folds: of cross-validation; 0 where nothing is going to be adapted.
-        step: seconds of one step.
-        seconds: of adaptation, cross-validation included.
-    """
-
-    folds: int
-    step: float
-    seconds: float
-
-
-def forecast(
-    encoder: SentenceEncoder, texts: Sequence[str], labels: np.ndarray, plan: Plan, forward: float
-) -> Forecast:
-    """Time a step, and say how long adaptation is going to take; the encoder stays as it is.
-
-    Args:
-        encoder: that would be adapted.
-        texts: B texts.
-        labels: of them.
-        plan: how it would be done.
-        forward: seconds of the encoder for a text, without a gradient.
-
-    Raises:
-        InputError: this encoder can't be adapted.
-    """
-    objective = objective_of(labels)
-    nothing = Labelled(np.zeros((len(texts), 0)), labels, np.ones(len(texts)))
-    adaptation = _Adaptation(encoder, texts, nothing, plan)
-    try:
-        ways = objective.ways(labels)
-        step = adaptation.seconds_per_step(
-            LinearHead(np.zeros((ways, encoder.width)), np.zeros(ways))
-        )
-    finally:
-        adaptation.end(keep=False)
-    most = len(objective.folds(labels, MOST_FOLDS, plan.seed))
-    folds = affordable(most, plan, step) if plan.steps else 0
-    judged = len({*_JUDGED, plan.steps} & {*range(1, plan.steps + 1)})
-    seconds = (folds + 1) * plan.steps * step + judged * len(texts) * forward if folds else 0.0
-    return Forecast(folds, step, seconds)
-
-
-class _Adaptation:
+class Adaptation:
     """LoRA factors in an encoder, and a head, stepped on labelled texts.
 
     Args:
@@ -276,6 +244,9 @@ class _Adaptation:
         data: their labels and weights.
         plan: how.
 
+    Attributes:
+        loss: of the last batch, before its step, in nats.
+
     Raises:
         InputError: the encoder's layers that take factors aren't known; the rule can't be used.
     """
@@ -283,6 +254,7 @@ class _Adaptation:
     def __init__(
         self, encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, plan: Plan
     ) -> None:
+        self.loss = math.nan
         self._encoder, self._texts, self._plan = encoder, texts, plan
         self._cache: TokenCache = encoder.tokens()
         self._lengths = self._cache.lengths(texts)
@@ -296,7 +268,9 @@ class _Adaptation:
         self._factors = [p for p in encoder.parameters() if p.requires_grad]
         self._initial = [p.detach().clone() for p in self._factors]
 
-    def run(self, rows: np.ndarray, head: LinearHead, steps: int) -> Iterator[nn.Linear]:
+    def run(
+        self, rows: np.ndarray, head: LinearHead, steps: int
+    ) -> Iterator[tuple[int, nn.Linear]]:
         """Adapt to some of the texts from the encoder's own values and a head.
 
         Args:
@@ -305,7 +279,7 @@ class _Adaptation:
             steps: optimizer steps.
 
         Yields:
-            The head after each step.
+            The step's number, from 1 on, and the head after it.
 
         Raises:
             _OutOfTimeError: it takes longer than is allowed.
@@ -313,13 +287,13 @@ class _Adaptation:
         module = self._begin(head)
         optimizer = make_optimizer([*self._factors, *module.parameters()], self._plan.rule)
         batches = _batches(rows, self._plan.seed)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             if self._end is not None and time.monotonic() > self._end:
                 raise _OutOfTimeError
             optimizer.zero_grad()
             self._backward(next(batches), module)
             optimizer.step()
-            yield module
+            yield step, module
 
     @torch.no_grad()
     def logits(self, rows: np.ndarray, module: nn.Linear) -> np.ndarray:
@@ -360,6 +334,7 @@ class _Adaptation:
         """Add the gradient of the mean loss of the texts, piece by piece."""
         order = sorted(rows, key=lambda i: self._lengths[i])
         total = self._weights[rows].sum()
+        self.loss = 0.0
         size = len(order) if self._encoder.device.type == "cuda" else _PIECE
         for first in range(0, len(order), size):
             piece = order[first : first + size]
@@ -367,7 +342,9 @@ class _Adaptation:
             losses: Tensor = self._objective.torch_losses(
                 module(self._encoder(batch)), self._labels[piece]
             )
-            torch.autograd.backward((self._weights[piece] * losses).sum() / total)
+            loss = (self._weights[piece] * losses).sum() / total
+            torch.autograd.backward(loss)
+            self.loss += float(loss.detach())
 
 
 def _batches(rows: np.ndarray, seed: int) -> Iterator[np.ndarray]:

@@ -19,7 +19,8 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
-from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better
+from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better, ignore
+from rnnopt.tasks.text.estimator.adaptation import Report as ReportTo
 from rnnopt.tasks.text.estimator.answers import Decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
 from rnnopt.tasks.text.estimator.export import hub
@@ -123,13 +124,18 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         self.device = device
         self.random_state = random_state
 
-    def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> Self:
+    def fit(
+        self, texts: Sequence[str], labels: Sequence[Any], *, report: ReportTo = ignore
+    ) -> Self:
         """Learn from labelled texts.
 
         Args:
             texts: B strings; a list, array or Series.
             labels: one for each: all strings, all integers or all booleans. Or, for each, a list of
                 strings: its labels, of any number.
+            report: called with a dictionary after each step of adaptation, its training loss, and
+                for each number of steps that is judged, the figures on texts held out.
+                `rnnopt.to_writer` makes one of a TensorBoard writer.
 
         Returns:
             The classifier itself.
@@ -152,17 +158,17 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         if self.abstain is not None:
             floor_of(start.judged, self.abstain)  # before anything that takes long
         plan = Plan(self.rule, self.steps, self.lora_rank, self.seconds, self.random_state)
-        verdict = adapt_if_better(encoder, texts, data, start, plan)
+        verdict = adapt_if_better(encoder, texts, data, start, plan, report)
         judged = verdict.judged or start.judged
         temperature = judged.evidence.temperature if judged else start.temperature
         head = (verdict.head or start.fit(data)).cooled(temperature)
         decision = self._decision(named, start, verdict, head, data)
-        report = self._report(
+        found = self._report(
             encoder, start, verdict, named.places, fingerprint(texts, named.named), started
         )
-        report = replace(report, **_abstention(decision, judged))
+        found = replace(found, **_abstention(decision, judged))
         known = frozenset(text_hashes(texts))
-        self._take(folders.Fitted(encoder, head, decision, report, known))
+        self._take(folders.Fitted(encoder, head, decision, found, known))
         return self
 
     def predict(self, texts: Sequence[str]) -> Any:
