@@ -344,6 +344,43 @@ def test_the_report_says_what_was_kept_and_why(fitted, adapted):
     assert "12 texts, 3 classes with 4 to 4 texts" in str(fitted.report_)
 
 
+def test_any_torch_optimizer_can_adapt(encoder, few, tmp_path):
+    """AdamW as a rule and as torch's optimizer take the same steps."""
+    chosen = {"steps": 3, "seconds": None, "device": "cpu"}
+    rule = TextClassifier(encoder, rule=AdamW(step_size=1e-2), **chosen).fit(*few)
+    torchs = TextClassifier(
+        encoder,
+        rule=lambda params: torch.optim.AdamW(params, 1e-2, weight_decay=0.0),
+        **chosen,
+    ).fit(*few)
+    for one, other in zip(rule.report_.tried, torchs.report_.tried):
+        assert one.log_loss == pytest.approx(other.log_loss, rel=1e-3)
+    torchs.save(tmp_path / "saved")  # the function stays behind
+    assert TextClassifier.load(tmp_path / "saved", device="cpu").rule is None
+
+
+def test_schedule_free_is_judged_by_its_averaged_values(encoder, few):
+    schedulefree = pytest.importorskip("schedulefree")
+    modes = []
+
+    class Watched(schedulefree.AdamWScheduleFree):
+        def eval(self):
+            modes.append("eval")
+            super().eval()
+
+        def train(self):
+            modes.append("train")
+            super().train()
+
+    TextClassifier(encoder, rule=lambda p: Watched(p, lr=1e-2), steps=2, seconds=None).fit(*few)
+    assert modes[:6] == ["train", "eval", "train", "eval", "train", "train"]
+
+
+def test_a_function_that_makes_no_optimizer(encoder, few):
+    with pytest.raises(InputError, match=r"rule made a int of the parameters; it must make a"):
+        TextClassifier(encoder, rule=lambda params: 3, seconds=None, device="cpu").fit(*few)
+
+
 def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
     classifier = TextClassifier(encoder, seconds=0, device="cpu").fit(*few)
     assert "adaptation would take about" in classifier.report_.reason

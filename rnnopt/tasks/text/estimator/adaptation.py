@@ -42,7 +42,8 @@ _PIECE = 16  # texts that are run at once: small enough to be of like length
 JUDGED = (1, 2, 3, 5, 10, 20, 40)  # after these steps, and after the last
 _OVERRUN = 1.5  # times the seconds allowed, after which adaptation is broken off
 
-Rule = UpdateRule | str | os.PathLike[str] | None
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Rule = UpdateRule | MakeOptimizer | str | os.PathLike[str] | None
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -106,9 +107,27 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
         params: LoRA factors, then the head.
         rule: an `UpdateRule`, the path of a rule file, or None for `TWO_LEVEL_RULE`, which was
             meta-trained from heads like these; the rule that `LearnedOptimizer` takes by itself
-            was not.
+            was not. Or a function that makes another optimizer of the parameters.
+
+    Raises:
+        InputError: the function makes no optimizer.
     """
+    if callable(rule) and not isinstance(rule, UpdateRule):
+        made = rule(params)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise InputError(
+                f"rule made a {type(made).__name__} of the parameters; it must make a "
+                "torch.optim.Optimizer, as lambda params: torch.optim.AdamW(params, 1e-3) does"
+            )
+        return made
     return LearnedOptimizer(params, TWO_LEVEL_RULE if rule is None else rule)
+
+
+def _averaged(optimizer: torch.optim.Optimizer, on: bool) -> None:
+    """Show the averaged values of an optimizer that keeps some, as Schedule-Free does."""
+    switch = getattr(optimizer, "eval" if on else "train", None)
+    if callable(switch):
+        switch()
 
 
 def adapt_if_better(
@@ -287,13 +306,16 @@ class Adaptation:
         module = self._begin(head)
         optimizer = make_optimizer([*self._factors, *module.parameters()], self._plan.rule)
         batches = _batches(rows, self._plan.seed)
+        _averaged(optimizer, on=False)
         for step in range(1, steps + 1):
             if self._end is not None and time.monotonic() > self._end:
                 raise _OutOfTimeError
             optimizer.zero_grad()
             self._backward(next(batches), module)
             optimizer.step()
+            _averaged(optimizer, on=True)
             yield step, module
+            _averaged(optimizer, on=False)
 
     @torch.no_grad()
     def logits(self, rows: np.ndarray, module: nn.Linear) -> np.ndarray:

@@ -73,7 +73,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             ``"cls"``, ``"max"`` or ``"last"``.
         max_length: longest text in tokens; None for the encoder's own.
         rule: update rule of adaptation: an `UpdateRule`, the path of a rule file, or None for the
-            one that was meta-trained from heads on frozen vectors.
+            one that was meta-trained from heads on frozen vectors. Or a function that makes a torch
+            optimizer of a list of parameters.
         steps: of adaptation at most; 0 for none.
         lora_rank: rank of the factors.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
