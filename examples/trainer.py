@@ -1,10 +1,10 @@
-"""`LearnedOptimizer` in Hugging Face's Trainer.
+"""`rnnopt.LearnedOptimizer` in Hugging Face's Trainer.
 
     python examples/trainer.py
 
-Three settings matter. `max_grad_norm=0`: Trainer clips gradients otherwise, and a clipped gradient
-hides from the safeguard how far the loss has risen. `lr_scheduler_type="constant"`: `lr` multiplies
-the learned step and stays 1. Dropout: Trainer switches it on, so it is set to 0 in the model.
+`trainer_settings` gives Trainer what the optimizer needs: gradients are not clipped, since a
+clipped gradient hides from the safeguard how far the loss has risen; the schedule is constant,
+since `lr` multiplies the learned step and stays 1; and dropout is off, as in meta-training.
 
 A tiny encoder learns some modules of Python's standard library first, see tiny_encoder.py. Trainer
 then adapts all its weights to five new modules, from ten docstrings of each.
@@ -18,10 +18,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tiny_encoder import MODULES, MeanPooledClassifier, accuracy, encode, new_classes, pretrained
-from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from rnnopt import LearnedOptimizer
+from rnnopt import trainer_settings
 
 STEPS = 10
 
@@ -31,9 +30,6 @@ def main() -> None:
     encoder, tokenizer = pretrained()
     torch.manual_seed(0)
     model = MeanPooledClassifier(encoder, len(MODULES))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     support, query = new_classes(shots=10, queries=30)
     judged = encode(tokenizer, [text for text, _ in query], [label for _, label in query])
     before = accuracy(model, judged)
@@ -46,8 +42,6 @@ def main() -> None:
             output_dir=folder,
             max_steps=STEPS,
             per_device_train_batch_size=25,
-            max_grad_norm=0,
-            lr_scheduler_type="constant",
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
@@ -55,11 +49,9 @@ def main() -> None:
             use_cpu=True,
         )
         trainer = Trainer(
-            model,
-            arguments,
+            **trainer_settings(model, arguments),
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=dataset,
-            optimizers=(LearnedOptimizer(model.parameters()), None),
         )
         trainer.train()
     print(f"accuracy on new docstrings: {before:.3f} before, ", end="")

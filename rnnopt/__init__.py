@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from rnnopt.evaluation.compare import compare
     from rnnopt.meta.meta_train import meta_train
     from rnnopt.optim.optimizer import LearnedOptimizer
+    from rnnopt.optim.trainer import trainer_settings
     from rnnopt.rules.classical import SGD, Adam, AdamW
     from rnnopt.rules.files import load_rule, save_rule
     from rnnopt.rules.lstm import CoordinateLSTM
     from rnnopt.rules.meta_sgd import MetaSGD
     from rnnopt.rules.protocol import State, UpdateRule
+    from rnnopt.storage.scalars import to_writer
     from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
     from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
@@ -48,6 +50,8 @@ __all__ = [
     "load_rule",
     "meta_train",
     "save_rule",
+    "to_writer",
+    "trainer_settings",
 ]
 
 _HOMES = {
@@ -55,11 +59,13 @@ _HOMES = {
     "rnnopt.evaluation.compare": ("compare",),
     "rnnopt.meta.meta_train": ("meta_train",),
     "rnnopt.optim.optimizer": ("LearnedOptimizer",),
+    "rnnopt.optim.trainer": ("trainer_settings",),
     "rnnopt.rules.classical": ("SGD", "Adam", "AdamW"),
     "rnnopt.rules.files": ("load_rule", "save_rule"),
     "rnnopt.rules.lstm": ("CoordinateLSTM",),
     "rnnopt.rules.meta_sgd": ("MetaSGD",),
     "rnnopt.rules.protocol": ("State", "UpdateRule"),
+    "rnnopt.storage.scalars": ("to_writer",),
     "rnnopt.tasks.protocol": ("Learner", "Metric", "Task", "TaskSource"),
     "rnnopt.tasks.text.estimator.text_classifier": ("TextClassifier",),
 }

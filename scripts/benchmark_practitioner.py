@@ -10,7 +10,13 @@ and up to 300 others to judge by. All methods see the same texts and the same en
 - logistic: scikit-learn's logistic regression, C = 10, on the frozen, unit-length embeddings;
 - nearest mean: softmax of minus the squared distance to the class means of the same embeddings;
 - frozen: `TextClassifier(encoder, steps=0)`, that is without adaptation;
-- rnnopt: `TextClassifier(encoder)` with nothing set, but for --seconds.
+- rnnopt: `TextClassifier(encoder)` with nothing set, but for --seconds;
+- adamw RATE, schedulefree, prodigy: the same with that optimizer in place of the rule. AdamW's
+  usual rate is 5e-5; the best of the four rates on `--part choose` is "AdamW, tuned". Schedule-Free
+  has the rate 0.0025 of its documentation, Prodigy 1. They need `pip install "rnnopt[compare]"`;
+- setfit: SetFit (Tunstall et al. 2022, arXiv:2209.11055) at its defaults, by the package `setfit`.
+
+The last two lines are run only where `--methods` names them.
 
 "difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
 one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
@@ -28,6 +34,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -47,7 +54,10 @@ SETS = {  # the part to report on, and the part to choose by
     "huffpost36": ("val", "train"),
 }  # fmt: skip
 JUDGED = 300  # texts to judge by, at most, as many of every class
-METHODS = ("logistic", "nearest mean", "frozen", "rnnopt")
+USUAL = ("logistic", "nearest mean", "frozen", "rnnopt")
+ADAMW_RATES = ("5e-5", "1e-3", "3e-3", "1e-2")
+OTHERS = (*(f"adamw {rate}" for rate in ADAMW_RATES), "schedulefree", "prodigy")
+METHODS = (*USUAL, *OTHERS, "setfit")
 SHOWN = {"accuracy": 3, "log_loss": 3, "calibration_error": 3, "seconds": 1}
 Texts = tuple[list[str], np.ndarray]
 
@@ -93,6 +103,43 @@ def judged(classifier: TextClassifier, fit: Texts, judge: Texts) -> Any:
     return classifier.predict_proba(judge[0]), seconds, classifier.report_.kept
 
 
+def optimizer_of(method: str) -> Callable[[Any], torch.optim.Optimizer]:
+    """A function that makes the optimizer of a method of the parameters."""
+    if method == "schedulefree":
+        from schedulefree import AdamWScheduleFree
+
+        return lambda params: AdamWScheduleFree(params, lr=0.0025)
+    if method == "prodigy":
+        from prodigyopt import Prodigy
+
+        return lambda params: Prodigy(params)
+    rate = float(method.removeprefix("adamw "))
+    return lambda params: torch.optim.AdamW(params, rate, weight_decay=0.0)
+
+
+def by_setfit(encoder: str, fit: Texts, judge: Texts) -> Any:
+    """Probabilities by SetFit at its defaults, the seconds that fitting took, and its name."""
+    import builtins
+
+    import pyarrow
+
+    # dill, by which datasets takes fingerprints, looks for this type where pyarrow says that it is
+    builtins.MonthDayNano = pyarrow.lib.MonthDayNano  # type: ignore[attr-defined]
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    started = time.process_time()
+    model = SetFitModel.from_pretrained(encoder)
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, report_to="none", show_progress_bar=False, save_strategy="no"
+        )
+        rows = Dataset.from_dict({"text": fit[0], "label": fit[1].tolist()})
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+    seconds = time.process_time() - started
+    return np.asarray(model.predict_proba(judge[0])), seconds, "setfit"
+
+
 def measure(options: argparse.Namespace) -> None:
     """Append a line for every set, number of labels, draw and method."""
     torch.set_num_threads(1)
@@ -102,6 +149,10 @@ def measure(options: argparse.Namespace) -> None:
         "frozen": TextClassifier(options.encoder, steps=0, device="cpu"),
         "rnnopt": TextClassifier(options.encoder, rule=options.rule, seconds=bound, device="cpu"),
     }
+    for method in set(options.methods) & set(OTHERS):
+        classifiers[method] = TextClassifier(
+            options.encoder, rule=optimizer_of(method), seconds=bound, device="cpu"
+        )
     done = {tuple(line["cell"]) for line in read(options.output)}
     for seed, name, shots in product(range(options.draws), options.sets, options.shots):
         methods = [m for m in options.methods if (name, shots, m, seed) not in done]
@@ -112,6 +163,8 @@ def measure(options: argparse.Namespace) -> None:
             kept = method
             if method in classifiers:
                 chances, seconds, kept = judged(classifiers[method], fit, judge)
+            elif method == "setfit":
+                chances, seconds, kept = by_setfit(options.encoder, fit, judge)
             else:
                 vectors = vectors or embedded(encoder, fit, judge)
                 started = time.process_time()
@@ -167,7 +220,7 @@ def table(lines: list[dict[str, Any]], say: Callable[[str], None] = print) -> No
             ]
             gains[method] += [float(np.mean(paired))] if paired else []
             kept = sum("adaptation" in line["kept"] for line in draws.values())
-            note = f", adapted in {kept}" if method == "rnnopt" else ""
+            note = f", adapted in {kept}" if method in ("rnnopt", *OTHERS) else ""
             figures.insert(1, "" if method == "logistic" else show(paired, 3))
             say(f"| {name} | {shots} | {method} ({len(draws)}{note}) | {' | '.join(figures)} |")
     means = ", ".join(
@@ -184,7 +237,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--part", choices=["report", "choose"], default="report")
     parser.add_argument("--rule")

@@ -99,6 +99,11 @@ def importers(library):
             },
         ),
         ("scipy", {"evaluation/statistics.py"}),
+        ("onnxruntime", {"tasks/text/estimator/export/onnx.py"}),
+        (
+            "huggingface_hub",
+            {"tasks/text/encoder/loading.py", "tasks/text/estimator/export/hub.py"},
+        ),
         ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
         ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only

@@ -13,6 +13,9 @@ import pytest
 from rnnopt import TextClassifier
 from rnnopt.cli.main import main
 
+# most tests judge by the texts that the classifier was fitted on, of which it warns
+pytestmark = pytest.mark.filterwarnings("ignore:.* stand among those that it was fitted on")
+
 
 def run(*words):
     return main([str(word) for word in words])
@@ -113,6 +116,14 @@ def test_evaluate_tells_accuracy_with_its_interval(model, known, csv_file, texts
     assert found["accuracy"] == wanted.accuracy and found["low"] < found["accuracy"]
 
 
+def test_evaluate_says_which_texts_it_was_fitted_on(model, texts, tmp_path, capsys):
+    path = tmp_path / "test.csv"
+    path.write_text(f"text,label\n{texts[0][0].upper()},weather\na text of mine,weather\n")
+    with pytest.warns(UserWarning, match="1 of the 2 texts to judge by stand among those that it"):
+        assert run("evaluate", "--model", model, "--data", path) == 0
+    assert "; it was fitted on 1 of these texts, so that this flatters" in capsys.readouterr().out
+
+
 def test_labels_that_were_integers_are_judged_from_a_file(encoder, tmp_path, capsys):
     TextClassifier(encoder, steps=0).fit(["a song", "a pizza"], [1, 20]).save(tmp_path / "model")
     (tmp_path / "test.csv").write_text("text,label\na song,1\na pizza,20\n")
@@ -162,3 +173,62 @@ def test_files_that_can_not_be_judged_or_fitted(model, encoder, tmp_path, capsys
     line = fails(capsys, "fit", "--data", path, "--encoder", encoder, "--output", tmp_path / "new")
     assert "no column 'label', the columns are text, kind; name the right one" in line
     assert not (tmp_path / "new").exists()
+
+
+def test_texts_with_several_labels(encoder, tmp_path, capsys):
+    path, model = tmp_path / "f.csv", tmp_path / "model"
+    rows = [("a song", "music"), ("a pizza", "food"), ("a song and a pizza", "music|food")]
+    rows = [(f"{text} {i}", label) for i in range(4) for text, label in [*rows, ("a desk", "")]]
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    words = "fit", "--data", path, "--encoder", encoder, "--output", model, "--steps", 0
+    assert run(*words, "--label-separator", "|") == 0
+    out = capsys.readouterr().out
+    assert "16 texts, 2 labels, 1.00 labels a text" in out and "several labels a text: micro" in out
+    known = TextClassifier.load(model)
+    assert run("predict", "--model", model, "--data", path) == 0
+    found = [row["label"] for row in rows_of(capsys.readouterr().out)]
+    assert found == [";".join(row) for row in known.predict([text for text, _ in rows])]
+    words = "evaluate", "--model", model, "--data", path
+    assert run(*words, "--label-separator", "|") == 0
+    assert "all labels right" in capsys.readouterr().out
+    assert "label 'music|food' is none of" in fails(
+        capsys, *words
+    )  # the separator is ; unless said
+    words = "predict", "--model", model, "--text", "a", "--label-separator"
+    assert "label 'food' holds; choose another" in fails(capsys, *words, "oo")
+
+
+def test_a_separator_for_a_classifier_of_one_label(model, csv_file, capsys):
+    words = "evaluate", "--model", model, "--data", csv_file, "--label-separator", ";"
+    assert "gives a text one label; leave it out" in fails(capsys, *words)
+
+
+def test_export_to_onnx_tells_both_accuracies(model, csv_file, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    words = "export", "--model", model, "--output", tmp_path / "onnx"
+    assert run(*words, "--data", csv_file) == 0
+    out = capsys.readouterr().out
+    assert "model.onnx: " in out and "on 240 texts, accuracy 1.000" in out
+    assert "model_int8.onnx: " in out and out.count(", accuracy ") == 2
+    assert "nothing is overwritten" in fails(capsys, *words)
+
+
+def test_fit_exports_what_it_has_fitted(csv_file, encoder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--output"
+    line = fails(capsys, *words, tmp_path / "one", "--onnx", tmp_path / "one")
+    assert "--output and --onnx are both" in line and not (tmp_path / "one").exists()
+    assert run(*words, tmp_path / "one", "--onnx", tmp_path / "two") == 0
+    assert "compared on the texts that it was fitted on" in capsys.readouterr().out
+    assert (tmp_path / "two" / "model_int8.onnx").exists()
+
+
+def test_export_to_transformers(model, encoder, csv_file, tmp_path, capsys):
+    line = fails(capsys, "export", "--model", model, "--output", tmp_path / "x",
+                 "--format", "transformers")  # fmt: skip
+    assert "export it to ONNX, or fit with pooling='cls'" in line
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--pooling", "cls"
+    assert run(*words, "--output", tmp_path / "one") == 0
+    words = "export", "--model", tmp_path / "one", "--output", tmp_path / "two"
+    assert run(*words, "--format", "transformers") == 0
+    assert 'pipeline("text-classification", "' in capsys.readouterr().out

@@ -25,7 +25,6 @@ from rnnopt.tasks.text.estimator import adaptation, evidence
 from rnnopt.tasks.text.estimator.evidence import (
     Labelled,
     choose_start,
-    stratified_folds,
     weights_of,
 )
 from rnnopt.tasks.text.estimator.figures import (
@@ -39,6 +38,7 @@ from rnnopt.tasks.text.estimator.heads import (
     log_softmax,
     logistic_head,
 )
+from rnnopt.tasks.text.estimator.objective.one_label import stratified_folds
 
 CPU = torch.device("cpu")
 
@@ -165,6 +165,36 @@ def test_a_hundred_classes_and_one_text_a_class(encoder, texts):
     assert classifier.report_.accuracy is None
 
 
+@pytest.mark.parametrize("shots", [1, 2])
+def test_150_classes_are_never_worse_than_the_start(shots, encoder):
+    words = [f"thing number {i} {'please' if j else 'now'}" for i in range(150) for j in range(2)]
+    rows = [2 * i + j for i in range(150) for j in range(shots)]
+    classifier = TextClassifier(
+        encoder, rule=AdamW(step_size=1e-2), steps=2, seconds=None, device="cpu"
+    ).fit([words[i] for i in rows], [i // 2 for i in rows])
+    report = classifier.report_
+    assert (report.classes, report.texts) == (150, 150 * shots)
+    assert report.memory > 1e8 and f"at most {report.memory / 1e6:.0f} MB" in str(report)
+    if shots == 1:
+        assert report.accuracy is None and "none can be held out" in report.reason
+    else:
+        assert report.log_loss <= report.tried[0].log_loss
+        assert report.accuracy >= report.tried[0].accuracy or "adaptation" not in report.kept
+    assert np.allclose(classifier.predict_proba(words[:5]).sum(axis=1), 1)
+
+
+def test_evaluation_by_texts_that_it_was_fitted_on_is_told(fitted, few, tmp_path):
+    fitted.save(tmp_path / "saved")
+    again = TextClassifier.load(tmp_path / "saved", device="cpu")
+    shouted = [f"  {few[0][0].upper()}", "a text of mine", "another of mine"]
+    for one in (fitted, again):
+        with pytest.warns(UserWarning, match="1 of the 3 texts to judge by stand among .*leave"):
+            figures = one.evaluate(shouted, few[1][:3])
+        assert figures.known == 1 and "it was fitted on 1 of these texts" in str(figures)
+        assert one.evaluate(shouted[1:], few[1][:2]).known == 0
+    assert few[0][0] not in (tmp_path / "saved" / "classifier.json").read_text()
+
+
 def test_the_lines_of_the_guide_run(encoder, few, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "classifier.md").read_text()
     first, second = [block for block in page.split("```") if block.startswith("python\n")][:2]
@@ -215,7 +245,8 @@ def test_better_by_chance_is_not_better():
     losses = np.array([1.0, 0.2, 0.7, 0.4])
 
     def judged(losses):
-        return evidence.Judged(evidence.Evidence("", 1, losses.mean(), 1), losses, np.ones(4))
+        found = evidence.Evidence("", 1, losses.mean(), 1)
+        return evidence.Judged(found, losses, np.ones(4), np.zeros((4, 2)), np.zeros(4, int))
 
     once = judged(losses - np.array([0.3, 0, 0, 0]))  # the mean is lower, by one text of four
     assert not once.better_than(judged(losses), 2) and once.better_than(judged(losses), 0)
@@ -313,6 +344,43 @@ def test_the_report_says_what_was_kept_and_why(fitted, adapted):
     assert "12 texts, 3 classes with 4 to 4 texts" in str(fitted.report_)
 
 
+def test_any_torch_optimizer_can_adapt(encoder, few, tmp_path):
+    """AdamW as a rule and as torch's optimizer take the same steps."""
+    chosen = {"steps": 3, "seconds": None, "device": "cpu"}
+    rule = TextClassifier(encoder, rule=AdamW(step_size=1e-2), **chosen).fit(*few)
+    torchs = TextClassifier(
+        encoder,
+        rule=lambda params: torch.optim.AdamW(params, 1e-2, weight_decay=0.0),
+        **chosen,
+    ).fit(*few)
+    for one, other in zip(rule.report_.tried, torchs.report_.tried):
+        assert one.log_loss == pytest.approx(other.log_loss, rel=1e-3)
+    torchs.save(tmp_path / "saved")  # the function stays behind
+    assert TextClassifier.load(tmp_path / "saved", device="cpu").rule is None
+
+
+def test_schedule_free_is_judged_by_its_averaged_values(encoder, few):
+    schedulefree = pytest.importorskip("schedulefree")
+    modes = []
+
+    class Watched(schedulefree.AdamWScheduleFree):
+        def eval(self):
+            modes.append("eval")
+            super().eval()
+
+        def train(self):
+            modes.append("train")
+            super().train()
+
+    TextClassifier(encoder, rule=lambda p: Watched(p, lr=1e-2), steps=2, seconds=None).fit(*few)
+    assert modes[:6] == ["train", "eval", "train", "eval", "train", "train"]
+
+
+def test_a_function_that_makes_no_optimizer(encoder, few):
+    with pytest.raises(InputError, match=r"rule made a int of the parameters; it must make a"):
+        TextClassifier(encoder, rule=lambda params: 3, seconds=None, device="cpu").fit(*few)
+
+
 def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
     classifier = TextClassifier(encoder, seconds=0, device="cpu").fit(*few)
     assert "adaptation would take about" in classifier.report_.reason
@@ -320,7 +388,7 @@ def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
 
 
 def test_adaptation_that_takes_longer_than_foreseen_is_broken_off(encoder, few, monkeypatch):
-    monkeypatch.setattr(adaptation._Adaptation, "seconds_per_step", lambda self, head: 0.0)
+    monkeypatch.setattr(adaptation.Adaptation, "seconds_per_step", lambda self, head: 0.0)
     classifier = TextClassifier(encoder, seconds=1e-6, device="cpu").fit(*few)
     assert "took longer than the 1e-06 s" in classifier.report_.reason
     plain = TextClassifier(encoder, steps=0, device="cpu").fit(*few)
@@ -456,8 +524,8 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         TextClassifier.load(encoder)
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1; fit the"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1 and 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
     path.write_text('{"format": 1}')
     with pytest.raises(InputError, match="do not hold what they should"):
@@ -481,7 +549,6 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], ["x", None], "label 1 is None, of type NoneType; labels must be strings"),
         (["a", "b"], [0.5, 1.5], "label 0 is 0.5, of type float; .* convert them"),
         (["a", "b"], [float("nan"), 1], "label 0 is nan, of type float"),
-        (["a", "b"], [["x"], ["y"]], "label 0 is .*several labels a text are not supported: fit"),
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
         (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from rnnopt.cli.classifier.labelled import read_labelled
+from rnnopt.cli.classifier.model import unfitted
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Fit
-from rnnopt.data.corpus import summary
-from rnnopt.data.files import read_corpus
+from rnnopt.errors import InputError
+from rnnopt.tasks.text.estimator.export.onnx import onnx_runtime
 from rnnopt.tasks.text.estimator.folder import check_new
-from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
-
-_OURS = ("data", "output", "text_column", "label_column")  # settings that the classifier lacks
 
 
 def run(settings: Fit) -> None:
     """Fit, tell what was done and why, save."""
     folder = check_new(settings.output)
-    corpus = read_corpus(
-        settings.data, text_column=settings.text_column, label_column=settings.label_column
-    )
-    print(summary(corpus))
-    chosen = {name: value for name, value in vars(settings).items() if name not in _OURS}
-    chosen["random_state"] = chosen.pop("seed")
+    if settings.onnx is not None:
+        onnx_runtime()
+        if check_new(settings.onnx).resolve() == folder.resolve():
+            raise InputError(f"--output and --onnx are both {folder}; choose two folders")
+    found = read_labelled(settings.data, settings)
+    print(found.summary)
     with waiting("fitting"):
-        classifier = TextClassifier(**chosen).fit(corpus.texts, corpus.labels)
+        classifier = unfitted(settings).fit(found.texts, found.labels)
     print(classifier.report_)
     classifier.save(folder)
+    if settings.onnx is not None:
+        with waiting("exporting"):
+            report = classifier.export_onnx(settings.onnx, found.texts, found.labels)
+        print(f"{settings.onnx}, compared on the texts that it was fitted on:\n{report}")
     print(f'next: rnnopt predict --model {folder} --text "..."')

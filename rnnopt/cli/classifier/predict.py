@@ -28,17 +28,34 @@ def run(settings: Predict) -> None:
         classifier = TextClassifier.load(settings.model, settings.device)
     if settings.abstain_below is not None:
         classifier.set_params(abstain_below=settings.abstain_below)
+    _check_separator(settings.label_separator, classifier)
     with _opened(settings.output) as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [f"probability of {name}" for name in classifier.classes_.tolist()]
         writer.writerow(["text", "label", "probability", *(names if settings.all else [])])
         for texts in chunks:
-            probabilities = classifier.predict_proba(texts)
-            answers = classifier.decide(probabilities).tolist()
+            answers, probabilities = classifier.answer(texts)
             for text, answer, row in zip(texts, answers, probabilities):
+                if isinstance(answer, list):
+                    answer = settings.label_separator.join(answer)
                 shown = [f"{value:.6f}" for value in (row.max(), *(row if settings.all else []))]
                 writer.writerow([text, "" if answer is None else answer, *shown])
             file.flush()
+
+
+def _check_separator(separator: str, classifier: TextClassifier) -> None:
+    """Labels that hold the separator could not be told apart.
+
+    Raises:
+        InputError: one does.
+    """
+    if classifier.thresholds_ is None:
+        return
+    for label in classifier.classes_.tolist():
+        if not separator or separator in label:
+            raise InputError(
+                f"--label-separator is {separator!r}, which label {label!r} holds; choose another"
+            )
 
 
 def _chunks(settings: Predict) -> Iterator[list[str]]:

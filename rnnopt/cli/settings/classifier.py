@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from rnnopt.cli.settings.groups import Device, SeedSettings
 from rnnopt.cli.settings.parser import Settings, advanced, option
 
+SEPARATOR = ";"  # of several labels, where no other is named
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileSettings(Settings):
@@ -16,6 +18,11 @@ class FileSettings(Settings):
     data: str = option("Labelled file: CSV, TSV, JSONL, also .gz.", metavar="FILE")
     text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
     label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+    label_separator: str | None = option(
+        "What stands between the labels of a text that may have several, such as ';'. Then an "
+        "empty label is none.",
+        None, metavar="CHARACTERS", shown="a text has one label",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,11 @@ class FitSettings(Settings):
     class_weight: Literal["balanced"] | None = option(
         "balanced: every label counts alike, whatever its texts.", None
     )
+    abstain: float | None = option(
+        "Learn when to give no label, such that this share of texts of the known labels gets none, "
+        "such as 0.05.",
+        None, metavar="SHARE",
+    )  # fmt: skip
     abstain_below: float | None = option(
         "Give no label where the best one's probability is lower.", None, metavar="P"
     )
@@ -63,6 +75,9 @@ class Fit(FileSettings, SentenceSettings, FitSettings, SeedSettings):
     takes_config: ClassVar = True
 
     output: str = option("Folder for the classifier.", metavar="DIR")
+    onnx: str | None = option(
+        "Folder for files that onnxruntime runs, of 32 and of 8 bits.", None, metavar="DIR"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +112,10 @@ class Predict(ModelSettings):
         None, metavar="P", shown="as it was fitted",
     )  # fmt: skip
     text_column: str = option("Column with the texts.", "text", metavar="NAME")
+    label_separator: str = option(
+        "What to put between the labels of a text that may have several.",
+        SEPARATOR, metavar="CHARACTERS",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +128,41 @@ class Evaluate(FileSettings, ModelSettings):
     home: ClassVar = "rnnopt.cli.classifier"
 
     json: bool = option("Print the figures as JSON.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ModelSettings):
+    """Write a classifier for another library: onnx for onnxruntime, with a file of 32 and one of 8
+    bits; transformers for its text-classification pipelines, where the encoder reads the first
+    token. The logits are compared with the classifier's, and may differ by 1e-4."""
+
+    command: ClassVar = "export"
+    summary: ClassVar = "a saved classifier for onnxruntime or transformers"
+    home: ClassVar = "rnnopt.cli.classifier"
+
+    output: str = option("Folder to write.", metavar="DIR")
+    format: Literal["onnx", "transformers"] = option("For which library.", "onnx")
+    data: str | None = option(
+        "Labelled file to compare by; then the accuracy of both files is told.",
+        None, metavar="FILE", shown="a few short texts",
+    )  # fmt: skip
+    text_column: str = advanced("Column with the texts.", "text", metavar="NAME")
+    label_column: str = advanced("Column with the labels.", "label", metavar="NAME")
+    label_separator: str | None = advanced(
+        "What stands between the labels of a text that may have several.",
+        None, metavar="CHARACTERS", shown=SEPARATOR,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(FileSettings, SentenceSettings, FitSettings, SeedSettings):
+    """Check the machine, the encoder, the data and the settings of rnnopt fit, and tell what it
+    would do and how long it would take. Nothing is fitted or written. The exit code is 2 where
+    something has to be mended first."""
+
+    command: ClassVar = "doctor"
+    summary: ClassVar = "check machine, encoder, data and settings before rnnopt fit"
+    home: ClassVar = "rnnopt.cli.classifier"
+    takes_config: ClassVar = True
+
+    output: str | None = option("Folder that is meant for the classifier.", None, metavar="DIR")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rnnopt.cli.settings.classifier import Evaluate, Fit, Predict
+from rnnopt.cli.settings.classifier import Doctor, Evaluate, Export, Fit, Predict
 from rnnopt.cli.settings.groups import (
     ColumnSettings,
     DataSettings,
@@ -296,5 +296,6 @@ class Demo(SeedSettings):
 
 
 COMMANDS: tuple[type[Settings], ...] = (
-    Fit, Predict, Evaluate, MetaTrain, Adapt, Compare, Inspect, Report, Demo,
+    Fit, Predict, Evaluate, Export, Doctor, MetaTrain, Adapt, Compare, Inspect,
+    Report, Demo,
 )  # fmt: skip

@@ -7,6 +7,7 @@ Shapes: B batch, S sequence (tokens), C ways (classes), H hidden size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -92,6 +93,28 @@ def read_encoder(
     with silence():
         model, absent = _read_model(folder, encoder, pooling, ways, attention)
         return model, _read_tokenizer(folder, encoder), absent
+
+
+def make_sequence_classifier(encoder: Any, labels: Sequence[str], several: bool) -> Any:
+    """A classifier of `transformers` on an encoder's weights; its head is not set.
+
+    Args:
+        encoder: a model as `transformers.AutoModel` loads it.
+        labels: the names of its classes.
+        several: whether a text may have several, for which pipelines then take sigmoids.
+
+    Returns:
+        A model as `transformers.AutoModelForSequenceClassification` loads it.
+    """
+    config = copy.deepcopy(encoder.config)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = f"{'multi' if several else 'single'}_label_classification"
+    with seeded(0):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    # its encoder may lack the pooler that this one has
+    model.base_model.load_state_dict(encoder.state_dict(), strict=False)
+    return model.eval()
 
 
 def find_folder(encoder: str | Path) -> Path:

@@ -195,7 +195,7 @@ class SentenceEncoder(nn.Module):
         """Vectors (B, H) of what `tokens` made, differentiable."""
         states = self.encoder(**batch).last_hidden_state.float()  # (B, S, H)
         mask = batch["attention_mask"]  # (B, S)
-        rows = torch.arange(len(mask), device=mask.device)
+        rows = torch.arange(mask.shape[0], device=mask.device)
         if self.layout.pooling == "mean":
             weights = mask.unsqueeze(-1).to(states.dtype)
             pooled = (states * weights).sum(dim=1) / weights.sum(dim=1)

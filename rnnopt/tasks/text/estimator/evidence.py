@@ -1,6 +1,7 @@
 """What a user's own labels say about a classifier: cross-validation.
 
-Shapes: B texts, H embedding size, C classes.
+Shapes: B texts, H embedding size, C classes. Labels are (B,) class numbers, or (B, C) zeros and
+ones where a text may have several, see `rnnopt.tasks.text.estimator.objective.protocol`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rnnopt.tasks.text.estimator.heads import (
-    INVERSE_PENALTIES,
-    SINGLE_PENALTY,
-    SINGLE_TEMPERATURE,
-    LinearHead,
-    best_temperature,
-    class_mean_head,
-    log_softmax,
-    logistic_head,
-)
+from rnnopt.tasks.text.estimator.heads import INVERSE_PENALTIES, LinearHead
+from rnnopt.tasks.text.estimator.objective.choice import objective_of
+from rnnopt.tasks.text.estimator.objective.protocol import Fold, MakeHead
 
 MOST_FOLDS = 5
 # Standard errors by which something must be better to take the place of a start: another penalty,
@@ -27,7 +21,6 @@ MOST_FOLDS = 5
 # 0.1 of the start on 20 texts of validation classes, and then lost 18 points on others.
 HEAD_MARGIN, ADAPTATION_MARGIN = 2.0, 1.0
 _LARGE = 30_000  # texts times classes from which on fewer penalties and folds are tried
-Fold = tuple[np.ndarray, np.ndarray]  # indices of the texts to fit on, and of those held out
 
 
 @dataclass(frozen=True)
@@ -36,15 +29,28 @@ class Evidence:
 
     Attributes:
         name: what was judged.
-        accuracy: share of the texts held out; each weighs as in fitting.
+        accuracy: share of the texts held out; each weighs as in fitting. Where a text may have
+            several labels, all of them have to be right.
         log_loss: mean nats a text, at `temperature`.
-        temperature: that suits these texts best, see `best_temperature`.
+        temperature: that suits these texts best.
+        micro_f1, macro_f1: where a text may have several labels; else None. The thresholds were
+            chosen on other texts.
     """
 
     name: str
     accuracy: float
     log_loss: float
     temperature: float
+    micro_f1: float | None = None
+    macro_f1: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """What must not fall for adaptation to be kept: accuracy, or micro F1 where there is one.
+
+        That all labels of a text are right is rare where there are many, and says little.
+        """
+        return self.accuracy if self.micro_f1 is None else self.micro_f1
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,28 @@ class Judged:
         evidence: see there.
         losses: (B,), of each text held out, at the temperature, in nats.
         weights: (B,), of the texts.
+        logits: (B, C), of the texts, at the temperature.
+        labels: of the texts.
     """
 
     evidence: Evidence
     losses: np.ndarray
     weights: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
 
     @classmethod
     def of(cls, name: str, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Judged:
-        """Judge logits (B, C) of texts held out by their labels (B,), with weights (B,)."""
-        temperature = best_temperature(logits, labels, weights)
-        losses = -log_softmax(logits / temperature)[np.arange(len(labels)), labels]
-        accuracy = float(np.average(logits.argmax(axis=1) == labels, weights=weights))
+        """Judge logits (B, C) of texts held out by their labels, with weights (B,)."""
+        objective = objective_of(labels)
+        temperature = objective.temperature(logits, labels, weights)
+        cooled = logits / temperature
+        losses = objective.losses(cooled, labels)
+        accuracy = float(np.average(objective.right(cooled, labels), weights=weights))
         loss = float(np.average(losses, weights=weights))
-        return cls(Evidence(name, accuracy, loss, temperature), losses, weights)
+        f1 = objective.f1(cooled, labels) or (None, None)
+        evidence = Evidence(name, accuracy, loss, temperature, *f1)
+        return cls(evidence, losses, weights, cooled, labels)
 
     def better_than(self, other: Judged, margin: float) -> bool:
         """Whether the log loss on the same texts is lower by so many standard errors.
@@ -85,7 +99,7 @@ class Labelled:
 
     Attributes:
         embeddings: (B, H), float64.
-        labels: (B,), 0 to C - 1.
+        labels: (B,), 0 to C - 1; or (B, C), zeros and ones.
         weights: (B,), of each text's loss; their mean is 1.
     """
 
@@ -106,36 +120,6 @@ def weights_of(labels: np.ndarray, class_weight: str | None) -> np.ndarray:
     return len(labels) / (len(counts) * counts[labels])
 
 
-def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> list[Fold]:
-    """Folds that hold out every text of a class with two texts or more once.
-
-    The only text of a class is always fitted on, so that each fold knows every class.
-
-    Args:
-        labels: (B,).
-        folds: at most so many; fewer if no class has so many texts.
-        seed: of the division.
-
-    Returns:
-        No fold at all if every class has one text.
-    """
-    generator = np.random.default_rng(seed)
-    counts = np.bincount(labels)
-    folds = min(folds, int(counts.max()))
-    place = np.full(len(labels), -1)
-    dealt = 0
-    for label in np.flatnonzero(counts > 1):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        # dealt on from where the last class ended, so that folds are of one size
-        place[rows] = (dealt + np.arange(len(rows))) % folds
-        dealt += len(rows)
-    return [
-        (np.flatnonzero(place != fold), np.flatnonzero(place == fold))
-        for fold in range(folds)
-        if (place == fold).any()
-    ]
-
-
 def held_out_logits(
     data: Labelled, folds: Sequence[Fold], fit: Callable[[Labelled], LinearHead]
 ) -> np.ndarray:
@@ -151,20 +135,31 @@ class Start:
 
     Attributes:
         name: how it is made.
-        fit: makes it.
-        evidence: of it; None without a text to hold out.
+        make: makes it, of embeddings, labels and weights.
+        judged: on texts held out; None without a text to hold out.
         tried: all the evidence that was compared.
+        single_temperature: of the probabilities where nothing is judged.
     """
 
     name: str
-    fit: Callable[[Labelled], LinearHead]
-    evidence: Evidence | None
+    make: MakeHead
+    judged: Judged | None
     tried: tuple[Evidence, ...]
+    single_temperature: float
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """Of what was judged."""
+        return self.judged.evidence if self.judged else None
 
     @property
     def temperature(self) -> float:
         """Of its probabilities."""
-        return self.evidence.temperature if self.evidence else SINGLE_TEMPERATURE
+        return self.judged.evidence.temperature if self.judged else self.single_temperature
+
+    def fit(self, data: Labelled) -> LinearHead:
+        """The head, before its temperature."""
+        return self.make(data.embeddings, data.labels, data.weights)
 
     def head(self, data: Labelled) -> LinearHead:
         """The head, with probabilities at its temperature."""
@@ -181,26 +176,33 @@ def choose_start(data: Labelled, seed: int) -> Start:
         data: all labelled texts.
         seed: of the folds.
     """
-    large = len(data.labels) * (data.labels.max() + 1) > _LARGE
-    folds = stratified_folds(data.labels, 3 if large else MOST_FOLDS, seed)
+    objective = objective_of(data.labels)
+    large = len(data.labels) * objective.ways(data.labels) > _LARGE
+    folds = objective.folds(data.labels, 3 if large else MOST_FOLDS, seed)
     if not folds:
-        return Start(_name(SINGLE_PENALTY), _logistic(SINGLE_PENALTY), None, ())
+        penalty = objective.single_penalty
+        make, temperature = objective.logistic(penalty), objective.single_temperature
+        return Start(_name(penalty), make, None, (), temperature)
     penalties = INVERSE_PENALTIES[:1] if large else INVERSE_PENALTIES
-    makers = {_name(penalty): _logistic(penalty) for penalty in penalties}
-    makers["class means"] = lambda part: class_mean_head(part.embeddings, part.labels)
+    makers = {
+        **{_name(penalty): objective.logistic(penalty) for penalty in penalties},
+        **objective.others(),
+    }
     held = np.concatenate([held for _, held in folds])
+    labels, weights = data.labels[held], data.weights[held]
     tried = [
-        Judged.of(name, held_out_logits(data, folds, fit), data.labels[held], data.weights[held])
-        for name, fit in makers.items()
+        Judged.of(name, held_out_logits(data, folds, _fitting(make)), labels, weights)
+        for name, make in makers.items()
     ]
     better = [judged for judged in tried if judged.better_than(tried[0], HEAD_MARGIN)]
-    best = min(better or tried[:1], key=lambda judged: judged.evidence.log_loss).evidence
-    return Start(best.name, makers[best.name], best, tuple(judged.evidence for judged in tried))
+    best = min(better or tried[:1], key=lambda judged: judged.evidence.log_loss)
+    name, evidence = best.evidence.name, tuple(judged.evidence for judged in tried)
+    return Start(name, makers[name], best, evidence, objective.single_temperature)
 
 
 def _name(penalty: float) -> str:
     return f"logistic regression (C={penalty:g})"
 
 
-def _logistic(penalty: float) -> Callable[[Labelled], LinearHead]:
-    return lambda part: logistic_head(part.embeddings, part.labels, part.weights, penalty)
+def _fitting(make: MakeHead) -> Callable[[Labelled], LinearHead]:
+    return lambda part: make(part.embeddings, part.labels, part.weights)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from rnnopt.storage.files import read_tensors, save_tensors, write_atomically
 from rnnopt.storage.provenance import read_json, versions
 from rnnopt.tasks.text.encoder.loading import first_line
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.answers import Decision
 from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.report import Report, card
 
 FACTS_FILE, HEAD_FILE, CARD_FILE = "classifier.json", "head.safetensors", "README.md"
-_FORMAT = 1
+_FORMAT, _READABLE = 2, (1, 2)  # 1 knows neither several labels nor a floor
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,16 @@ class Fitted:
     Attributes:
         encoder: LoRA merged.
         head: at its temperature.
-        classes: the labels, (C,).
+        decision: how logits become labels.
         report: see there.
+        known: hashes of the texts that it was fitted on, see `text_hashes`.
     """
 
     encoder: SentenceEncoder
     head: LinearHead
-    classes: np.ndarray
+    decision: Decision
     report: Report
+    known: frozenset[str] = frozenset()
 
 
 def check_new(folder: str | Path) -> Path:
@@ -61,13 +66,30 @@ def check_new(folder: str | Path) -> Path:
     return target
 
 
-def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+def save(
+    folder: str | Path, fitted: Fitted, settings: dict[str, Any], name: str = "FOLDER"
+) -> None:
     """Write a classifier; the folder appears whole or not at all.
 
     Args:
         folder: absent or empty.
         fitted: the classifier.
         settings: JSON-compatible.
+        name: what the model card calls it.
+
+    Raises:
+        InputError: a folder with something in it, or one that can't be written.
+    """
+    with new_folder(folder) as partial:
+        _write(partial, fitted, settings, name)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place when the block has ended without an error.
+
+    Args:
+        folder: absent or empty.
 
     Raises:
         InputError: a folder with something in it, or one that can't be written.
@@ -76,7 +98,7 @@ def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
     partial = target.parent / f".{target.name}.{os.getpid()}"
     try:
         partial.mkdir(parents=True)
-        _write(partial, fitted, settings)
+        yield partial
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't write {target}: {first_line(error)}; choose another") from error
@@ -84,20 +106,25 @@ def save(folder: str | Path, fitted: Fitted, settings: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(folder: Path, fitted: Fitted, settings: dict[str, Any]) -> None:
+def _write(folder: Path, fitted: Fitted, settings: dict[str, Any], name: str) -> None:
     fitted.encoder.save(folder)
     head = {"weight": fitted.head.weight, "bias": fitted.head.bias}
     save_tensors(folder / HEAD_FILE, {name: torch.from_numpy(v) for name, v in head.items()}, {})
+    decision = fitted.decision
     facts = {
         "format": _FORMAT,
-        "classes": fitted.classes.tolist(),
+        "classes": decision.classes.tolist(),
+        "thresholds": None if decision.thresholds is None else decision.thresholds.tolist(),
+        "floor": decision.floor,
+        "known": sorted(fitted.known),
         "settings": settings,
         "report": fitted.report.facts(),
         "versions": versions(),
     }
     content = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / FACTS_FILE, content.encode("utf-8"))
-    page = card(fitted.report, [str(name) for name in facts["classes"]], versions())
+    labels = [str(label) for label in decision.classes.tolist()]
+    page = card(fitted.report, labels, versions(), name)
     write_atomically(folder / CARD_FILE, page.encode("utf-8"))
 
 
@@ -117,26 +144,31 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
             "TextClassifier.save or `rnnopt fit` wrote"
         )
     facts = read_json(source / FACTS_FILE)
-    if facts.get("format") != _FORMAT:
+    if facts.get("format") not in _READABLE:
         raise InputError(
             f"{source / FACTS_FILE} has format {facts.get('format')}, and this rnnopt reads "
-            f"{_FORMAT}; fit the classifier again"
+            f"{' and '.join(map(str, _READABLE))}; fit the classifier again"
         )
     tensors, _ = read_tensors(source / HEAD_FILE)
     encoder = SentenceEncoder.load(source, device)
     try:
         head = LinearHead(tensors["weight"].double().numpy(), tensors["bias"].double().numpy())
-        fitted = Fitted(
-            encoder, head, np.array(facts["classes"]), Report.from_facts(facts["report"])
+        thresholds = facts.get("thresholds")
+        decision = Decision(
+            np.array(facts["classes"]),
+            None if thresholds is None else np.array(thresholds, float),
+            facts.get("floor"),
         )
+        report = Report.from_facts(facts["report"])
+        fitted = Fitted(encoder, head, decision, report, frozenset(facts.get("known", ())))
         settings = dict(facts["settings"])
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{source}: its files do not hold what they should ({error}); fit the classifier again"
         ) from error
-    if head.weight.shape != (len(fitted.classes), encoder.width):
+    if head.weight.shape != (len(decision.classes), encoder.width):
         raise InputError(
-            f"{source}: a head of shape {head.weight.shape} for {len(fitted.classes)} labels and "
+            f"{source}: a head of shape {head.weight.shape} for {len(decision.classes)} labels and "
             f"an encoder of width {encoder.width}; the files are not of one classifier: fit again"
         )
     return fitted, settings

@@ -17,8 +17,8 @@ import numpy as np
 # single ones are for one label a class, where no text can be held out to choose by.
 INVERSE_PENALTIES = (3.0, 0.1, 1.0, 10.0, 100.0)
 SINGLE_PENALTY, SINGLE_TEMPERATURE = 1.0, 0.08
-_ITERATIONS, _TOLERANCE = 300, 1e-4
-_TEMPERATURES = np.geomspace(0.02, 50.0, 157)  # 5 % apart
+ITERATIONS, TOLERANCE = 300, 1e-4
+TEMPERATURES = np.geomspace(0.02, 50.0, 157)  # 5 % apart
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class LinearHead:
     def logits(self, embeddings: np.ndarray) -> np.ndarray:
         """(B, C), of embeddings (B, H)."""
         return embeddings.astype(np.float64) @ self.weight.T + self.bias
+
+    def around(self, centre: np.ndarray) -> LinearHead:
+        """The head that gives the same logits for embeddings less a centre, (H,).
+
+        In float32 it rounds less: embeddings have much in common, which large weights multiply.
+        """
+        return LinearHead(self.weight, self.bias + self.weight @ centre)
 
     def cooled(self, temperature: float) -> LinearHead:
         """The head whose logits are these divided by a temperature."""
@@ -62,12 +69,12 @@ def logistic_head(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    centre, scale = _spread(embeddings)
+    centre, scale = spread(embeddings)
     # With two classes scikit-learn has one weight vector, the difference of the two of a softmax.
     # The same minimum then needs half the penalty: the sum of squares is half of the difference's.
     two = labels.max() == 1
     model = LogisticRegression(
-        C=2 * inverse_penalty if two else inverse_penalty, max_iter=_ITERATIONS, tol=_TOLERANCE
+        C=2 * inverse_penalty if two else inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE
     )
     with warnings.catch_warnings():
         # one label a class, which scikit-learn takes for an error
@@ -78,6 +85,41 @@ def logistic_head(
     if two:
         weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
     weight = weight / scale
+    return LinearHead(weight, bias - weight @ centre)
+
+
+def one_vs_rest_head(
+    embeddings: np.ndarray, labels: np.ndarray, weights: np.ndarray, inverse_penalty: float
+) -> LinearHead:
+    """A binary logistic regression by scikit-learn for each class.
+
+    A class that all texts have, or none, has a constant logit, ``log((P + 1/2) / (N + 1/2))`` of P
+    texts with it and N without.
+
+    Args:
+        embeddings: (B, H).
+        labels: (B, C).
+        weights: (B,), of each text's loss.
+        inverse_penalty: scikit-learn's C.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    centre, scale = spread(embeddings)
+    rows = (embeddings - centre) / scale
+    weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
+    model = LogisticRegression(C=inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE)
+    for number, column in enumerate(labels.T):
+        if column.min() == column.max():
+            positive = column.sum()
+            bias[number] = np.log((positive + 0.5) / (len(column) - positive + 0.5))
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            # two texts of two classes, which scikit-learn takes for an error
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            model.fit(rows, column, sample_weight=weights)
+        weight[number], bias[number] = model.coef_[0] / scale, model.intercept_[0]
     return LinearHead(weight, bias - weight @ centre)
 
 
@@ -92,7 +134,7 @@ def class_mean_head(embeddings: np.ndarray, labels: np.ndarray) -> LinearHead:
         embeddings: (B, H).
         labels: (B,), 0 to C - 1, each at least once.
     """
-    centre, scale = _spread(embeddings)
+    centre, scale = spread(embeddings)
     members = np.eye(labels.max() + 1)[labels]  # (B, C)
     means = (members.T @ (embeddings - centre)) / members.sum(axis=0)[:, None] / scale  # (C, H)
     weight = 2 * means / scale
@@ -117,12 +159,12 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
     targets[np.arange(count), labels] = 1 - rest
     losses = [
         -(weights * (targets * log_softmax(logits / temperature)).sum(axis=1)).sum()
-        for temperature in _TEMPERATURES
+        for temperature in TEMPERATURES
     ]
-    return float(_TEMPERATURES[int(np.argmin(losses))])
+    return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def _spread(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
+def spread(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
     """The centre (H,) of embeddings, and the root of the mean squared distance from it."""
     centre = embeddings.mean(axis=0)
     scale = float(np.sqrt(np.square(embeddings - centre).sum(axis=1).mean()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,13 @@ class Report:
         tried: evidence for all that was compared.
         seconds: what `fit` took.
         data: fingerprint of texts and labels.
+        micro_f1, macro_f1: on texts held out, where a text may have several labels; else None.
+            The thresholds of a fifth were chosen on the other four.
+        floor: the largest logit below which there is no answer; None where there is always one.
+        answered: share of the texts held out with an answer, and `answered_accuracy` that of right
+            ones among them.
+        memory: bytes that the process took at most until the end of `fit`; None where the system
+            doesn't tell.
     """
 
     kept: str
@@ -42,12 +50,31 @@ class Report:
     tried: tuple[Evidence, ...]
     seconds: float
     data: str
+    micro_f1: float | None = None
+    macro_f1: float | None = None
+    floor: float | None = None
+    answered: float | None = None
+    answered_accuracy: float | None = None
+    memory: int | None = None
 
     def __str__(self) -> str:
+        memory = "" if self.memory is None else f", at most {self.memory / 1e6:.0f} MB of memory"
+        more = ""
+        if self.micro_f1 is not None:
+            more = (
+                f"several labels a text: micro F1 {self.micro_f1:.3f}, macro F1 "
+                f"{self.macro_f1:.3f} on texts held out\n"
+            )
+        if self.answered is not None:
+            more += (
+                f"no answer where the largest logit is below {self.floor:.2f}: {self.answered:.3f} "
+                f"of the texts held out have one, and {self.answered_accuracy:.3f} of these are "
+                "right\n"
+            )
         return (
-            f"kept {self.kept}: {self.reason}\n"
+            f"kept {self.kept}: {self.reason}\n{more}"
             f"{self.texts} texts, {self.classes} classes with {self.fewest} to {self.most} texts; "
-            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s"
+            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -61,19 +88,35 @@ class Report:
         return cls(**{**facts, "tried": tried})
 
 
-def card(report: Report, classes: list[str], versions: dict[str, str]) -> str:
+def peak_memory() -> int | None:
+    """Bytes that this process has held at most so far; None where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def card(report: Report, classes: list[str], versions: dict[str, str], name: str = "FOLDER") -> str:
     """The model card of a saved classifier, as Markdown with the hub's header.
 
     Args:
         report: of its `fit`.
         classes: the labels as text.
         versions: of libraries.
+        name: of the folder, or on the hub.
     """
     shown = ", ".join(f"`{name}`" for name in classes[:20])
     more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
     judged = "no text could be held out, since every label has one"
     if report.accuracy is not None:
         judged = f"accuracy {report.accuracy:.3f}, log loss {report.log_loss:.3f} nats a text"
+    if report.micro_f1 is not None:
+        judged = (
+            f"micro F1 {report.micro_f1:.3f}, macro F1 {report.macro_f1:.3f}, all labels right "
+            f"{report.accuracy:.3f}, log loss {report.log_loss:.3f} nats a text"
+        )
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"""---
 library_name: sentence-transformers
@@ -86,10 +129,10 @@ tags: [rnnopt, few-shot]
 ```python
 from rnnopt import TextClassifier
 
-TextClassifier.load("FOLDER").predict(["..."])
+TextClassifier.from_pretrained("{name}").predict(["..."])
 ```
 
-The encoder alone is loaded by `SentenceTransformer("FOLDER")`. `head.safetensors` holds the linear
+The encoder alone is loaded by `SentenceTransformer("{name}")`. `head.safetensors` holds the linear
 head on its vectors, and `classifier.json` the labels.
 
 | | |
@@ -110,8 +153,25 @@ head on its vectors, and `classifier.json` the labels.
 - The figures above are from the texts that it was fitted on, by cross-validation. The same texts
   chose what was kept, so that the figures flatter a little. Judge the classifier by texts that it
   has not seen: `rnnopt evaluate`.
-- Every text gets one of the labels above, also a text that belongs to none. With `abstain_below`
-  answers with a low probability are left out.
+- {_scope(report)}
 - Texts are cut off after the encoder's number of tokens. Languages and fields that the encoder has
   not read are separated less well, and the classifier inherits the encoder's biases.
 """
+
+
+def _scope(report: Report) -> str:
+    if report.micro_f1 is not None:
+        return (
+            "A text gets every label above whose probability reaches the label's threshold, and "
+            "none if there is\n  no such label. Labels that it was not fitted on it does not know."
+        )
+    if report.answered is not None:
+        return (
+            "A text that resembles none of the labels gets no answer. Of the texts held out, which "
+            f"all belong\n  to one, {1 - report.answered:.3f} got none. Texts of other kinds that "
+            "resemble a label are answered\n  all the same."
+        )
+    return (
+        "Every text gets one of the labels above, also a text that belongs to none. With `abstain` "
+        "or `abstain_below`\n  doubtful answers are left out."
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,25 +19,42 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
-from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better
-from rnnopt.tasks.text.estimator.evidence import Labelled, Start, choose_start, weights_of
+from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better, ignore
+from rnnopt.tasks.text.estimator.adaptation import Report as ReportTo
+from rnnopt.tasks.text.estimator.answers import Decision, floor_of
+from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
+from rnnopt.tasks.text.estimator.export import hub
+from rnnopt.tasks.text.estimator.export.exports import Exports
 from rnnopt.tasks.text.estimator.figures import Figures
-from rnnopt.tasks.text.estimator.heads import log_softmax
-from rnnopt.tasks.text.estimator.inputs import (
-    check_classes,
+from rnnopt.tasks.text.estimator.heads import LinearHead
+from rnnopt.tasks.text.estimator.inputs.labelled import (
+    Labels,
     check_labels,
+    check_several,
     check_texts,
     fingerprint,
-    kind_of,
+    known_labels,
+    read_labels,
+    text_hashes,
 )
-from rnnopt.tasks.text.estimator.report import Report
+from rnnopt.tasks.text.estimator.inputs.settings import (
+    check_abstention,
+    check_for_several_labels,
+    check_settings,
+)
+from rnnopt.tasks.text.estimator.objective.choice import objective_of
+from rnnopt.tasks.text.estimator.objective.several_labels import (
+    best_thresholds,
+    middle_thresholds,
+)
+from rnnopt.tasks.text.estimator.report import Report, peak_memory
 
 
 class NotFittedInputError(InputError, NotFittedError):  # type: ignore[misc]
     """Prediction was asked of a classifier that has not been fitted."""
 
 
-class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[misc]
     """A text classifier from a few labelled texts, with the habits of scikit-learn.
 
     >>> classifier = TextClassifier("sentence-transformers/all-MiniLM-L6-v2").fit(texts, labels)
@@ -55,20 +73,27 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ``"cls"``, ``"max"`` or ``"last"``.
         max_length: longest text in tokens; None for the encoder's own.
         rule: update rule of adaptation: an `UpdateRule`, the path of a rule file, or None for the
-            one that was meta-trained from heads on frozen vectors.
+            one that was meta-trained from heads on frozen vectors. Or a function that makes a torch
+            optimizer of a list of parameters.
         steps: of adaptation at most; 0 for none.
         lora_rank: rank of the factors.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
             adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
-        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts.
+        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Where a
+            text may have several labels it has to be None.
+        abstain: share of texts of the known classes that may stay without an answer, such as 0.05.
+            `predict` then answers None where the largest logit is lower than that of all but this
+            share of the texts held out. None always answers.
         abstain_below: `predict` answers None where the probability of the best class is lower; None
-            always answers.
+            sets no such bound.
         device: ``"auto"`` takes a GPU where there is one; or a name that torch knows.
         random_state: seed of the folds and of LoRA.
 
     Attributes:
         classes_: the labels, sorted, (C,); of their own kind: strings, integers or booleans.
         report_: a `Report`.
+        thresholds_: where a text may have several labels, the probability from which on it has
+            each, (C,), chosen by F1 on texts held out; else None.
     """
 
     def __init__(
@@ -82,6 +107,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         lora_rank: int = 8,
         seconds: float | None = 30.0,
         class_weight: Literal["balanced"] | None = None,
+        abstain: float | None = None,
         abstain_below: float | None = None,
         device: str = "auto",
         random_state: int = 0,
@@ -94,16 +120,23 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.lora_rank = lora_rank
         self.seconds = seconds
         self.class_weight = class_weight
+        self.abstain = abstain
         self.abstain_below = abstain_below
         self.device = device
         self.random_state = random_state
 
-    def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> Self:
+    def fit(
+        self, texts: Sequence[str], labels: Sequence[Any], *, report: ReportTo = ignore
+    ) -> Self:
         """Learn from labelled texts.
 
         Args:
             texts: B strings; a list, array or Series.
-            labels: one for each: all strings, all integers or all booleans.
+            labels: one for each: all strings, all integers or all booleans. Or, for each, a list of
+                strings: its labels, of any number.
+            report: called with a dictionary after each step of adaptation, its training loss, and
+                for each number of steps that is judged, the figures on texts held out.
+                `rnnopt.to_writer` makes one of a TensorBoard writer.
 
         Returns:
             The classifier itself.
@@ -112,53 +145,73 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             InputError: texts, labels, the encoder or a setting can't be used.
         """
         started = time.perf_counter()
-        self._check_settings()
+        check_settings(self.get_params(deep=False))
         texts = check_texts(texts)
-        named = check_labels(labels, len(texts))
-        classes, places = check_classes(named)
+        named = read_labels(labels, len(texts))
+        if named.several:
+            check_for_several_labels(self.get_params(deep=False))
         encoder = SentenceEncoder.load(
-            self.encoder, self._torch_device(), self.pooling, self.max_length
+            self.encoder, self.torch_device(), self.pooling, self.max_length
         )
-        data = Labelled(
-            encoder.embed(texts).double().numpy(), places, weights_of(places, self.class_weight)
-        )
+        weights = weights_of(named.places, self.class_weight)
+        data = Labelled(encoder.embed(texts).double().numpy(), named.places, weights)
         start = choose_start(data, self.random_state)
+        if self.abstain is not None:
+            floor_of(start.judged, self.abstain)  # before anything that takes long
         plan = Plan(self.rule, self.steps, self.lora_rank, self.seconds, self.random_state)
-        verdict = adapt_if_better(encoder, texts, data, start, plan)
-        head = verdict.head or start.fit(data)
-        report = self._report(encoder, start, verdict, places, fingerprint(texts, named), started)
-        self._take(folders.Fitted(encoder, head.cooled(report.temperature), classes, report))
+        verdict = adapt_if_better(encoder, texts, data, start, plan, report)
+        judged = verdict.judged or start.judged
+        temperature = judged.evidence.temperature if judged else start.temperature
+        head = (verdict.head or start.fit(data)).cooled(temperature)
+        decision = self._decision(named, start, verdict, head, data)
+        found = self._report(
+            encoder, start, verdict, named.places, fingerprint(texts, named.named), started
+        )
+        found = replace(found, **_abstention(decision, judged))
+        known = frozenset(text_hashes(texts))
+        self._take(folders.Fitted(encoder, head, decision, found, known))
         return self
 
-    def predict(self, texts: Sequence[str]) -> np.ndarray:
-        """The label of each text, (B,); with `abstain_below` None where none is likely enough.
+    def predict(self, texts: Sequence[str]) -> Any:
+        """The label of each text, (B,), with None where it abstains.
+
+        Returns:
+            An array; where a text may have several labels, a list of lists.
 
         Raises:
             NotFittedInputError: before `fit`.
             InputError: texts that can't be used.
         """
-        return self.decide(self.predict_proba(texts))
+        return self.answer(texts)[0]
 
-    def decide(self, probabilities: np.ndarray) -> np.ndarray:
-        """What `predict` answers, (B,), from the probabilities (B, C) of `predict_proba`."""
-        answers = self._fitted().classes[probabilities.argmax(axis=1)]
-        if self.abstain_below is None:
-            return answers
-        self._check_abstain_below()
-        answers = answers.astype(object)
-        answers[probabilities.max(axis=1) < self.abstain_below] = None
-        return answers
+    def answer(self, texts: Sequence[str]) -> tuple[Any, np.ndarray]:
+        """What `predict` and what `predict_proba` return, in one pass."""
+        check_abstention(self.get_params(deep=False))
+        decision, logits = self._fitted().decision, self.decision_function(texts)
+        found = decision.answers(logits, self.abstain_below)
+        return found, decision.objective.probabilities(logits)
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities (B, C), in the order of `classes_`.
+
+        Where a text may have several labels, each column is of its own, and rows do not add up to
+        1.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: texts that can't be used.
+        """
+        return self._fitted().decision.objective.probabilities(self.decision_function(texts))
+
+    def decision_function(self, texts: Sequence[str]) -> np.ndarray:
+        """Logits (B, C), in the order of `classes_`, at the temperature.
 
         Raises:
             NotFittedInputError: before `fit`.
             InputError: texts that can't be used.
         """
         fitted = self._fitted()
-        embeddings = fitted.encoder.embed(check_texts(texts)).numpy()
-        return np.exp(log_softmax(fitted.head.logits(embeddings)))
+        return fitted.head.logits(fitted.encoder.embed(check_texts(texts)).numpy())
 
     def score(
         self,
@@ -166,7 +219,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         y: Sequence[Any],
         sample_weight: Any = None,
     ) -> float:
-        """Share of texts with the right answer; None is none.
+        """Share of texts with the right answer; None is none, and of several labels all count.
 
         Args:
             X: texts, under scikit-learn's name.
@@ -174,49 +227,66 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: (B,); None weighs all alike.
         """
         answers = self.predict(X)
-        return float(np.average(answers == check_labels(y, len(answers)), weights=sample_weight))
+        if isinstance(answers, list):
+            right = [
+                found == row for found, row in zip(answers, check_several(list(y), len(answers)))
+            ]
+        else:
+            right = answers == check_labels(y, len(answers))
+        return float(np.average(right, weights=sample_weight))
 
     def evaluate(self, texts: Sequence[str], labels: Sequence[Any]) -> Figures:
         """Accuracy with its interval, macro F1, log loss and calibration on labelled texts.
 
+        It warns of texts that it was fitted on.
+
         Raises:
             InputError: no text, or a label that `fit` has not seen.
         """
-        classes = self._fitted().classes
+        fitted = self._fitted()
+        decision = fitted.decision
         texts = check_texts(texts)
-        named = check_labels(labels, len(texts))
+        places = known_labels(labels, len(texts), decision.classes, decision.thresholds is not None)
         if not texts:
             raise InputError("there are 0 texts to judge by; give at least one")
-        known = {label: place for place, label in enumerate(classes.tolist())}
-        foreign = [label for label in named.tolist() if label not in known]
-        if foreign:
-            raise InputError(
-                f"label {foreign[0]!r} is none of the classifier's {len(known)} "
-                f"({kind_of(classes)}, such as {classes[0].item()!r}); correct it, or leave its "
-                "texts out"
+        known = sum(one in fitted.known for one in text_hashes(texts))
+        if known:
+            warnings.warn(
+                f"{known} of the {len(texts)} texts to judge by stand among those that it was "
+                "fitted on, so that the figures flatter; leave them out",
+                stacklevel=2,
             )
-        places = np.array([known[label] for label in named.tolist()])
-        return Figures.of(self.predict_proba(texts), places)
+        answers, probabilities = self.answer(texts)
+        if decision.thresholds is not None:
+            figures = Figures.of_several(probabilities, places, decision.thresholds)
+        else:
+            figures = Figures.of(probabilities, places)
+        if decision.floor is not None or self.abstain_below is not None:
+            given = np.array([answer is not None for answer in answers])
+            figures = figures.with_answers(given, answers == decision.classes[places])
+        return replace(figures, known=known)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `load` reads, and whose encoder sentence-transformers loads.
-
-        It holds safetensors, JSON and a model card, LoRA merged, and appears whole or not at all.
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str = "auto",
+    ) -> Self:
+        """Read a classifier from a folder, or from the Hugging Face hub.
 
         Args:
-            folder: absent or empty.
+            name: a folder, or ``owner/name``.
+            revision: a branch, a tag or a commit; None for the main branch.
+            token: of the hub; None for the one that is logged in.
+            device: see the class.
 
         Raises:
-            NotFittedInputError: before `fit`.
-            InputError: a folder with something in it, or one that can't be written.
+            InputError: there is no such classifier, or it can't be read.
         """
-        fitted = self._fitted()
-        settings = {
-            name: value
-            for name, value in self.get_params(deep=False).items()
-            if name not in ("encoder", "device") and _is_plain(value)
-        }
-        folders.save(Path(folder), fitted, settings)
+        return cls.load(hub.fetch(name, revision, token), device)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: str = "auto") -> Self:
@@ -230,7 +300,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             InputError: the folder holds no classifier, or one that can't be read.
         """
         made = cls(os.fspath(folder), device=device)
-        fitted, settings = folders.load(Path(folder), made._torch_device())
+        fitted, settings = folders.load(Path(folder), made.torch_device())
         known = made.get_params(deep=False)
         made.set_params(**{name: value for name, value in settings.items() if name in known})
         made._take(fitted)
@@ -238,7 +308,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _take(self, fitted: folders.Fitted) -> None:
         self._state = fitted
-        self.classes_, self.report_ = fitted.classes, fitted.report
+        self.classes_, self.report_ = fitted.decision.classes, fitted.report
+        self.thresholds_ = fitted.decision.thresholds
 
     def _fitted(self) -> folders.Fitted:
         if not hasattr(self, "_state"):
@@ -248,11 +319,27 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
         return self._state
 
+    def _decision(
+        self, named: Labels, start: Start, verdict: Verdict, head: LinearHead, data: Labelled
+    ) -> Decision:
+        """Thresholds or a floor, by the texts held out."""
+        judged = verdict.judged or start.judged
+        if self.abstain is not None:
+            return Decision(named.classes, floor=floor_of(judged, self.abstain))
+        if not named.several:
+            return Decision(named.classes)
+        objective = objective_of(named.places)
+        if judged is None:
+            chances = objective.probabilities(head.logits(data.embeddings))
+            return Decision(named.classes, middle_thresholds(chances, data.labels))
+        chances = objective.probabilities(judged.logits)
+        return Decision(named.classes, best_thresholds(chances, judged.labels))
+
     def _report(
         self, encoder: SentenceEncoder, start: Start, verdict: Verdict, places: np.ndarray,
         data: str, started: float,
     ) -> Report:  # fmt: skip
-        counts = np.bincount(places)
+        counts = objective_of(places).counts(places)
         evidence = verdict.evidence or start.evidence
         return Report(
             kept=verdict.evidence.name if verdict.evidence else start.name,
@@ -270,9 +357,17 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             tried=(*start.tried, *verdict.tried),
             seconds=round(time.perf_counter() - started, 2),
             data=data,
+            micro_f1=evidence.micro_f1 if evidence else None,
+            macro_f1=evidence.macro_f1 if evidence else None,
+            memory=peak_memory(),
         )
 
-    def _torch_device(self) -> torch.device:
+    def torch_device(self) -> torch.device:
+        """The device that `device` names.
+
+        Raises:
+            InputError: torch can't use it.
+        """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -282,25 +377,15 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"device is {self.device!r}, and torch can't use it; give 'cpu' or 'auto'"
             ) from error
 
-    def _check_settings(self) -> None:
-        if self.class_weight not in (None, "balanced"):
-            raise InputError(f"class_weight is {self.class_weight!r}; use None or 'balanced'")
-        for name, least in (("steps", 0), ("lora_rank", 1), ("random_state", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
-        if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            raise InputError(
-                f"seconds is {self.seconds!r}; it must be at least 0, or None for no bound"
-            )
-        self._check_abstain_below()
 
-    def _check_abstain_below(self) -> None:
-        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
-            raise InputError(
-                f"abstain_below is {self.abstain_below!r}; it is a probability, between 0 and 1"
-            )
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+def _abstention(decision: Decision, judged: Judged | None) -> dict[str, Any]:
+    """What a report says of texts without an answer."""
+    if decision.floor is None or judged is None:
+        return {}
+    answered = judged.logits.max(axis=1) >= decision.floor
+    right = judged.logits.argmax(axis=1) == judged.labels
+    return {
+        "floor": decision.floor,
+        "answered": float(answered.mean()),
+        "answered_accuracy": float(right[answered].mean()),
+    }

@@ -1,0 +1,61 @@
+"""How long `rnnopt fit` is going to adapt, by a timed step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.adaptation import JUDGED, Adaptation, Plan, affordable
+from rnnopt.tasks.text.estimator.evidence import MOST_FOLDS, Labelled
+from rnnopt.tasks.text.estimator.heads import LinearHead
+from rnnopt.tasks.text.estimator.objective.choice import objective_of
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `adapt_if_better` is going to do.
+
+    Attributes:
+        folds: of cross-validation; 0 where nothing is going to be adapted.
+        step: seconds of one step.
+        seconds: of adaptation, cross-validation included.
+    """
+
+    folds: int
+    step: float
+    seconds: float
+
+
+def forecast(
+    encoder: SentenceEncoder, texts: Sequence[str], labels: np.ndarray, plan: Plan, forward: float
+) -> Forecast:
+    """Time a step, and say how long adaptation is going to take; the encoder stays as it is.
+
+    Args:
+        encoder: that would be adapted.
+        texts: B texts.
+        labels: of them.
+        plan: how it would be done.
+        forward: seconds of the encoder for a text, without a gradient.
+
+    Raises:
+        InputError: this encoder can't be adapted.
+    """
+    objective = objective_of(labels)
+    nothing = Labelled(np.zeros((len(texts), 0)), labels, np.ones(len(texts)))
+    adaptation = Adaptation(encoder, texts, nothing, plan)
+    try:
+        ways = objective.ways(labels)
+        step = adaptation.seconds_per_step(
+            LinearHead(np.zeros((ways, encoder.width)), np.zeros(ways))
+        )
+    finally:
+        adaptation.end(keep=False)
+    most = len(objective.folds(labels, MOST_FOLDS, plan.seed))
+    folds = affordable(most, plan, step) if plan.steps else 0
+    judged = len({*JUDGED, plan.steps} & {*range(1, plan.steps + 1)})
+    seconds = (folds + 1) * plan.steps * step + judged * len(texts) * forward if folds else 0.0
+    return Forecast(folds, step, seconds)

@@ -1,0 +1,1 @@
+"""A fitted classifier in the formats of other libraries."""

@@ -1,0 +1,1 @@
+"""What users give: texts, labels and settings, checked."""

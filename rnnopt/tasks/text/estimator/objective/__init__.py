@@ -1,0 +1,1 @@
+"""What a classifier's labels ask of it: one label a text, or several."""
