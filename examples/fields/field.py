@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Options:
         episodes: the number of test tasks.
         seed: decides everything that is drawn.
         small: a run of some seconds that shows that everything works; its figures mean nothing.
+        more: the options that a field adds.
     """
 
     data: Path
@@ -57,6 +59,7 @@ class Options:
     episodes: int
     seed: int = 0
     small: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Field:
         initial: which initial values are learned as further rows, of "maml" and "reptile".
         budgets: the numbers of steps to report at.
         steps: the number of steps of meta-training.
+        settings: further functions like `task` by name, to compare on in place of `task`, such as
+            one for each number of examples.
         facts: JSON-compatible facts that the tasks depend on, beside the options.
     """
 
@@ -87,18 +92,27 @@ class Field:
     initial: Sequence[str] = ("maml",)
     budgets: Sequence[int] = (1, 5, 20)
     steps: int = 5
+    settings: Mapping[str, Callable[[str, int, bool], rnnopt.Task]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def source(self, part: str, scored: bool) -> rnnopt.TaskSource:
+    def source(self, part: str, scored: bool, setting: str = "") -> rnnopt.TaskSource:
         """The tasks of a part by number."""
+        task = self.settings[setting] if setting else self.task
         return rnnopt.TaskSource(
-            lambda number: self.task(part, number, scored),
+            lambda number: task(part, number, scored),
             self.learner,
             self.metrics if scored else None,
         )
 
 
-def command(about: str, main: Callable[[Options], None], *, meta_steps: int, episodes: int) -> int:
+def command(
+    about: str,
+    main: Callable[[Options], None],
+    *,
+    meta_steps: int,
+    episodes: int,
+    more: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> int:
     """Read the options, run a field, and tell the user what can't be used.
 
     Args:
@@ -106,6 +120,7 @@ def command(about: str, main: Callable[[Options], None], *, meta_steps: int, epi
         main: runs the field.
         meta_steps: the default of `--meta-steps`.
         episodes: the default of `--episodes`.
+        more: further options by name, each with the arguments of `argparse`'s `add_argument`.
 
     Returns:
         The exit code: 2 if the user gave something that can't be used.
@@ -117,9 +132,12 @@ def command(about: str, main: Callable[[Options], None], *, meta_steps: int, epi
     parser.add_argument("--episodes", type=int, default=episodes, help="test tasks [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--small", action="store_true", help="seconds; the figures mean nothing")
-    options = Options(**vars(parser.parse_args()))
+    for name, about_it in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **about_it)
+    found = vars(parser.parse_args())
+    found["more"] = {name: found.pop(name) for name in more}
     try:
-        main(Options(**(asdict(options) | (SMALL if options.small else {}))))
+        main(Options(**(found | (SMALL if found["small"] else {}))))
     except rnnopt.InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
@@ -153,7 +171,7 @@ def at_default(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> 
     return Baseline(lambda learner, params, lr, steps: build(list(params.values())), (0.0,))
 
 
-def honest_comparison(field: Field, options: Options) -> Compared:
+def honest_comparison(field: Field, options: Options, setting: str = "") -> Compared:
     """Compare the rules with the field's optimizers, and write table, figures and picture.
 
     The rules that ship have nothing set. The rule "field" begins with the one of two levels and is
@@ -163,6 +181,7 @@ def honest_comparison(field: Field, options: Options) -> Compared:
     Args:
         field: the field.
         options: the options of the command.
+        setting: one of the field's settings, which is added to the name of the files.
 
     Returns:
         The comparison. The output folder has its figures (``<name>.json``), its table
@@ -178,21 +197,22 @@ def honest_comparison(field: Field, options: Options) -> Compared:
         start = _start(field, options, learned, method)
         sgd = BASELINES["sgd"]
         own[method] = replace(sgd, start=start, version=fingerprint(start.values or {}))
-    with progress_bar(f"compare: {field.name}") as bar:
+    name = "-".join(filter(None, (field.name, setting)))
+    with progress_bar(f"compare: {name}") as bar:
         compared = rnnopt.compare(
             rnnopt.load_rule(shipped_rule(field.learner.initial_values.values())),
             field.learner,
-            field.source("test", True),
-            tuning=field.source("validation", True),
+            field.source("test", True, setting),
+            tuning=field.source("validation", True, setting),
             baselines=("adamw",),
             own_baselines=own,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
             tuning_episodes=1 if options.small else max(2, options.episodes // 2),
-            journal=options.output / f"{field.name}-{digest(facts)}.jsonl",
+            journal=options.output / f"{name}-{digest(facts)}.jsonl",
             progress=lambda done, planned: bar.at(done, planned),
         )
-    _write(field, options, compared)
+    _write(name, " ".join(filter(None, (field.title, setting))), options, compared)
     return compared
 
 
@@ -235,18 +255,18 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
         )
 
 
-def _write(field: Field, options: Options, compared: Compared) -> None:
-    text = f"{field.title}\n\n{compared.table('adamw', NAMES)}"
+def _write(name: str, title: str, options: Options, compared: Compared) -> None:
+    text = f"{title}\n\n{compared.table('adamw', NAMES)}"
     if options.small:
         text = f"These figures mean nothing: they are of --small.\n\n{text}"
     rule = rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))
     figures = {"options": asdict(options), "two_level": rule, **compared.figures}
-    at = options.output / field.name
+    at = options.output / name
     content = json.dumps(figures, indent=1, default=str)
-    write_atomically(at.with_suffix(".json"), content.encode())
-    write_atomically(at.with_suffix(".md"), text.encode())
+    write_atomically(at.with_name(f"{name}.json"), content.encode())
+    write_atomically(at.with_name(f"{name}.md"), text.encode())
     print(text)
     try:
-        compared.plot(at.with_suffix(".png"), field.title, NAMES)
+        compared.plot(at.with_name(f"{name}.png"), title, NAMES)
     except rnnopt.InputError as error:  # all else is done, and a picture must not cost it
         print(error, file=sys.stderr)
