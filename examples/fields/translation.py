@@ -126,7 +126,7 @@ def make_translator(training: list[dict[str, str]], options: Options) -> Transla
         chosen = [(row[source], row[language]) for row in drawn.sample(training, 2 * BATCH)]
         return model(**translator.batch(chosen, f"<{language}>")).loss
 
-    steps = 3 if options.small else 2500
+    steps = 3 if options.small else 1200
     facts = {"rows": len(training), "known": known, "steps": steps, "seed": options.seed}
     values = kept(
         options.output, "translation-model", {**facts, "config": config.to_diff_dict()},
