@@ -148,8 +148,10 @@ def make_speaker(training: list[Dialogue], options: Options) -> Speaker:
     speaker = Speaker(transformers.GPT2LMHeadModel(config).eval(), tokenizer)
     examples = [example for d in training for example in speaker.examples(d.turns)]
 
+    size = min(2 * BATCH, len(examples))
+
     def loss(drawn: random.Random) -> Tensor:
-        return speaker.model(**speaker.batch(drawn.sample(examples, 2 * BATCH))).loss
+        return speaker.model(**speaker.batch(drawn.sample(examples, size))).loss
 
     steps = 3 if options.small else 1200
     facts = {"dialogues": len(training), "steps": steps, "seed": options.seed, **options.more}
@@ -184,22 +186,17 @@ def episode(speaker: Speaker, support: list[Turns], query: list[Turns], seed: st
 
 
 def pools(options: Options) -> dict[str, list[Dialogue]]:
-    """The dialogues of each part: no topic, or no language, is in two of them."""
-    training, testing = read(options, "train"), read(options, "test")
-    known, unseen = options.more["languages"], options.more["unseen_language"]
-    topics = {part: set(options.more[f"{part}_topics"]) for part in ("unseen", "tuning")}
-    seen = [
-        d for d in training
-        if d.language in known and d.topic not in topics["unseen"] | topics["tuning"]
-    ]  # fmt: skip
+    """The dialogues of each part. No topic that is tested or tuned on is in another part."""
+    dialogues, more = [d for stem in ("train", "test") for d in read(options, stem)], options.more
+    known, unseen, tuning = more["languages"], more["unseen_topics"], more["tuning_topics"]
+    seen = [d for d in dialogues if d.language in known and d.topic not in (*unseen, *tuning)]
+    tested = [d for d in dialogues if d.topic in unseen]
     return {
         "pretrain": [d for i, d in enumerate(seen) if i % 4],
         "train": seen[::4],
-        "validation": [
-            d for d in [*training, *testing] if d.language in known and d.topic in topics["tuning"]
-        ],
-        "topic": [d for d in testing if d.language == known[0] and d.topic in topics["unseen"]],
-        "language": [d for d in testing if d.language == unseen],
+        "validation": [d for d in dialogues if d.language in known and d.topic in tuning],
+        "topic": [d for d in tested if d.language == known[0]],
+        "language": [d for d in tested if d.language == more["unseen_language"]],
     }
 
 
@@ -225,6 +222,7 @@ def main(options: Options) -> None:
     groups = {
         (part, setting): groups_of(part, found, setting, max(sizes) + QUERY)
         for part, found in pool.items()
+        if part != "pretrain"
         for setting in ("topic", "language")
     }
     speaker = make_speaker(pool["pretrain"], options)

@@ -121,9 +121,11 @@ def make_translator(training: list[dict[str, str]], options: Options) -> Transla
     model = transformers.MarianMTModel(config).eval()
     translator = Translator(model, tokenizer)
 
+    size = min(2 * BATCH, len(training))
+
     def loss(drawn: random.Random) -> Tensor:
         language = drawn.choice(known)
-        chosen = [(row[source], row[language]) for row in drawn.sample(training, 2 * BATCH)]
+        chosen = [(row[source], row[language]) for row in drawn.sample(training, size)]
         return model(**translator.batch(chosen, f"<{language}>")).loss
 
     steps = 3 if options.small else 1200
@@ -172,10 +174,11 @@ def main(options: Options) -> None:
         "validation": training[:held][held * 3 // 4 :],
     }
     for name, found in {**episodes, "val": support}.items():
-        if len(found) < max(sizes) + (QUERY if name != "val" else 0):
+        needed = max(sizes) + (QUERY if name != "val" else 0)
+        if len(found) < needed:
             raise rnnopt.InputError(
-                f"--pairs {max(sizes)}: {name} has {len(found)} rows for an episode, and needs "
-                "that many to learn from; give more rows, or lower --pairs"
+                f"--pairs {max(sizes)}: {name} has {len(found)} rows for episodes, and needs "
+                f"{needed}; give more rows, or lower --pairs"
             )
     translator = make_translator(training[held:], options)
     module = translator.model
