@@ -123,4 +123,4 @@ def test_a_dialogue_that_can_not_be_used_exits_with_2(data, exit_code, capsys, c
 def test_too_few_dialogues_exit_with_2(data, exit_code, capsys):
     words = ("--data", data, "--output", data / "out", "--dialogues", 90)
     assert exit_code(dialogue, *words) == 2
-    assert "has 20 dialogues, and an episode needs 93; choose other" in capsys.readouterr().err
+    assert "has 10 dialogues, and an episode needs 93; choose other" in capsys.readouterr().err
