@@ -249,6 +249,7 @@ def main(options: Options) -> None:
             "adamw-default": BASELINES["adamw-default"],
             "adafactor-default": at_default(torch.optim.Adafactor),
         },
+        meta_sgd=0.1,
         settings={name: functools.partial(task, name) for name in ("topic", "language")},
         facts={"dialogues": {name: len(found) for name, found in pool.items()}, **options.more},
     )

@@ -24,6 +24,7 @@ import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import BASELINES, Baseline, rule_baseline
 from rnnopt.evaluation.compare import Compared
+from rnnopt.evaluation.comparison import Direct
 from rnnopt.rules.files import TWO_LEVEL_RULE, rule_name, shipped_rule
 from rnnopt.storage.files import fingerprint, read_tensors, save_tensors, write_atomically
 from rnnopt.tasks.start import Start
@@ -32,6 +33,7 @@ NAMES = {
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
+    "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "maml": "MAML's initial values, SGD, best rate",
     "reptile": "Reptile's initial values, SGD, best rate",
@@ -82,6 +84,11 @@ class Field:
         settings: further functions like `task` by name, to compare on in place of `task`, such as
             one for each number of examples.
         facts: JSON-compatible facts that the tasks depend on, beside the options.
+        direct: methods by name that solve a task without steps of an optimizer.
+        meta_sgd: the first learning rate of `rnnopt.MetaSGD`, which is meta-trained as a further
+            row. None: there is no such row.
+        start: where every method starts, such as the output layer of a text classifier. Those with
+            learned initial values start there with these.
     """
 
     name: str
@@ -95,6 +102,9 @@ class Field:
     steps: int = 5
     settings: Mapping[str, Callable[[str, int, bool], rnnopt.Task]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    direct: Mapping[str, Direct] = field(default_factory=dict)
+    meta_sgd: float | None = None
+    start: Start = Start()  # noqa: RUF009  # immutable
 
     def source(self, part: str, scored: bool, setting: str = "") -> rnnopt.TaskSource:
         """The tasks of a part by number."""
@@ -193,7 +203,12 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
     learned = {**facts, "meta_steps": options.meta_steps, "steps": field.steps}
     own = dict(field.usual)
     own["two-level"] = rule_baseline(rnnopt.load_rule(TWO_LEVEL_RULE))
-    own["field"] = rule_baseline(_meta_trained(field, options, learned))
+    rules = {"field": rnnopt.load_rule(TWO_LEVEL_RULE)}
+    if field.meta_sgd is not None:
+        names = [name for name, _ in field.learner.trainable()]
+        rules["meta-sgd"] = rnnopt.MetaSGD(names, field.meta_sgd)
+    for method, rule in rules.items():
+        own[method] = rule_baseline(_meta_trained(field, options, learned, method, rule))
     tuned = {name: BASELINES[name] for name in ("adamw", "sgd")}
     if options.small:
         tuned = {name: replace(baseline, grid=RATES) for name, baseline in tuned.items()}
@@ -211,6 +226,8 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             tuning=field.source("validation", True, setting),
             baselines=(),
             own_baselines=own,
+            direct=field.direct,
+            start=field.start,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
             tuning_episodes=1 if options.small else max(2, options.episodes // 3),
@@ -221,13 +238,15 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
     return compared
 
 
-def _meta_trained(field: Field, options: Options, facts: Mapping[str, Any]) -> Any:
-    """The rule of two levels after meta-training on the field, kept as a rule file."""
-    rule = rnnopt.load_rule(TWO_LEVEL_RULE)
+def _meta_trained(
+    field: Field, options: Options, facts: Mapping[str, Any], method: str, rule: Any
+) -> Any:
+    """A rule after meta-training on the field, kept as a rule file."""
     about = {**facts, "from": rule_name(rule)}
-    file = options.output / f"{field.name}-rule-{digest(about)}.safetensors"
+    what = {"field": "rule"}.get(method, method)
+    file = options.output / f"{field.name}-{what}-{digest(about)}.safetensors"
     if not file.exists():
-        found = _train(field, options, "rule", rule=rule.requires_grad_(True).train())
+        found = _train(field, options, what, rule=rule.requires_grad_(True).train())
         rnnopt.save_rule(found.rule, file, about)
     return rnnopt.load_rule(file)
 
@@ -239,7 +258,7 @@ def _start(field: Field, options: Options, facts: Mapping[str, Any], method: Any
         found = _train(field, options, method, rule=rnnopt.SGD(0.1), initial=method)
         return dict(found.start.values or {})
 
-    return Start(values=kept(options.output, f"{field.name}-{method}", facts, make))
+    return replace(field.start, values=kept(options.output, f"{field.name}-{method}", facts, make))
 
 
 def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
@@ -250,11 +269,12 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
             validation=field.source("validation", False),
             steps=2 if options.small else field.steps,
             meta_steps=options.meta_steps,
-            meta_lr=1e-3,
+            meta_lr=3e-2 if what == "meta-sgd" else 1e-3,
             tasks_per_meta_step=2,
             validate_every=max(1, options.meta_steps // 5),
             validation_tasks=1 if options.small else 6,
             seed=options.seed,
+            start=field.start,
             report=lambda record: bar.at(record["meta_step"]),
             **learned,
         )

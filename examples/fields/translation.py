@@ -210,6 +210,7 @@ def main(options: Options) -> None:
             "adafactor-default": at_default(torch.optim.Adafactor),
             "adamw-default": BASELINES["adamw-default"],
         },
+        meta_sgd=0.1,
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},
         facts={"rows": [len(training), len(support), len(query)], **options.more},
     )
