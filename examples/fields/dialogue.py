@@ -216,8 +216,12 @@ def groups_of(part: str, pool: list[Dialogue], setting: str, least: int) -> list
     return found
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
+def make_field(options: Options) -> Field:
+    """Read the data, pretrain the model, and say what a task is.
+
+    Raises:
+        InputError: the data can't be used.
+    """
     pool, sizes = pools(options), options.more["dialogues"]
     groups = {
         (part, setting): groups_of(part, found, setting, max(sizes) + QUERY)
@@ -239,7 +243,7 @@ def main(options: Options) -> None:
         return episode(speaker, chosen[QUERY:], chosen[:QUERY], seed, scored)
 
     higher = rnnopt.Metric(higher_is_better=True)
-    field = Field(
+    return Field(
         "dialogue",
         "The next utterance, of",
         rnnopt.Learner(speaker.model),
@@ -253,9 +257,14 @@ def main(options: Options) -> None:
         settings={name: functools.partial(task, name) for name in ("topic", "language")},
         facts={"dialogues": {name: len(found) for name, found in pool.items()}, **options.more},
     )
+
+
+def main(options: Options) -> None:
+    """Pretrain, meta-train, compare."""
+    field = make_field(options)
     for setting in field.settings:
         honest_comparison(field, options, setting)
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=40, episodes=16, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))

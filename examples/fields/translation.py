@@ -163,8 +163,12 @@ def episode(translator: Translator, support: list[Pair], query: list[Pair], scor
     )
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
+def make_field(options: Options) -> Field:
+    """Read the data, pretrain the model, and say what a task is.
+
+    Raises:
+        InputError: the data can't be used.
+    """
     training, support, query = (read(options, stem) for stem in ("train", "val", "test"))
     source, known, unseen = (options.more[name] for name in ("source", "known", "unseen"))
     sizes = options.more["pairs"]
@@ -200,7 +204,7 @@ def main(options: Options) -> None:
         return episode(translator, first, second, scored)
 
     higher = rnnopt.Metric(higher_is_better=True)
-    field = Field(
+    return Field(
         "translation",
         f"Translation from {source} to {unseen}, which was never seen.",
         rnnopt.Learner(module, trains=trains),
@@ -214,9 +218,14 @@ def main(options: Options) -> None:
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},
         facts={"rows": [len(training), len(support), len(query)], **options.more},
     )
+
+
+def main(options: Options) -> None:
+    """Pretrain, meta-train, compare."""
+    field = make_field(options)
     for setting in field.settings:
         honest_comparison(field, options, setting)
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=40, episodes=16, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))
