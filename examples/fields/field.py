@@ -33,6 +33,7 @@ NAMES = {
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
+    "joint": "rule of two levels, meta-trained on other fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "maml": "MAML's initial values, SGD, best rate",
