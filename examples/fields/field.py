@@ -30,12 +30,14 @@ from rnnopt.storage.files import fingerprint, read_tensors, save_tensors, write_
 from rnnopt.tasks.start import Start
 
 NAMES = {
+    "none": "not adapted",
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
     "joint": "rule of two levels, meta-trained on other fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
+    "adam-default": "Adam, default rate",
     "maml": "MAML's initial values, SGD, best rate",
     "reptile": "Reptile's initial values, SGD, best rate",
 }
@@ -181,6 +183,11 @@ def digest(facts: Mapping[str, Any]) -> str:
 def at_default(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Baseline:
     """An optimizer with its default settings, as a row of the table."""
     return Baseline(lambda learner, params, lr, steps: build(list(params.values())), (0.0,))
+
+
+def unadapted(learner: rnnopt.Learner, task: rnnopt.Task) -> dict[str, float]:
+    """The figures without any step, as a direct method of a field."""
+    return task.scores(learner.module)
 
 
 def honest_comparison(field: Field, options: Options, setting: str = "") -> Compared:
