@@ -224,6 +224,7 @@ def make_field(options: Options) -> Field:
         },
         direct={"none": unadapted},
         meta_sgd=0.1,
+        slower=4,
         settings={name: functools.partial(task, name) for name in ("topic", "language")},
         facts={"dialogues": {name: len(found) for name, found in pool.items()}, **options.more},
     )

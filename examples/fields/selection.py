@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from pathlib import Path
 
 import dialogue
 import torch
@@ -29,10 +28,11 @@ from torch.nn.functional import cross_entropy, normalize
 import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import BASELINES
+from rnnopt.tasks.text.encoder.loading import silence
 
 MORE = {
     **dialogue.MORE,
-    "encoder": {"required": True, "type": Path, "help": "a folder of transformers' own"},
+    "encoder": {"required": True, "help": "a folder of transformers' own"},
 }
 RANK, LONGEST, BATCH = 32, 64, 32  # of the towers; tokens of a text; utterances a step
 EACH = 1  # utterances of a dialogue that are used
@@ -74,11 +74,12 @@ def pairs_of(turns: list[str]) -> list[Pair]:
 
 
 @torch.no_grad()
-def encode(texts: list[str], encoder: Path) -> Tensor:
+def encode(texts: list[str], encoder: str) -> Tensor:
     """Mean-pooled vectors of texts, (N, D)."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
-        model = transformers.AutoModel.from_pretrained(encoder).eval()
+        with silence():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+            model = transformers.AutoModel.from_pretrained(encoder).eval()
     except (OSError, ValueError) as error:
         raise rnnopt.InputError(
             f"--encoder {encoder}: is no encoder of transformers ({str(error).splitlines()[0]}); "
@@ -106,7 +107,7 @@ def vectors_of(pool: dict[str, list[Dialogue]], options: Options) -> dict[str, T
         {t for part in pool.values() for d in part for p in pairs_of(d.turns) for t in p}
     )
     encoder = options.more["encoder"]
-    facts = {"texts": texts, "encoder": str(encoder)}
+    facts = {"texts": texts, "encoder": encoder}
     made = kept(options.output, "selection-vectors", facts, lambda: {"x": encode(texts, encoder)})
     return dict(zip(texts, made["x"]))
 
@@ -191,6 +192,7 @@ def make_field(options: Options) -> Field:
         },
         direct={"none": unadapted},
         meta_sgd=0.1,
+        slower=2,
         settings={name: functools.partial(task, name) for name in ("topic", "language")},
         facts={"pairs": len(known), **options.more},
     )
@@ -204,4 +206,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=100, episodes=40, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=60, episodes=24, more=MORE))

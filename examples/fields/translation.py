@@ -38,7 +38,7 @@ MORE = {
 WIDTH, LAYERS, TOKENS, LONGEST = 96, 2, 2000, 56  # of the model; LONGEST in tokens
 BATCH = 32  # pairs a step
 TRAINED = (16, 32, 64, 128)  # pairs of the episodes of meta-training
-QUERY = 24  # pairs that judge
+QUERY = 16  # pairs that judge
 HELD_OUT = 0.2  # share of the training pairs that episodes have to themselves
 UNSEEN = "<unseen>"  # the tag of the language to adapt to
 
@@ -217,6 +217,7 @@ def make_field(options: Options) -> Field:
         },
         direct={"none": unadapted},
         meta_sgd=0.1,
+        slower=3,
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},
         facts={
             "rows": [len(training), len(support), len(query)],
@@ -233,4 +234,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=20, episodes=10, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=24, episodes=8, more=MORE))
