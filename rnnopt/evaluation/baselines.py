@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
+from rnnopt.rules.files import rule_name
+from rnnopt.rules.protocol import UpdateRule
 from rnnopt.tasks.kinds import tensor_kinds
 from rnnopt.tasks.protocol import Learner
+from rnnopt.tasks.start import Start, rule_optimizer
 
 # (learner at its starting values, parameters to step by name, learning rate, number of steps)
 # -> optimizer
@@ -35,17 +38,37 @@ class Baseline:
         package: the package that it needs beside torch.
         scheduled: whether its learning rate depends on the number of steps of a run. Every budget
             then needs a run of its own.
+        start: where it starts on a task, such as initial values that MAML learned. None: where
+            every method starts. The same parameters are stepped in either case.
+        version: distinguishes it from others of its name in a journal, such as a fingerprint of
+            the weights of a rule.
     """
 
     build: Build
     grid: tuple[float, ...]
     package: str | None = None
     scheduled: bool = False
+    start: Start | None = None
+    version: str = ""
 
     @property
     def tuned(self) -> bool:
         """Whether the comparison chooses its learning rate."""
         return len(self.grid) > 1
+
+
+def rule_baseline(rule: UpdateRule, start: Start | None = None) -> Baseline:
+    """Another rule as a row of a comparison: with nothing to tune, like the rule that is compared.
+
+    Args:
+        rule: the rule.
+        start: see `Baseline`.
+    """
+
+    def build(learner: Learner, params: Params, lr: float, steps: int) -> torch.optim.Optimizer:
+        return rule_optimizer(params, rule, lr)
+
+    return Baseline(build, (1.0,), start=start, version=rule_name(rule))
 
 
 class Together(torch.optim.Optimizer):

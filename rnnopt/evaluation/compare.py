@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-from torch import nn
 
 from rnnopt.errors import InputError
 from rnnopt.evaluation.baselines import Baseline
 from rnnopt.evaluation.comparison import Comparison, Direct
 from rnnopt.evaluation.journal import Journal
-from rnnopt.evaluation.report.tables import comparison_table
-from rnnopt.rules.files import can_be_saved, rule_fingerprint
+from rnnopt.evaluation.report.tables import comparison_table, paired
+from rnnopt.rules.files import rule_name
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.storage.files import fingerprint
 from rnnopt.tasks.protocol import (
@@ -40,9 +40,56 @@ class Compared:
     figures: dict[str, Any]
     metrics: Sequence[str] = ("loss",)
 
-    def table(self) -> str:
-        """The figures as Markdown, a table for each metric, with 95 % intervals."""
-        return comparison_table(self.figures, self.metrics)
+    def table(
+        self, reference: str | None = None, names: Mapping[str, str] = MappingProxyType({})
+    ) -> str:
+        """The figures as Markdown, a table for each metric, with 95 % intervals.
+
+        Args:
+            reference: the method that the paired differences are from, each method minus this one.
+                None: the rule minus each other method.
+            names: what to call methods in the table, such as ``{"learned": "shipped rule"}``.
+
+        Raises:
+            InputError: there is no method of the name `reference`.
+        """
+        return comparison_table(self.figures, self.metrics, reference, names)
+
+    def paired(self, method: str, reference: str) -> dict[str, Any]:
+        """The differences of two methods on the same episodes.
+
+        Args:
+            method: the name of one method.
+            reference: the name of the other.
+
+        Returns:
+            ``{metric: {budget: {"mean", "ci95"}}}``, the method minus the reference.
+
+        Raises:
+            InputError: there is no method of such a name.
+        """
+        return paired(self.figures, method, reference)
+
+    def plot(
+        self, path: str | Path, title: str = "", names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Draw every metric of every method against steps into a PNG file; needs matplotlib.
+
+        Args:
+            path: the file.
+            title: above the figure.
+            names: what to call methods.
+
+        Raises:
+            InputError: matplotlib is not installed, or the file can't be written.
+        """
+        try:
+            from rnnopt.evaluation.report.plot import plot_comparison
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"a picture needs {error.name}, which is not installed: pip install 'rnnopt[meta]'"
+            ) from error
+        plot_comparison(self.figures, title, Path(path), self.metrics, names)
 
 
 def compare(
@@ -60,6 +107,7 @@ def compare(
     start: Start = Start(),  # noqa: B008  # immutable
     journal: str | Path | None = None,
     tick: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, planned: None,
 ) -> Compared:
     """Compare a rule with tuned baselines on the same tasks, from the same initial values.
 
@@ -74,7 +122,8 @@ def compare(
             from number 0 on if `tuning` is given.
         tuning: the tasks to tune the baselines on. None: those of `tasks` from `VALIDATION_TASKS`.
         baselines: names in `rnnopt.evaluation.baselines.BASELINES`.
-        own_baselines: further optimizers by name.
+        own_baselines: further optimizers by name. `rnnopt.evaluation.baselines.rule_baseline` makes
+            one of another rule, and `Baseline.start` gives one initial values of its own.
         direct: methods by name that solve a task without steps of an optimizer.
         budgets: the numbers of steps to report at, each at least 1.
         episodes: the number of tasks to report on, at least 2.
@@ -83,6 +132,8 @@ def compare(
         journal: a file that keeps finished runs, so that a comparison that was stopped can go on;
             use another file where the tasks or `own_baselines` change.
         tick: called after each run with its name.
+        progress: called after each run with the number of runs that are done, and of those that
+            are planned, which falls when learning rates have been chosen.
 
     Raises:
         InputError: a baseline does not exist or is not installed, a number is out of range, or the
@@ -94,12 +145,19 @@ def compare(
     else:
         tuned = as_source(tuning, learner, VALIDATION_TASKS)
         report = as_source(tasks, learner, TEST_TASKS)
-    _check_start(start, learner)
+    for given in (start, *(own.start for own in (own_baselines or {}).values())):
+        _check_start(given or start, learner)
+    runs = itertools.count(1)
+
+    def tell(name: str) -> None:
+        tick(name)
+        progress(next(runs), comparison.planned)
+
     comparison = Comparison(
-        learner, rule, _rule_name(rule), tuned, report, budgets,
+        learner, rule, rule_name(rule), tuned, report, budgets,
         list(dict.fromkeys([*baselines, *(own_baselines or {}), *(direct or {})])),
         None if journal is None else Journal(Path(journal), _facts(learner, start)),
-        tick, start, own_baselines=own_baselines, direct=direct,
+        tell, start, own_baselines=own_baselines, direct=direct,
     )  # fmt: skip
     figures = comparison.run(episodes, tuning_episodes)
     learner.begin(report.load(0), 0)
@@ -114,15 +172,6 @@ def _check_start(start: Start, learner: Learner) -> None:
                 f"start has a value for {name!r}, which is none of this learner's initial values; "
                 "take the start that was meta-trained with this learner"
             )
-
-
-def _rule_name(rule: UpdateRule) -> str:
-    """A name that differs between rules of other weights."""
-    if can_be_saved(rule):
-        about = rule_fingerprint(rule)  # type: ignore[arg-type]  # one of the kinds of a rule file
-    else:
-        about = fingerprint(rule.state_dict()) if isinstance(rule, nn.Module) else repr(rule)
-    return f"{type(rule).__name__} {about}"
 
 
 def _facts(learner: Learner, start: Start) -> dict[str, Any]:

@@ -260,7 +260,7 @@ class Comparison:
             return Adaptation({0: score}, time.perf_counter() - started)
 
         runs = [
-            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, solve)
+            self._run(f"{name} report {number}", number, self.report, _NO_STEPS, solve, self.start)
             for number in range(episodes)
         ]
         found = self._values(runs, _NO_STEPS)
@@ -282,13 +282,16 @@ class Comparison:
             self.report,
             self.budgets,
             lambda: self.start.optimizer(self.learner, self.rule),
+            self.start,
         )
 
     def _baseline(
         self, name: str, lr: float, number: int, source: TaskSource, budgets: Sequence[int]
     ) -> Adaptation:
         part = "tuning" if source is self.tuning else "report"
-        run, baseline = f"{name} {lr:g} {part} {number}", self._table[name]
+        baseline = self._table[name]
+        known = " ".join(filter(None, (name, baseline.version)))
+        run, start = f"{known} {lr:g} {part} {number}", baseline.start or self.start
 
         def adapt(run: str, budgets: Sequence[int]) -> Adaptation:
             steps = max(budgets)
@@ -298,6 +301,7 @@ class Comparison:
                 source,
                 budgets,
                 lambda: baseline.build(self.learner, self.start.params(self.learner), lr, steps),
+                start,
             )
 
         if not baseline.scheduled:
@@ -313,8 +317,9 @@ class Comparison:
         source: TaskSource,
         budgets: Sequence[int],
         build: Callable[[], torch.optim.Optimizer],
+        start: Start,
     ) -> Adaptation:
-        """Run one optimizer on one task."""
+        """Run one optimizer on one task, from where it starts."""
 
         def adapt(task: Task) -> Adaptation:
             done = adapt_and_judge(self.learner, build(), task, budgets)
@@ -322,13 +327,7 @@ class Comparison:
                 source.check_scores(scores)
             return done
 
-        return self._run(
-            run,
-            number,
-            source,
-            budgets,
-            adapt,
-        )
+        return self._run(run, number, source, budgets, adapt, start)
 
     def _run(
         self,
@@ -337,13 +336,14 @@ class Comparison:
         source: TaskSource,
         budgets: Sequence[int],
         method: Callable[[Task], Adaptation],
+        start: Start,
     ) -> Adaptation:
         """Run one method on one task, from the starting values of that task."""
 
         def begin() -> Adaptation:
             task = source.load(number)
             heads = _TUNING_HEADS if source is self.tuning else _REPORT_HEADS
-            self.start.begin(self.learner, task, heads + number)
+            start.begin(self.learner, task, heads + number)
             return method(task)
 
         done = begin() if self.journal is None else self.journal.run(run, budgets, begin)

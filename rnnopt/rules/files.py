@@ -7,17 +7,17 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.rules.classical import SGD, Adam
 from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
 from rnnopt.rules.two_level import TwoLevelLSTM
-from rnnopt.storage.files import read_tensors, save_tensors
+from rnnopt.storage.files import fingerprint, read_tensors, save_tensors
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
@@ -131,6 +131,15 @@ def rule_fingerprint(rule: SavedRule) -> str:
         exact = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype  # numpy has none
         digest.update(weight.detach().to("cpu", exact).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def rule_name(rule: object) -> str:
+    """The kind of a rule and a fingerprint, which differs between rules of other weights."""
+    if can_be_saved(rule):
+        about = rule_fingerprint(cast(SavedRule, rule))
+    else:
+        about = fingerprint(rule.state_dict()) if isinstance(rule, nn.Module) else repr(rule)
+    return f"{type(rule).__name__} {about}"
 
 
 def rule_path(path: str | os.PathLike[str]) -> Path:

@@ -21,6 +21,25 @@ Adapted = Literal["all", "head"]
 VALUES_FILE = "values.safetensors"
 
 
+def rule_optimizer(
+    params: Mapping[str, nn.Parameter], rule: UpdateRule, lr: float = 1.0
+) -> LearnedOptimizer:
+    """The optimizer that steps parameters by a rule.
+
+    Args:
+        params: the parameters by name.
+        rule: the rule.
+        lr: the factor that multiplies the rule's steps, dimensionless.
+
+    Raises:
+        InputError: a `MetaSGD` was made for other parameters.
+    """
+    optimizer = LearnedOptimizer(list(params.values()), rule, lr=lr)
+    if isinstance(rule, MetaSGD):
+        rule.assign(optimizer, dict(params))
+    return optimizer
+
+
 @dataclass(frozen=True)
 class Start:
     """How adaptation starts on every task of a run.
@@ -78,11 +97,7 @@ class Start:
         Raises:
             InputError: a `MetaSGD` was made for other parameters, or there is no head to adapt.
         """
-        params = self.params(learner)
-        optimizer = LearnedOptimizer(list(params.values()), rule, lr=lr)
-        if isinstance(rule, MetaSGD):
-            rule.assign(optimizer, params)
-        return optimizer
+        return rule_optimizer(self.params(learner), rule, lr)
 
     def params(self, learner: Learner) -> dict[str, nn.Parameter]:
         """The parameters that are stepped, by name.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from rnnopt import SGD, InputError, Learner, Metric, Task, TaskSource, compare
-from rnnopt.evaluation.baselines import Baseline
+from rnnopt.evaluation.baselines import Baseline, rule_baseline
 from rnnopt.tasks.protocol import TEST_TASKS, VALIDATION_TASKS
 from rnnopt.tasks.start import Start
 
@@ -159,3 +159,63 @@ def test_a_mistake_is_named_with_its_remedy(options, message):
     options = {"tasks": line, **SMALL, **options}
     with pytest.raises(InputError, match=message):
         compare(SGD(0.1), Learner(net()), **options)
+
+
+def test_another_rule_is_a_row_that_a_journal_knows_by_its_weights(tmp_path):
+    found = [
+        compare(
+            SGD(0.1), Learner(net()), line, baselines=(),
+            own_baselines={"rule": rule_baseline(SGD(lr))}, journal=tmp_path / "runs", **SMALL,
+        ).figures["values"]
+        for lr in (0.1, 0.2)
+    ]  # fmt: skip
+    assert found[0]["rule"] == found[0]["learned"] == found[1]["learned"] != found[1]["rule"]
+
+
+def test_a_baseline_may_start_elsewhere():
+    learner = Learner(net())
+    nothing = {name: 0 * value for name, value in learner.initial_values.items()}
+    own = {
+        "pretrained": rule_baseline(SGD(0.0)),
+        "nothing": rule_baseline(SGD(0.0), Start(values=nothing)),
+    }
+    result = compare(SGD(0.0), learner, line, baselines=(), own_baselines=own, **SMALL)
+    values = {name: of["loss"]["2"] for name, of in result.figures["values"].items()}
+    slopes = [1 + (TEST_TASKS + number) % 5 for number in range(3)]
+    assert values["learned"] == values["pretrained"]
+    assert values["nothing"] == pytest.approx(
+        [float((slope * X).square().mean()) for slope in slopes]
+    )
+    own = {"x": rule_baseline(SGD(0.0), Start(values={"x": X}))}
+    with pytest.raises(InputError, match="start has a value for 'x'"):
+        compare(SGD(0.0), learner, line, own_baselines=own, **SMALL)
+
+
+def test_the_differences_are_from_the_method_that_is_named():
+    result = compare(SGD(0.1), Learner(net()), line, **SMALL)
+    table = result.table("adamw", {"learned": "mine", "adamw": "Adam"})
+    assert re.findall(r"^\| (\S.*?) \|", table, re.M) == [
+        "loss after", "mine", "Adam", "sgd", "*mine - Adam, paired*", "*sgd - Adam, paired*",
+    ]  # fmt: skip
+    there, back = result.paired("sgd", "learned"), result.figures["paired"]["sgd"]
+    assert there["loss"]["2"]["mean"] == -back["loss"]["2"]["mean"]
+    with pytest.raises(InputError, match="'x' is no method of this comparison; choose from learn"):
+        result.table("x")
+
+
+def test_progress_ends_with_all_runs_that_are_planned():
+    seen = []
+    compare(SGD(0.1), Learner(net()), line, progress=lambda *at: seen.append(at), **SMALL)
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_any_metric_is_drawn(tmp_path):
+    def measured(number):
+        return line(number, lambda module: {"size": module[0].weight.detach().norm()})
+
+    learner = Learner(net())
+    source = TaskSource(measured, learner, {"size": Metric()})
+    result = compare(SGD(0.1), learner, source, baselines=(), **SMALL)
+    result.plot(tmp_path / "lines.png", "Lines", {"learned": "mine"})
+    assert (tmp_path / "lines.png").stat().st_size > 0

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -71,24 +72,33 @@ def plot_learning(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         _write(figure, path)
 
 
-def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
-    """Plot accuracy and query loss of every method against steps, with 95 % intervals as bands.
+def plot_comparison(
+    result: Mapping[str, Any],
+    title: str,
+    path: Path,
+    metrics: Sequence[str] = ("accuracy", "loss"),
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Plot the metrics of every method against steps, with 95 % intervals as bands.
 
     Args:
         result: what `rnnopt.evaluation.comparison.Comparison.run` returned.
         title: above the figure.
         path: the PNG file to write.
+        metrics: the metrics to draw, one panel each.
+        names: what to call methods.
     """
-    methods = result["methods"]
+    methods, columns = result["methods"], len(metrics)
     with plt.rc_context(STYLE):
-        figure, panels = _panels(2, 2, height=max(HEIGHT, 0.7 + 0.13 * len(methods)))
-        for axes, metric in zip(panels, ("accuracy", "loss")):
-            ends = _compared(axes, methods, metric)
+        height = max(HEIGHT, 0.7 + 0.13 * len(methods))
+        figure, panels = _panels(columns, columns, height=height)
+        for axes, metric in zip(panels, metrics):
+            ends = _compared(axes, methods, metric, names)
             marks = sorted({int(b) for method in methods.values() for b in method[metric]})
             axes.set_xscale("log")
             axes.set_xticks(marks, [str(b) for b in marks])
             axes.minorticks_off()
-            axes.set(xlabel="steps", ylabel=_AXIS[metric])
+            axes.set(xlabel="steps", ylabel=_AXIS.get(metric, metric))
             if metric == "accuracy":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
             _name_lines(figure, axes, ends)
@@ -101,7 +111,9 @@ def plot_comparison(result: Mapping[str, Any], title: str, path: Path) -> None:
         _write(figure, path)
 
 
-def _compared(axes: Axes, methods: Mapping[str, Any], metric: str) -> Ends:
+def _compared(
+    axes: Axes, methods: Mapping[str, Any], metric: str, names: Mapping[str, str]
+) -> Ends:
     ends: Ends = []
     stepping = 1
     top = max(cell["mean"] for method in methods.values() for cell in method[metric].values())
@@ -122,7 +134,7 @@ def _compared(axes: Axes, methods: Mapping[str, Any], metric: str) -> Ends:
         axes.fill_between(budgets, below, mean + half, color=look["color"], alpha=BAND, linewidth=0)
         if len(budgets) == 1:  # a band has no width there
             axes.vlines(budgets, below, mean + half, color=look["color"], linewidth=0.8)
-        shown = f"{name}*" if "tuned" in method else name
+        shown = names.get(name, name) + ("*" if "tuned" in method else "")
         ends.append((budgets[-1], float(mean[-1]), shown, look["color"]))
     if logarithmic:
         axes.set_yscale("log")

@@ -6,12 +6,15 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rnnopt.data.corpus import listed
 from rnnopt.data.splits import PART_NAMES
+from rnnopt.errors import InputError
+from rnnopt.evaluation.statistics import difference, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,25 +104,41 @@ def confusion_text(labels: Sequence[str], matrix: np.ndarray) -> str:
 
 
 def comparison_table(
-    result: Mapping[str, Any], metrics: Sequence[str] = ("accuracy", "loss")
+    result: Mapping[str, Any],
+    metrics: Sequence[str] = ("accuracy", "loss"),
+    reference: str | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The metrics of every method at every number of steps, and the paired differences.
 
     Args:
         result: what `rnnopt.evaluation.comparison.Comparison.run` returned.
         metrics: the metrics to show, if the result has them.
+        reference: the differences are each method minus this one. None: learned minus each.
+        names: what to call methods.
 
     Returns:
         Markdown: a table for each metric, means with the half-widths of their 95 % intervals.
+
+    Raises:
+        InputError: there is no method of the name `reference`.
     """
-    parts = []
-    first = next(iter(result["methods"].values()))
+    methods, parts = result["methods"], []
+
+    def called(name: str) -> str:
+        return names.get(name, name)
+
+    if reference:
+        pairs = [(name, reference) for name in methods if name != reference]
+    else:
+        pairs = [("learned", name) for name in result["paired"]]
+    first = next(iter(methods.values()))
     for metric in [name for name in metrics if name in first]:
-        rows = {name: of[metric] for name, of in result["methods"].items() if metric in of}
-        for name, difference in result["paired"].items():
-            if metric not in difference:
-                continue
-            rows[f"*learned - {name}, paired*"] = difference[metric]
+        rows = {called(name): of[metric] for name, of in methods.items() if metric in of}
+        for left, right in pairs:
+            found = paired(result, left, right) if reference else result["paired"][right]
+            if metric in found:
+                rows[f"*{called(left)} - {called(right)}, paired*"] = found[metric]
         budgets = sorted({int(b) for row in rows.values() for b in row})
         cells = [
             [name, *(_with_interval(row.get(str(b)), name.startswith("*")) for b in budgets)]
@@ -128,10 +147,40 @@ def comparison_table(
         lines = [" | ".join(row) for row in ([f"{metric} after", *map(str, budgets)], *cells)]
         lines = [f"| {line} |" for line in lines]
         parts.append("\n".join([lines[0], "|---|" + "---:|" * len(budgets), *lines[1:]]))
-    undone = result["methods"]["learned"].get("undone", 0)
+    undone = methods["learned"].get("undone", 0)
     if undone:
         parts.append(f"Steps of the rule that its guard took back, in all episodes: {undone}.")
     return "\n\n".join(parts) + "\n"
+
+
+def paired(result: Mapping[str, Any], method: str, reference: str) -> dict[str, Any]:
+    """The differences of two methods of a comparison on the same episodes.
+
+    Args:
+        result: see `comparison_table`.
+        method: the name of one method.
+        reference: the name of the other.
+
+    Returns:
+        ``{metric: {budget: {"mean", "ci95"}}}``, the method minus the reference.
+
+    Raises:
+        InputError: there is no method of such a name.
+    """
+    for name in (method, reference):
+        if name not in result["values"]:
+            raise InputError(
+                f"{name!r} is no method of this comparison; choose from "
+                f"{', '.join(result['values'])}"
+            )
+    ours, theirs = (
+        {
+            metric: {int(budget): np.array(column) for budget, column in by_budget.items()}
+            for metric, by_budget in result["values"][name].items()
+        }
+        for name in (method, reference)
+    )
+    return summary(difference(ours, theirs))
 
 
 def _with_interval(cell: Mapping[str, float] | None, signed: bool) -> str:
