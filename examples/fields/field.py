@@ -24,6 +24,7 @@ import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import BASELINES, Baseline, rule_baseline
 from rnnopt.evaluation.compare import Compared
+from rnnopt.evaluation.comparison import Direct
 from rnnopt.rules.files import TWO_LEVEL_RULE, rule_name, shipped_rule
 from rnnopt.storage.files import fingerprint, read_tensors, save_tensors, write_atomically
 from rnnopt.tasks.start import Start
@@ -32,6 +33,7 @@ NAMES = {
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
+    "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "maml": "MAML's initial values, SGD, best rate",
     "reptile": "Reptile's initial values, SGD, best rate",
@@ -81,6 +83,9 @@ class Field:
         settings: further functions like `task` by name, to compare on in place of `task`, such as
             one for each number of examples.
         facts: JSON-compatible facts that the tasks depend on, beside the options.
+        direct: methods by name that solve a task without steps of an optimizer.
+        meta_sgd: the first learning rate of `rnnopt.MetaSGD`, which is meta-trained as a further
+            row. None: there is no such row.
     """
 
     name: str
@@ -94,6 +99,8 @@ class Field:
     steps: int = 5
     settings: Mapping[str, Callable[[str, int, bool], rnnopt.Task]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    direct: Mapping[str, Direct] = field(default_factory=dict)
+    meta_sgd: float | None = None
 
     def source(self, part: str, scored: bool, setting: str = "") -> rnnopt.TaskSource:
         """The tasks of a part by number."""
@@ -192,7 +199,12 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
     learned = {**facts, "meta_steps": options.meta_steps, "steps": field.steps}
     own = dict(field.usual)
     own["two-level"] = rule_baseline(rnnopt.load_rule(TWO_LEVEL_RULE))
-    own["field"] = rule_baseline(_meta_trained(field, options, learned))
+    rules = {"field": rnnopt.load_rule(TWO_LEVEL_RULE)}
+    if field.meta_sgd is not None:
+        names = [name for name, _ in field.learner.trainable()]
+        rules["meta-sgd"] = rnnopt.MetaSGD(names, field.meta_sgd)
+    for method, rule in rules.items():
+        own[method] = rule_baseline(_meta_trained(field, options, learned, method, rule))
     for method in field.initial:
         start = _start(field, options, learned, method)
         sgd = BASELINES["sgd"]
@@ -206,6 +218,7 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             tuning=field.source("validation", True, setting),
             baselines=("adamw",),
             own_baselines=own,
+            direct=field.direct,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
             tuning_episodes=1 if options.small else max(2, options.episodes // 2),
@@ -216,13 +229,15 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
     return compared
 
 
-def _meta_trained(field: Field, options: Options, facts: Mapping[str, Any]) -> Any:
-    """The rule of two levels after meta-training on the field, kept as a rule file."""
-    rule = rnnopt.load_rule(TWO_LEVEL_RULE)
+def _meta_trained(
+    field: Field, options: Options, facts: Mapping[str, Any], method: str, rule: Any
+) -> Any:
+    """A rule after meta-training on the field, kept as a rule file."""
     about = {**facts, "from": rule_name(rule)}
-    file = options.output / f"{field.name}-rule-{digest(about)}.safetensors"
+    what = {"field": "rule"}.get(method, method)
+    file = options.output / f"{field.name}-{what}-{digest(about)}.safetensors"
     if not file.exists():
-        found = _train(field, options, "rule", rule=rule.requires_grad_(True).train())
+        found = _train(field, options, what, rule=rule.requires_grad_(True).train())
         rnnopt.save_rule(found.rule, file, about)
     return rnnopt.load_rule(file)
 
@@ -245,7 +260,7 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
             validation=field.source("validation", False),
             steps=2 if options.small else field.steps,
             meta_steps=options.meta_steps,
-            meta_lr=1e-3,
+            meta_lr=3e-2 if what == "meta-sgd" else 1e-3,
             tasks_per_meta_step=2,
             validate_every=max(1, options.meta_steps // 5),
             validation_tasks=2 if options.small else 6,

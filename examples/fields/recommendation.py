@@ -120,8 +120,14 @@ class User(nn.Module):
 
 
 def factorise(
-    users: np.ndarray, items: np.ndarray, ratings: np.ndarray, count: int, factors: int,
-    penalty: float = 10.0, rounds: int = 10, tick: Callable[[], None] = lambda: None,
+    users: np.ndarray,
+    items: np.ndarray,
+    ratings: np.ndarray,
+    count: int,
+    factors: int,
+    penalty: float = 10.0,
+    rounds: int = 10,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Biases (N,), vectors (N, D) and the mean user vector (D,), by alternating least squares.
 

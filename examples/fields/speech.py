@@ -1,29 +1,34 @@
 """Spoken words of a speaker who has not been heard, or words that have not been heard.
 
-    python examples/fields/speech.py --data DATA/spoken_digits/recordings.zip
+    python examples/fields/speech.py --data spoken_digits/recordings.zip --output out
 
 The recordings are a folder or a zip file of mono 16-bit WAV files of one sampling rate, named
-WORD_SPEAKER_NUMBER.wav. Two speakers are for the report, one is for choosing learning rates, and
-the others are for pretraining and meta-training. A small convolutional network on log-mel features
-is pretrained on those others. With --unheard words the last three words are left out of all
-training, and an episode is to tell them apart.
+WORD_SPEAKER_NUMBER.wav. In the order of their names, two speakers are for the report, one is for
+choosing learning rates, and the others are for training. A small convolutional network on log-mel
+features is pretrained on the training speakers. In meta-training a speaker must be new to the
+network, too: each training speaker has one that was pretrained on the others.
 
-In meta-training a speaker must be new as well. Each training speaker therefore has a network of his
-own that was pretrained on the others.
+The second comparison is of words: the last three are for the report, three are for choosing
+learning rates, and the network is pretrained and rules are meta-trained on the others.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import random
+import sys
 import wave
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from field import Field, Options, at_default, command, honest_comparison, kept
+from language import pretrain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -31,7 +36,18 @@ import rnnopt
 
 MELS, WINDOW, HOP = 40, 0.032, 0.016  # bands; seconds
 FRAMES = 40  # the first 0.64 s of a recording
-Recordings = dict[tuple[str, str], Tensor]  # (speaker, word) -> (recordings, MELS, FRAMES)
+SHOTS = (1, 5)  # recordings of each word to adapt to
+QUERY = 10  # and to be judged by
+WAYS = 3  # words of an episode with --unheard words
+MORE = {
+    "rate": {"default": 8000, "type": int, "help": "samples a second [%(default)s]"},
+    "test_speakers": {"default": 2, "type": int, "help": "speakers of the report [%(default)s]"},
+    "unheard": {
+        "default": ["speaker", "words"], "nargs": "+", "choices": ["speaker", "words"],
+        "help": "what an episode has that was not heard, one or both [both]",
+    },
+}  # fmt: skip
+Recordings = dict[tuple[str, str], list[Tensor]]  # (speaker, word) -> (MELS, FRAMES) each
 
 
 def wav_files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -92,7 +108,7 @@ def log_mel(sound: Tensor, rate: int) -> Tensor:
 
 def read_recordings(path: Path, rate: int) -> Recordings:
     """All recordings of a folder or zip file as features."""
-    found: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    found: Recordings = defaultdict(list)
     for name, content in wav_files(path):
         parts = name.removesuffix(".wav").split("_")
         if len(parts) != 3:
@@ -101,7 +117,9 @@ def read_recordings(path: Path, rate: int) -> Recordings:
                 "seven_anna_0.wav; rename it"
             )
         found[parts[1], parts[0]].append(log_mel(samples(name, content, rate), rate))
-    return {key: torch.stack(list_) for key, list_ in found.items()}
+    if not found:
+        raise rnnopt.InputError(f"{path} holds no .wav file; name a folder or zip file that does")
+    return found
 
 
 class KeywordNet(nn.Module):
@@ -120,3 +138,164 @@ class KeywordNet(nn.Module):
         """Logits (B, words) of features (B, MELS, FRAMES)."""
         hidden = self.body(mel)
         return self.head(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
+
+
+class FromTask(rnnopt.Learner):
+    """A network whose initial values are those that a task brings, if it brings any."""
+
+    @torch.no_grad()
+    def begin(self, task: rnnopt.Task, seed: int) -> None:
+        """Put the network where the task starts."""
+        super().begin(task, seed)
+        for name, param in self.trainable():
+            param.copy_(task.start.get(name, param))
+
+
+class Episode(rnnopt.Task):
+    """Some recordings of a speaker to adapt to, others to be judged by, and where to start."""
+
+    def __init__(
+        self, recordings: Recordings, speaker: str, words: Sequence[str], shots: int,
+        drawn: random.Random, scored: bool, start: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.start = start
+        rows = [drawn.sample(recordings[speaker, word], shots + QUERY) for word in words]
+        seen, asked = (
+            torch.stack([mel for row in rows for mel in row[part]])
+            for part in (slice(shots), slice(shots, None))
+        )
+        (seen_as, asked_as) = (
+            torch.arange(len(words)).repeat_interleave(n) for n in (shots, QUERY)
+        )
+
+        def metrics(net: nn.Module) -> dict[str, float]:
+            return {"accuracy": float((net(asked).argmax(dim=1) == asked_as).float().mean())}
+
+        super().__init__(
+            lambda net, step: cross_entropy(net(seen), seen_as),
+            lambda net, step: cross_entropy(net(asked), asked_as),
+            metrics if scored else None,
+            loss_unit=math.log(len(words)),
+        )
+
+
+def pretrained(
+    recordings: Recordings, speakers: Sequence[str], words: Sequence[str], options: Options
+) -> dict[str, Tensor]:
+    """The values of a network that has learned to tell the words of some speakers apart."""
+    torch.manual_seed(options.seed)
+    net = KeywordNet(len(words))
+    heard = [
+        (mel, label)
+        for speaker in speakers
+        for label, word in enumerate(words)
+        for mel in recordings[speaker, word]
+    ]
+
+    def loss(drawn: random.Random) -> Tensor:
+        mels, labels = zip(*drawn.choices(heard, k=64))
+        mel = torch.stack(mels).roll(drawn.randint(-4, 4), dims=2)  # begins earlier or later
+        band = drawn.randint(0, MELS - 6)
+        mel[:, band : band + 6] = 0  # SpecAugment, Park et al. 2019, arXiv:1904.08779
+        return cross_entropy(net(mel), torch.tensor(labels), label_smoothing=0.05)
+
+    steps = 3 if options.small else 400
+    facts = {"speakers": speakers, "words": words, "steps": steps, "seed": options.seed}
+    facts["recordings"] = [len(heard), float(sum(mel[:, 0].sum() for mel, _ in heard))]
+    return kept(
+        options.output, "speech-model", facts,
+        lambda: pretrain(net, loss, steps, 4e-3, options.seed),
+    )  # fmt: skip
+
+
+def compare_on(
+    name: str, title: str, recordings: Recordings, parts: Mapping[str, list[str]],
+    words: Mapping[str, list[str]], values: dict[str, Tensor],
+    starts: Mapping[str, dict[str, Tensor]], options: Options,
+) -> None:  # fmt: skip
+    """Compare on episodes of the speakers and words of each part, from the network's values."""
+    ways = len(words["test"])
+    net = KeywordNet(ways)
+    net.load_state_dict(values)
+
+    def task(shots: int | None, part: str, number: int, scored: bool) -> rnnopt.Task:
+        drawn = random.Random(f"{options.seed} {part} {number}")
+        speaker, chosen = drawn.choice(parts[part]), drawn.sample(words[part], ways)
+        if ways == len(words[part]):  # the network knows these words by their numbers
+            chosen = words[part]
+        start = starts.get(speaker, {})
+        shots = shots or drawn.choice(SHOTS)
+        return Episode(recordings, speaker, chosen, shots, drawn, scored, start)
+
+    field = Field(
+        name,
+        title,
+        FromTask(net, head=["head.weight", "head.bias"]),
+        functools.partial(task, None),
+        metrics={"accuracy": rnnopt.Metric(higher_is_better=True)},
+        usual={"Adam at 0.001": at_default(torch.optim.Adam)},
+        settings={f"{shots}-shot": functools.partial(task, shots) for shots in SHOTS},
+        facts={"speakers": parts, "words": words, "rate": options.more["rate"]},
+        budgets=(1, 5, 20),
+        meta_sgd=0.03,
+    )
+    for setting in field.settings:
+        honest_comparison(field, options, setting)
+
+
+def divided(recordings: Recordings, test_speakers: int) -> tuple[dict[str, list[str]], list[str]]:
+    """The speakers of each part, and the words, which every speaker has spoken often enough."""
+    speakers = sorted({speaker for speaker, _ in recordings})
+    words = sorted({word for _, word in recordings})
+    if len(speakers) < test_speakers + 3 or test_speakers < 1:
+        raise rnnopt.InputError(
+            f"{len(speakers)} speakers, of which --test-speakers {test_speakers} are for the "
+            "report: it needs at least 1 for that, 1 to choose by and 2 to train on; record more"
+        )
+    for speaker in speakers:
+        for word in words:
+            count = len(recordings.get((speaker, word), []))
+            if count < max(SHOTS) + QUERY:
+                raise rnnopt.InputError(
+                    f"{speaker} has spoken {word!r} {count} times: an episode needs "
+                    f"{max(SHOTS) + QUERY} recordings of every word; record more, or remove it"
+                )
+    names = speakers[:test_speakers], [speakers[test_speakers]], speakers[test_speakers + 1 :]
+    return dict(zip(("test", "validation", "train"), names)), words
+
+
+def main(options: Options) -> None:
+    """Read, pretrain, meta-train, compare."""
+    recordings = read_recordings(options.data, options.more["rate"])
+    parts, words = divided(recordings, options.more["test_speakers"])
+    train = parts["train"]
+    if "speaker" in options.more["unheard"]:
+        starts = {  # a training speaker must be new to the network that adapts to him
+            speaker: pretrained(recordings, [s for s in train if s != speaker], words, options)
+            for speaker in train
+        }
+        values = pretrained(recordings, train, words, options)
+        every = dict.fromkeys(parts, words)
+        title = f"Words of a speaker who was not heard, {len(words)} words"
+        compare_on("speech-speaker", title, recordings, parts, every, values, starts, options)
+    if "words" in options.more["unheard"]:
+        if len(words) < 3 * WAYS + 1:
+            raise rnnopt.InputError(
+                f"{len(words)} words: --unheard words needs {3 * WAYS + 1}, {WAYS} for the report, "
+                f"{WAYS} to choose by and the rest to train on; record more, or pass --unheard "
+                "speaker"
+            )
+        of = {
+            "train": words[: -2 * WAYS],
+            "validation": words[-2 * WAYS : -WAYS],
+            "test": words[-WAYS:],
+        }
+        known = pretrained(recordings, train, of["train"], options)
+        body = {name: value for name, value in known.items() if name.startswith("body")}
+        values = {name: torch.zeros_like(v) for name, v in KeywordNet(WAYS).state_dict().items()}
+        title = f"{WAYS} words that were not heard, of a speaker who was not heard"
+        compare_on("speech-words", title, recordings, parts, of, values | body, {}, options)
+
+
+if __name__ == "__main__":
+    sys.exit(command(__doc__, main, meta_steps=100, episodes=40, more=MORE))
