@@ -1,11 +1,11 @@
 """What a new user will like, from 5, 10 or 20 ratings.
 
-    python examples/fields/recommendation.py --data /usr/lib/R/site-library/dslabs/data/Rdata.rdb
+    python examples/fields/recommendation.py --data Rdata.rdb --output out
 
 Ratings are a CSV file with the columns userId, movieId and rating, or the table `movielens` of the
-R package dslabs (Debian: `apt install r-cran-dslabs`), as its .rda file or its lazy-load database
-.rdb. Users are divided into four groups: of one the model is pretrained, on one rules are
-meta-trained, one is to choose learning rates and one for the report.
+R package dslabs (Debian's r-cran-dslabs), as the .rda file of its sources or as the database
+/usr/lib/R/site-library/dslabs/data/Rdata.rdb that it installs. Users are divided into four groups:
+one pretrains the model, on one rules are meta-trained, one is to choose by, one for the report.
 
 The model is a matrix factorisation, rating = mean + item bias + user bias + (user vector, M item
 vector). Item biases and vectors are fixed once pretrained. A new user has a bias, a vector and a
@@ -14,22 +14,36 @@ matrix M of his own, which begin at 0, at the mean user and at the identity.
 
 from __future__ import annotations
 
+import functools
 import gzip
+import random
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from field import Field, Options, at_default, command, honest_comparison, kept
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import rnnopt
+from rnnopt.cli.progress import progress_bar
 
 COLUMNS = ("userId", "movieId", "rating")
+SHARES = {"pretraining": 0.45, "train": 0.25, "validation": 0.1, "test": 0.2}  # of the users
+SUPPORT = (5, 10, 20)  # ratings to adapt to
+JUDGED, LEAST = 50, 30  # most ratings to be judged by; ratings of a user who takes part
+ROUNDS = 10  # of alternating least squares
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)  # of ridge regression, chosen on validation users
+MORE = {
+    "factors": {"default": 8, "type": int, "help": "numbers an item is described by [8]"},
+    "liked": {"default": 4.0, "type": float, "help": "rating from which an item is liked [4]"},
+}
+Ratings = tuple[Tensor, Tensor]  # items (B,), ratings (B,)
 
 
 def read_ratings(path: Path) -> pd.DataFrame:
@@ -125,9 +139,8 @@ def factorise(
     ratings: np.ndarray,
     count: int,
     factors: int,
+    tick: Callable[[], object],
     penalty: float = 10.0,
-    rounds: int = 10,
-    tick: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Biases (N,), vectors (N, D) and the mean user vector (D,), by alternating least squares.
 
@@ -140,9 +153,8 @@ def factorise(
         ratings: the numbers.
         count: N, the number of items. One without a rating has the vector 0.
         factors: D.
-        penalty: of the squared lengths, against the sum of squared errors.
-        rounds: the number of times that both sides are solved for.
         tick: called after each round.
+        penalty: of the squared lengths, against the sum of squared errors.
     """
     mean = ratings.mean()
     seen = np.bincount(items, minlength=count)
@@ -153,7 +165,7 @@ def factorise(
     of_user = [np.flatnonzero(users == user) for user in range(len(people))]
     order = np.argsort(items, kind="stable")
     of_item = np.split(order, np.cumsum(seen)[:-1])
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for user, rows in enumerate(of_user):
             seen_by = np.column_stack([np.ones(len(rows)), vectors[items[rows]]])
             people[user] = ridge(seen_by, left[rows], penalty)
@@ -187,28 +199,129 @@ def ranking(predicted: np.ndarray, rated: np.ndarray, liked: float) -> dict[str,
     }
 
 
-@dataclass
-class Users:
-    """The groups of users, and a task for each number."""
+class Rated(rnnopt.Task):
+    """Some ratings of a user to adapt to, and others to be judged by.
 
-    of_group: dict[str, list[tuple[Tensor, Tensor]]]  # (items, ratings) of each user
-    support: int
-    liked: float = 4.0
-    judged: int = 50
+    Args:
+        seen: items (B,) and ratings (B,) to adapt to.
+        asked: items and ratings to be judged by.
+        liked: the rating from which an item counts as liked.
+        scored: whether the task reports more than its loss.
+    """
 
-    def __call__(self, number: int) -> rnnopt.Task:
-        """The user of this number: `support` ratings to adapt on, up to `judged` to judge by."""
-        group = ("meta-training", "choosing", "report")[min(number // 1_000_000, 2)]
-        users = self.of_group[group]
-        items, ratings = users[number % len(users)]
-        drawn = torch.Generator().manual_seed(number)
-        order = torch.randperm(len(items), generator=drawn)[: self.support + self.judged]
-        items, ratings = items[order], ratings[order]
-        seen, asked = slice(self.support), slice(self.support, None)
-        task = rnnopt.Task(
-            lambda net, step: mse_loss(net(items[seen]), ratings[seen]),
-            lambda net, step: mse_loss(net(items[asked]), ratings[asked]),
-            lambda net: ranking(net(items[asked]).numpy(), ratings[asked].numpy(), self.liked),
+    def __init__(
+        self, seen: Ratings, asked: Ratings, liked: float = 4.0, scored: bool = True
+    ) -> None:
+        self.seen, self.asked, self.liked = seen, asked, liked
+        super().__init__(
+            lambda net, step: mse_loss(net(seen[0]), seen[1]),
+            lambda net, step: mse_loss(net(asked[0]), asked[1]),
+            (lambda net: self.judged(net(asked[0]))) if scored else None,
         )
-        task.ratings = items[seen], ratings[seen], items[asked], ratings[asked]
-        return task
+
+    def judged(self, predicted: Tensor) -> dict[str, float]:
+        """The figures of predicted ratings, see `ranking`."""
+        return ranking(predicted.numpy(), self.asked[1].numpy(), self.liked)
+
+
+def by_ridge(penalty: float, learner: rnnopt.Learner, task: Rated) -> dict[str, float]:
+    """Ridge regression on the item vectors and a constant; an infinite penalty is the item mean."""
+    net = learner.module
+    (seen, seen_as), (asked, asked_as) = (
+        (np.column_stack([np.ones(len(items)), net.vectors[items]]), rated - net.biases[items])
+        for items, rated in (task.seen, task.asked)
+    )
+    found = torch.zeros(len(asked))
+    if penalty < np.inf:
+        weights = ridge(seen.astype(float), seen_as.numpy().astype(float), penalty)
+        found = torch.from_numpy(asked @ weights).float()
+    loss = float(mse_loss(found, asked_as))
+    return task.judged(net.biases[task.asked[0]] + found) | {"loss": loss}
+
+
+def users_of(table: pd.DataFrame, seed: int) -> tuple[dict[str, list[Ratings]], int]:
+    """The ratings of the users of each part, and the number of items."""
+    items = {item: number for number, item in enumerate(table["movieId"].unique())}
+    everyone = [
+        (
+            torch.tensor(rows["movieId"].map(items).to_numpy()),
+            torch.tensor(rows["rating"].to_numpy()).float(),
+        )
+        for _, rows in table.groupby("userId")
+        if len(rows) >= LEAST
+    ]
+    if len(everyone) < 40:
+        raise rnnopt.InputError(
+            f"{len(everyone)} users have at least {LEAST} ratings: it needs 40 of them; give more"
+        )
+    order = np.random.default_rng(seed).permutation(len(everyone))
+    ends = np.cumsum([int(share * len(order)) for share in SHARES.values()])
+    groups = zip(SHARES, np.split(order, ends))
+    return {name: [everyone[i] for i in group] for name, group in groups}, len(items)
+
+
+def make_model(users: list[Ratings], items: int, options: Options) -> User:
+    """The model of the mean user, from the ratings of the users to pretrain on."""
+    owners = np.repeat(np.arange(len(users)), [len(rated) for _, rated in users])
+    rated_items, ratings = (torch.cat(column).numpy() for column in zip(*users))
+
+    def make() -> dict[str, Tensor]:
+        factors = options.more["factors"]
+        with progress_bar("pretrain", ROUNDS) as bar:
+            found = factorise(owners, rated_items, ratings, items, factors, bar.advance)
+        names = ("biases", "vectors", "vector")
+        return {name: torch.from_numpy(value).float() for name, value in zip(names, found)}
+
+    facts = {"ratings": len(ratings), "sum": float(ratings.sum()), "users": len(users)}
+    facts |= {"seed": options.seed, "factors": options.more["factors"]}
+    values = kept(options.output, "recommendation-model", facts, make)
+    net = User(values["vectors"], values["biases"])
+    net.load_state_dict(values, strict=False)
+    return net
+
+
+def main(options: Options) -> None:
+    """Read, pretrain, meta-train, compare."""
+    users, items = users_of(read_ratings(options.data), options.seed)
+    net = make_model(users["pretraining"], items, options)
+    liked = options.more["liked"]
+
+    def task(support: int | None, part: str, number: int, scored: bool) -> Rated:
+        drawn = random.Random(f"{options.seed} {part} {number}")
+        rated, ratings = users[part][number % len(users[part])]
+        size = support or drawn.choice(SUPPORT)
+        rows = torch.tensor(drawn.sample(range(len(rated)), min(size + JUDGED, len(rated))))
+        seen, asked = rows[:size], rows[size:]
+        return Rated((rated[seen], ratings[seen]), (rated[asked], ratings[asked]), liked, scored)
+
+    learner = rnnopt.Learner(net)
+    higher = rnnopt.Metric(higher_is_better=True)
+    for size in SUPPORT:
+        penalty = min(
+            PENALTIES,
+            key=lambda at: sum(
+                by_ridge(at, learner, task(size, "validation", number, True))["rmse"]
+                for number in range(len(users["validation"]))
+            ),
+        )
+        field = Field(
+            "recommendation",
+            f"What a new user likes, from ratings: {size}",
+            learner,
+            functools.partial(task, None),
+            metrics={"rmse": rnnopt.Metric(), "ndcg": higher, "auc": higher},
+            usual={"Adam at 0.001": at_default(torch.optim.Adam)},
+            direct={
+                "item mean": functools.partial(by_ridge, np.inf),
+                f"ridge regression, penalty {penalty:g}": functools.partial(by_ridge, penalty),
+            },
+            settings={f"{size}-ratings": functools.partial(task, size)},
+            facts={"users": {part: len(group) for part, group in users.items()}, **options.more},
+            budgets=(1, 5, 20),
+            meta_sgd=0.1,
+        )
+        honest_comparison(field, options, f"{size}-ratings")
+
+
+if __name__ == "__main__":
+    sys.exit(command(__doc__, main, meta_steps=150, episodes=100, more=MORE))
