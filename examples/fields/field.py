@@ -86,6 +86,8 @@ class Field:
         direct: methods by name that solve a task without steps of an optimizer.
         meta_sgd: the first learning rate of `rnnopt.MetaSGD`, which is meta-trained as a further
             row. None: there is no such row.
+        start: where every method starts, such as the output layer of a text classifier. Those with
+            learned initial values start there with these.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Field:
     facts: Mapping[str, Any] = field(default_factory=dict)
     direct: Mapping[str, Direct] = field(default_factory=dict)
     meta_sgd: float | None = None
+    start: Start = Start()  # noqa: RUF009  # immutable
 
     def source(self, part: str, scored: bool, setting: str = "") -> rnnopt.TaskSource:
         """The tasks of a part by number."""
@@ -219,6 +222,7 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             baselines=("adamw",),
             own_baselines=own,
             direct=field.direct,
+            start=field.start,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
             tuning_episodes=1 if options.small else max(2, options.episodes // 2),
@@ -249,7 +253,7 @@ def _start(field: Field, options: Options, facts: Mapping[str, Any], method: Any
         found = _train(field, options, method, rule=rnnopt.SGD(0.1), initial=method)
         return dict(found.start.values or {})
 
-    return Start(values=kept(options.output, f"{field.name}-{method}", facts, make))
+    return replace(field.start, values=kept(options.output, f"{field.name}-{method}", facts, make))
 
 
 def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
@@ -265,6 +269,7 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
             validate_every=max(1, options.meta_steps // 5),
             validation_tasks=2 if options.small else 6,
             seed=options.seed,
+            start=field.start,
             report=lambda record: bar.at(record["meta_step"]),
             **learned,
         )

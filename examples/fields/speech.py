@@ -125,7 +125,7 @@ def read_recordings(path: Path, rate: int) -> Recordings:
 class KeywordNet(nn.Module):
     """Three convolutions over time, the mean over time, and a linear head."""
 
-    def __init__(self, words: int, width: int = 48) -> None:
+    def __init__(self, words: int, width: int = 24) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv1d(MELS, width, 5, 2, 2), nn.ReLU(), nn.GroupNorm(1, width),
@@ -236,7 +236,7 @@ def compare_on(
         usual={"Adam at 0.001": at_default(torch.optim.Adam)},
         settings={f"{shots}-shot": functools.partial(task, shots) for shots in SHOTS},
         facts={"speakers": parts, "words": words, "rate": options.more["rate"]},
-        budgets=(1, 5, 20),
+        budgets=(1, 3, 10),
         meta_sgd=0.03,
     )
     for setting in field.settings:
