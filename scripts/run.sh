@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 job=${1:-}
 case $job in
   demo) extras=meta ;;
-  tests) extras=meta,compare,test,dev ;;
+  tests) extras=meta,compare,fields,test,dev ;;
   docs) extras=docs ;;
   *) echo "usage: bash scripts/run.sh demo|tests|docs" >&2; exit 2 ;;
 esac

@@ -33,12 +33,14 @@ NAMES = {
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
+    "joint": "rule of two levels, meta-trained on other fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "maml": "MAML's initial values, SGD, best rate",
     "reptile": "Reptile's initial values, SGD, best rate",
 }
-SMALL = {"meta_steps": 2, "episodes": 2}  # what --small runs
+SMALL = {"meta_steps": 1, "episodes": 2}  # what --small runs
+RATES = (1e-3, 1e-2)  # what --small chooses from
 
 
 @dataclass(frozen=True)
@@ -208,10 +210,14 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
         rules["meta-sgd"] = rnnopt.MetaSGD(names, field.meta_sgd)
     for method, rule in rules.items():
         own[method] = rule_baseline(_meta_trained(field, options, learned, method, rule))
+    tuned = {name: BASELINES[name] for name in ("adamw", "sgd")}
+    if options.small:
+        tuned = {name: replace(baseline, grid=RATES) for name, baseline in tuned.items()}
+    own["adamw"] = tuned["adamw"]
     for method in field.initial:
         start = _start(field, options, learned, method)
-        sgd = BASELINES["sgd"]
-        own[method] = replace(sgd, start=start, version=fingerprint(start.values or {}))
+        version = fingerprint(start.values or {})
+        own[method] = replace(tuned["sgd"], start=start, version=version)
     name = "-".join(filter(None, (field.name, setting)))
     with progress_bar(f"compare: {name}") as bar:
         compared = rnnopt.compare(
@@ -219,13 +225,13 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             field.learner,
             field.source("test", True, setting),
             tuning=field.source("validation", True, setting),
-            baselines=("adamw",),
+            baselines=(),
             own_baselines=own,
             direct=field.direct,
             start=field.start,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
-            tuning_episodes=1 if options.small else max(2, options.episodes // 2),
+            tuning_episodes=1 if options.small else max(2, options.episodes // 3),
             journal=options.output / f"{name}-{digest(facts)}.jsonl",
             progress=lambda done, planned: bar.at(done, planned),
         )
@@ -267,7 +273,7 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
             meta_lr=3e-2 if what == "meta-sgd" else 1e-3,
             tasks_per_meta_step=2,
             validate_every=max(1, options.meta_steps // 5),
-            validation_tasks=2 if options.small else 6,
+            validation_tasks=1 if options.small else 6,
             seed=options.seed,
             start=field.start,
             report=lambda record: bar.at(record["meta_step"]),

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from rnnopt import InputError
 from rnnopt.cli.progress import progress_bar
+
+transformers.logging.set_verbosity_error()  # of its remarks on models that are made here
 
 PAD, START, END = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
 IGNORED = -100  # the label that transformers leaves out of the loss

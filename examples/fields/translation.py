@@ -121,12 +121,14 @@ def make_translator(training: list[dict[str, str]], options: Options) -> Transla
     model = transformers.MarianMTModel(config).eval()
     translator = Translator(model, tokenizer)
 
+    size = min(2 * BATCH, len(training))
+
     def loss(drawn: random.Random) -> Tensor:
         language = drawn.choice(known)
-        chosen = [(row[source], row[language]) for row in drawn.sample(training, 2 * BATCH)]
+        chosen = [(row[source], row[language]) for row in drawn.sample(training, size)]
         return model(**translator.batch(chosen, f"<{language}>")).loss
 
-    steps = 3 if options.small else 2500
+    steps = 3 if options.small else 1200
     facts = {"rows": len(training), "known": known, "steps": steps, "seed": options.seed}
     values = kept(
         options.output, "translation-model", {**facts, "config": config.to_diff_dict()},
@@ -161,8 +163,12 @@ def episode(translator: Translator, support: list[Pair], query: list[Pair], scor
     )
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
+def make_field(options: Options) -> Field:
+    """Read the data, pretrain the model, and say what a task is.
+
+    Raises:
+        InputError: the data can't be used.
+    """
     training, support, query = (read(options, stem) for stem in ("train", "val", "test"))
     source, known, unseen = (options.more[name] for name in ("source", "known", "unseen"))
     sizes = options.more["pairs"]
@@ -172,10 +178,11 @@ def main(options: Options) -> None:
         "validation": training[:held][held * 3 // 4 :],
     }
     for name, found in {**episodes, "val": support}.items():
-        if len(found) < max(sizes) + (QUERY if name != "val" else 0):
+        needed = max(sizes) + (QUERY if name != "val" else 0)
+        if len(found) < needed:
             raise rnnopt.InputError(
-                f"--pairs {max(sizes)}: {name} has {len(found)} rows for an episode, and needs "
-                "that many to learn from; give more rows, or lower --pairs"
+                f"--pairs {max(sizes)}: {name} has {len(found)} rows for episodes, and needs "
+                f"{needed}; give more rows, or lower --pairs"
             )
     translator = make_translator(training[held:], options)
     module = translator.model
@@ -197,7 +204,7 @@ def main(options: Options) -> None:
         return episode(translator, first, second, scored)
 
     higher = rnnopt.Metric(higher_is_better=True)
-    field = Field(
+    return Field(
         "translation",
         f"Translation from {source} to {unseen}, which was never seen.",
         rnnopt.Learner(module, trains=trains),
@@ -207,12 +214,18 @@ def main(options: Options) -> None:
             "adafactor-default": at_default(torch.optim.Adafactor),
             "adamw-default": BASELINES["adamw-default"],
         },
+        meta_sgd=0.1,
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},
         facts={"rows": [len(training), len(support), len(query)], **options.more},
     )
+
+
+def main(options: Options) -> None:
+    """Pretrain, meta-train, compare."""
+    field = make_field(options)
     for setting in field.settings:
         honest_comparison(field, options, setting)
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=40, episodes=16, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))

@@ -4,16 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import field as fields
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import rnnopt
-
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "fields"))
-
-import field as fields
 
 X = torch.linspace(-1, 1, 8).unsqueeze(1)
 
@@ -98,10 +95,10 @@ def test_input_that_can_not_be_used_exits_with_2(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_small_runs_take_two_meta_steps(monkeypatch, small):
+def test_small_runs_take_one_meta_step(monkeypatch, small):
     seen = []
     words = ["lines.py", "--data", "x", "--output", "y", *(["--small"] if small else [])]
     monkeypatch.setattr(sys, "argv", words)
     assert fields.command("Lines.", seen.append, meta_steps=50, episodes=30) == 0
     (found,) = seen
-    assert (found.meta_steps, found.episodes) == ((2, 2) if small else (50, 30))
+    assert (found.meta_steps, found.episodes) == ((1, 2) if small else (50, 30))

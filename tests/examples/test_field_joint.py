@@ -1,0 +1,68 @@
+"""One rule for many fields: whose turn it is, and what is left out."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+pytest.importorskip("sacrebleu")
+
+import field
+import joint
+
+import rnnopt
+
+X = torch.linspace(-1, 1, 8).unsqueeze(1)
+
+
+def lines(name, width, seen):
+    """A field of lines, whose learner is so wide; `seen` gets the parts that are used."""
+
+    def line(part, number, scored):
+        seen.append((name, part))
+        y = (number % 3) * X
+        return rnnopt.Task(
+            lambda net, step: mse_loss(net(X), y), lambda net, step: mse_loss(net(X), y)
+        )
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
+    return field.Field(name, name, rnnopt.Learner(net), line, facts={"width": width})
+
+
+def test_fields_take_turns_each_with_its_own_learner():
+    seen = []
+    made = [lines("thin", 2, seen), lines("wide", 4, seen)]
+    mixed = joint.Mixed([one.source("train", False) for one in made])
+    for number in range(4):
+        mixed.load(number)
+        assert mixed.learner_of(number) is made[number % 2].learner
+    assert seen == [("thin", "train"), ("wide", "train")] * 2
+
+
+def test_the_joint_rule_learns_from_training_tasks_once(tmp_path):
+    seen = []
+    made = [lines("thin", 2, seen), lines("wide", 4, seen)]
+    options = field.Options(Path(), tmp_path, meta_steps=1, episodes=2, small=True)
+    rule = joint.joint_rule(made, options)
+    assert set(seen) == {
+        (one, part) for one in ("thin", "wide") for part in ("train", "validation")
+    }
+    seen.clear()
+    again = joint.joint_rule(made, options)
+    assert seen == []
+    for left, right in zip(rule.parameters(), again.parameters()):
+        assert torch.equal(left, right)
+    more = dataclasses.replace(options, meta_steps=2)
+    joint.joint_rule(made, more)
+    assert seen
+
+
+@pytest.mark.parametrize("chosen", [["translation"], ["translation", "chess"]])
+def test_fields_that_can_not_be_mixed_exit_with_2(exit_code, capsys, tmp_path, chosen):
+    words = ("--data", tmp_path, "--output", tmp_path / "out", "--fields", *chosen)
+    assert exit_code(joint, *words) == 2
+    assert f"--fields {' '.join(chosen)}: needs at least two of" in capsys.readouterr().err
