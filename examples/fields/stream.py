@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from domains import PARTS, TOPICS, WIDTH, Domain, Streams, embedded, read
+from domains import PARTS, TOPICS, Domain, Streams, embedded, read
 from field import Options, command
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -53,16 +53,16 @@ MORE = {
 class Model(nn.Module):
     """Logits of frozen embeddings, W (x + B A x) + b."""
 
-    def __init__(self, labels: int) -> None:
+    def __init__(self, width: int, labels: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, labels)
+        self.down, self.up = nn.Linear(width, RANK, bias=False), nn.Linear(RANK, width, bias=False)
+        self.head = nn.Linear(width, labels)
         for layer in (self.up, self.head):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, labels) of embeddings (B, WIDTH)."""
+        """Logits (B, labels) of embeddings (B, width)."""
         return self.head(x + self.up(self.down(x)))
 
 
@@ -227,7 +227,7 @@ def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options)
 def fresh(model: Model, seed: int) -> None:
     """Put the model at its initial values."""
     torch.manual_seed(seed)
-    model.load_state_dict(Model(model.head.out_features).state_dict())
+    model.load_state_dict(Model(model.head.in_features, model.head.out_features).state_dict())
 
 
 def run_all(method: Method, model: Model, streams: Sequence[Sequence[Domain]], seed: int) -> Run:
@@ -340,7 +340,7 @@ def main(options: Options) -> None:
         part: Streams(texts[part], x[end - len(texts[part]) : end])
         for part, end in zip(PARTS, ends)
     }
-    model = Model(max(len(streams.outputs) for streams in parts.values()))
+    model = Model(x.shape[1], max(len(streams.outputs) for streams in parts.values()))
     count = max(2, options.episodes // changes) if not options.small else 1
     report, tuning = (
         [parts[part].stream(changes, f"{options.seed} {part} {i}") for i in range(count)]
