@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ from rnnopt.cli.progress import progress_bar
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 
 BATCH = 10  # texts a step
-HELD_OUT = 40  # texts of a domain that judge, in equal parts of its labels
+HELD_OUT = 30  # texts of a domain that judge, in equal parts of its labels
 TOPICS = 5  # labels of a domain of topics
-PER_LABEL, LABELS = 40, 12  # texts of a label and labels of a set, at most
+PER_LABEL, LABELS = 30, 12  # texts of a label and labels of a set, at most
 WIDTH = 96  # principal components of the embeddings that are kept
 PARTS = ("train", "validation", "test")
 Text = tuple[str, str, str]  # set and domain, label, text
@@ -30,6 +30,7 @@ Text = tuple[str, str, str]  # set and domain, label, text
 class Domain:
     """Texts of some labels, as embeddings: those that come, and those that judge."""
 
+    keys: set[tuple[str, str]]  # its labels, each with its set
     x: Tensor
     y: Tensor
     held: Tensor
@@ -52,7 +53,8 @@ class Domain:
 def read(options: Options) -> dict[str, list[Text]]:
     """(set and domain, label, text) of each part; a set without a file for a part is left out."""
     found: dict[str, list[Text]] = {part: [] for part in PARTS}
-    for name in options.more["sets"]:
+    reviews, topics = options.more["reviews"], options.more["topics"]
+    for name in (reviews, *topics):
         for stem, part in (("train", "train"), ("val", "validation"), ("test", "test")):
             try:
                 file = find(options.data / name, stem)
@@ -65,10 +67,13 @@ def read(options: Options) -> dict[str, list[Text]]:
                         f"{where}: text {text!r} and label {label!r}: neither may be empty; fill "
                         "it in or delete the row"
                     )
-                domain = f"{name}/{row['domain']}" if "domain" in row else name
+                domain = f"{name}/{row.get('domain', '')}" if name == reviews else name
                 found[part].append((domain, label, text))
     if not found["validation"]:  # of reviews, some kinds of product are to choose by
-        raise rnnopt.InputError(f"{options.data}: no set has a file val; give one, with --sets")
+        raise rnnopt.InputError(
+            f"--topics {' '.join(topics)}: none has a file val in {options.data}, and rates are "
+            "chosen on it; give one"
+        )
     kinds = sorted({domain for domain, *_ in found["train"] if "/" in domain})
     chosen = set(kinds[::4])
     found["validation"] += [row for row in found["train"] if row[0] in chosen]
@@ -98,18 +103,22 @@ class Streams:
             of[domain, label].append(row)
         names = {key: (key[0].split("/")[0], key[1]) for key in of}
         self.outputs = {name: i for i, name in enumerate(sorted(set(names.values())))}
-        self.x, self.rows = x, {key: rows for key, rows in of.items() if len(rows) >= HELD_OUT // 2}
+        found = {key: rows for key, rows in of.items() if len(rows) >= HELD_OUT // 2}
+        several = Counter(domain for domain, _ in found)
+        self.x, self.rows = x, {key: rows for key, rows in found.items() if several[key[0]] > 1}
         self.labels = {key: self.outputs[names[key]] for key in self.rows}
         self.sets: dict[str, list[str]] = defaultdict(list)
         for domain, _ in self.rows:
             if domain not in self.sets[domain.split("/")[0]]:
                 self.sets[domain.split("/")[0]].append(domain)
 
-    def domain(self, drawn: random.Random) -> Domain:
-        """A kind of product, or five topics."""
-        name = drawn.choice(self.sets[drawn.choice(sorted(self.sets))])
-        keys = sorted(key for key in self.rows if key[0] == name)
-        keys = drawn.sample(keys, min(TOPICS, len(keys)))
+    def domain(self, drawn: random.Random, before: Domain | None = None) -> Domain:
+        """A kind of product, or five topics; other ones than before."""
+        keys: list[tuple[str, str]] = []
+        while not keys or (before is not None and set(keys) == before.keys):
+            name = drawn.choice(self.sets[drawn.choice(sorted(self.sets))])
+            keys = sorted(key for key in self.rows if key[0] == name)
+            keys = drawn.sample(keys, min(TOPICS, len(keys)))
         parts: list[list[int]] = [[], []]
         labels: list[list[int]] = [[], []]
         for key in keys:
@@ -122,12 +131,15 @@ class Streams:
             [self.x[rows] for rows in parts],
             [torch.tensor(found) for found in labels],
         )
-        return Domain(x, y, held_x, held_y)
+        return Domain(set(keys), x, y, held_x, held_y)
 
     def stream(self, changes: int, seed: str) -> list[Domain]:
         """A stream with so many changes."""
         drawn = random.Random(seed)
-        return [self.domain(drawn) for _ in range(changes + 1)]
+        found: list[Domain] = []
+        for _ in range(changes + 1):
+            found.append(self.domain(drawn, found[-1] if found else None))
+        return found
 
 
 def embedded(texts: Mapping[str, list[Text]], options: Options) -> Tensor:
@@ -135,7 +147,7 @@ def embedded(texts: Mapping[str, list[Text]], options: Options) -> Tensor:
     everything = [text for part in PARTS for *_, text in texts[part]]
 
     def make() -> dict[str, Tensor]:
-        encoder = SentenceEncoder.load(options.more["encoder"], torch.device("cpu"), max_length=64)
+        encoder = SentenceEncoder.load(options.more["encoder"], torch.device("cpu"), max_length=48)
         found = []
         with progress_bar("embed texts", len(everything)) as bar:
             for at in range(0, len(everything), 64):

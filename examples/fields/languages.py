@@ -39,12 +39,15 @@ from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TEXT_METRICS, TextTask, TextTasks
 
-SHOTS = (1, 5, 50)  # labels a class in the report
-TRAIN_SHOTS = (1, 5, 10)  # and in meta-training
+TRAIN_SHOTS = (1, 5, 10)  # labels a class in meta-training
 QUERY = 20  # texts of a class to be judged by
-BATCH = 32  # texts of a step, at most
+BATCH = 16  # texts of a step, at most
 PRETRAINED_ON = 0.6  # share of the training texts; meta-training has the others
 MORE = {
+    "shots": {
+        "default": [1, 5, 50], "nargs": "+", "type": int,
+        "help": "labels a class in the report [1 5 50]",
+    },
     "encoder": {"required": True, "help": "a folder, or a name on the Hugging Face hub"},
     "test": {
         "default": ["buginese", "madurese", "ngaju", "toba_batak"], "nargs": "+",
@@ -106,14 +109,14 @@ def read(options: Options) -> dict[str, Corpus]:
             f"both, and some of {', '.join(sorted(known))} must be left to train on"
         )
     # the files have the same texts in each language, in the same order
-    counts = Counter(files["train"].domains)
-    parts = {"pretraining": [], "train": []}
-    seen = dict.fromkeys(others, 0)
-    for row, language in enumerate(files["train"].domains):
-        if language in seen:
-            early = seen[language] < PRETRAINED_ON * counts[language]
-            parts["pretraining" if early else "train"].append(row)
-            seen[language] += 1
+    rows = list(zip(files["train"].domains, files["train"].labels))
+    counts, seen = Counter(rows), Counter[tuple[str, str]]()
+    parts: dict[str, list[int]] = {"pretraining": [], "train": []}
+    for number, row in enumerate(rows):
+        if row[0] in others:
+            early = seen[row] < PRETRAINED_ON * counts[row]
+            parts["pretraining" if early else "train"].append(number)
+            seen[row] += 1
     return {
         **{part: files["train"].take(found) for part, found in parts.items()},
         "validation": _of(validation, files["train"], files["val"]),
@@ -152,8 +155,10 @@ def pretrained(corpora: dict[str, Corpus], options: Options) -> Path:
     ways = len(set(joint.labels))
     encoder = options.more["encoder"]
     trained, judged = (load(encoder, options, ways, tune="full") for _ in range(2))
-    steps = 2 if options.small else 300
-    settings = MultitaskSettings(3e-4, steps, check_every=max(1, steps // 5), seed=options.seed)
+    steps = 2 if options.small else 120
+    settings = MultitaskSettings(
+        3e-4, steps, check_every=steps, validation_tasks=4, seed=options.seed
+    )
     facts = {"encoder": trained.fingerprint, "texts": digest({"texts": joint.texts})}
     folder = options.output / f"languages-encoder-{digest({**facts, 'steps': steps})}"
     with progress_bar("pretrain", steps) as bar:
@@ -181,7 +186,9 @@ def main(options: Options) -> None:
         functools.partial(task, None),
         metrics=TEXT_METRICS,
         usual={"adamw-default": BASELINES["adamw-default"]},
-        settings={f"{shots}-shot": functools.partial(task, shots) for shots in SHOTS},
+        settings={
+            f"{shots}-shot": functools.partial(task, shots) for shots in options.more["shots"]
+        },
         facts={"texts": digest({part: corpus.texts for part, corpus in corpora.items()})},
         direct={
             "logistic regression on letters": on_letters,

@@ -36,11 +36,15 @@ import rnnopt
 
 MELS, WINDOW, HOP = 40, 0.032, 0.016  # bands; seconds
 FRAMES = 40  # the first 0.64 s of a recording
-SHOTS = (1, 5)  # recordings of each word to adapt to
+TRAIN_SHOTS = (1, 5)  # recordings of each word to adapt to, in meta-training
 QUERY = 10  # and to be judged by
 WAYS = 3  # words of an episode with --unheard words
 MORE = {
     "rate": {"default": 8000, "type": int, "help": "samples a second [%(default)s]"},
+    "shots": {
+        "default": [1, 5], "nargs": "+", "type": int,
+        "help": "recordings of each word to adapt to, in the report [1 5]",
+    },
     "test_speakers": {"default": 2, "type": int, "help": "speakers of the report [%(default)s]"},
     "unheard": {
         "default": ["speaker", "words"], "nargs": "+", "choices": ["speaker", "words"],
@@ -224,7 +228,7 @@ def compare_on(
         if ways == len(words[part]):  # the network knows these words by their numbers
             chosen = words[part]
         start = starts.get(speaker, {})
-        shots = shots or drawn.choice(SHOTS)
+        shots = shots or drawn.choice(TRAIN_SHOTS)
         return Episode(recordings, speaker, chosen, shots, drawn, scored, start)
 
     field = Field(
@@ -234,7 +238,9 @@ def compare_on(
         functools.partial(task, None),
         metrics={"accuracy": rnnopt.Metric(higher_is_better=True)},
         usual={"Adam at 0.001": at_default(torch.optim.Adam)},
-        settings={f"{shots}-shot": functools.partial(task, shots) for shots in SHOTS},
+        settings={
+            f"{shots}-shot": functools.partial(task, shots) for shots in options.more["shots"]
+        },
         facts={"speakers": parts, "words": words, "rate": options.more["rate"]},
         budgets=(1, 3, 10),
         meta_sgd=0.03,
@@ -243,7 +249,9 @@ def compare_on(
         honest_comparison(field, options, setting)
 
 
-def divided(recordings: Recordings, test_speakers: int) -> tuple[dict[str, list[str]], list[str]]:
+def divided(
+    recordings: Recordings, test_speakers: int, needed: int
+) -> tuple[dict[str, list[str]], list[str]]:
     """The speakers of each part, and the words, which every speaker has spoken often enough."""
     speakers = sorted({speaker for speaker, _ in recordings})
     words = sorted({word for _, word in recordings})
@@ -255,10 +263,10 @@ def divided(recordings: Recordings, test_speakers: int) -> tuple[dict[str, list[
     for speaker in speakers:
         for word in words:
             count = len(recordings.get((speaker, word), []))
-            if count < max(SHOTS) + QUERY:
+            if count < needed:
                 raise rnnopt.InputError(
                     f"{speaker} has spoken {word!r} {count} times: an episode needs "
-                    f"{max(SHOTS) + QUERY} recordings of every word; record more, or remove it"
+                    f"{needed} recordings of every word; record more, or remove it"
                 )
     names = speakers[:test_speakers], [speakers[test_speakers]], speakers[test_speakers + 1 :]
     return dict(zip(("test", "validation", "train"), names)), words
@@ -267,7 +275,8 @@ def divided(recordings: Recordings, test_speakers: int) -> tuple[dict[str, list[
 def main(options: Options) -> None:
     """Read, pretrain, meta-train, compare."""
     recordings = read_recordings(options.data, options.more["rate"])
-    parts, words = divided(recordings, options.more["test_speakers"])
+    needed = max(*TRAIN_SHOTS, *options.more["shots"]) + QUERY
+    parts, words = divided(recordings, options.more["test_speakers"], needed)
     train = parts["train"]
     if "speaker" in options.more["unheard"]:
         starts = {  # a training speaker must be new to the network that adapts to him

@@ -2,15 +2,16 @@
 
     python examples/fields/stream.py --data DATA --encoder all-MiniLM-L6-v2 --output out
 
-DATA holds the folders of --sets, each with train, val and test (.jsonl or .jsonl.gz) of texts,
-labels and, for reviews, a `domain`. A domain of the stream is the reviews of one kind of product,
-or five topics of one set. The principal components of frozen embeddings go through low-rank factors
-and one linear layer with an output for every label. A stream has 50 changes, and 16 steps between
-two of them. Nothing but the loss tells that a domain has ended.
+DATA holds the folders of --reviews and --topics, each with train, val and test (.jsonl or
+.jsonl.gz) of texts, labels and, for reviews, a `domain`, the kind of product. A domain of the
+stream is the reviews of one kind of product, or five topics of one set. The principal components of
+frozen embeddings go through low-rank factors and one linear layer with an output for every label. A
+stream has 50 changes, and 16 steps between two of them. Nothing but the loss tells that a domain
+has ended.
 
 A rule keeps its memory over the whole stream, is told to begin again, or notices a change by
 itself: the loss of a batch lies far above those before it. Rates of AdamW are chosen by the mean
-accuracy over validation streams. About 10 minutes on two cores; embeddings and rules are kept.
+accuracy over a validation stream. About 10 minutes on two cores; embeddings and rules are kept.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ BUFFER = 200  # earlier texts that are replayed
 RECOVERED = 0.9  # of the accuracy of logistic regression on all texts of the domain
 MORE = {
     "encoder": {"required": True, "help": "a folder, or a name on the Hugging Face hub"},
-    "sets": {
-        "default": ["arsc_sentiment", "clinc150", "stackoverflow20"], "nargs": "+",
-        "help": "folders in DATA; those with domains are reviews [%(default)s]",
+    "reviews": {"default": "arsc_sentiment", "help": "folder in DATA, with domains [%(default)s]"},
+    "topics": {
+        "default": ["clinc150", "stackoverflow20"], "nargs": "+",
+        "help": "folders in DATA, with val [%(default)s]",
     },
     "changes": {"default": 50, "type": int, "help": "changes in a stream [%(default)s]"},
 }  # fmt: skip
@@ -129,7 +131,7 @@ def follow(method: Method, model: Model, stream: Sequence[Domain], seed: int, ru
                 old_x, old_y = zip(*drawn.choices(memory, k=len(x)))
                 both = torch.cat([x, torch.stack(old_x)]), torch.cat([y, torch.stack(old_y)])
             loss = cross_entropy(model(x), y)
-            if method.begins_again == "notices" and detector.changed(float(loss)):
+            if method.begins_again == "notices" and detector.changed(loss.item()):
                 optimizer = method.optimizer(params)
                 noticed |= step < STEPS // 4
                 run.false_alarms += step >= STEPS // 4 or not number
@@ -342,10 +344,8 @@ def main(options: Options) -> None:
     }
     model = Model(x.shape[1], max(len(streams.outputs) for streams in parts.values()))
     count = max(2, options.episodes // changes) if not options.small else 1
-    report, tuning = (
-        [parts[part].stream(changes, f"{options.seed} {part} {i}") for i in range(count)]
-        for part in ("test", "validation")
-    )
+    report = [parts["test"].stream(changes, f"{options.seed} {i}") for i in range(count)]
+    tuning = [parts["validation"].stream(changes, f"{options.seed} tuning")]
     rules = {
         "shipped rule": rnnopt.load_rule(SHIPPED_RULE),
         "rule of two levels": rnnopt.load_rule(TWO_LEVEL_RULE),

@@ -44,7 +44,7 @@ def recordings(tmp_path):
 
 
 def options(data, output, **more):
-    more = {"rate": RATE, "test_speakers": 1, "unheard": ["speaker"], **more}
+    more = {"rate": RATE, "test_speakers": 1, "unheard": ["speaker"], "shots": [1], **more}
     return field.Options(data, output, meta_steps=1, episodes=2, small=True, more=more)
 
 
@@ -85,7 +85,7 @@ def test_names_and_numbers_of_recordings_are_checked(tmp_path, recordings):
 
 
 def test_a_run_is_on_speakers_who_were_not_heard(tmp_path, recordings, monkeypatch):
-    monkeypatch.setattr(speech, "SHOTS", (1,))
+    monkeypatch.setattr(speech, "TRAIN_SHOTS", (1,))
     monkeypatch.setattr(speech, "QUERY", 2)
     seen = []
     made = speech.Episode.__init__
