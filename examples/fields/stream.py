@@ -71,20 +71,20 @@ class Model(nn.Module):
 class ChangeDetector:
     """Tells from the losses of batches that the domain has changed.
 
-    It keeps exponential averages of the loss and of its absolute deviation, begun anew after every
-    change, and reports a loss that lies `width` deviations and `least` nats above the average.
+    It keeps exponential averages of the loss and of its rises above the average, begun anew after
+    every change, and reports a loss that lies `width` rises and `least` nats above the average.
     """
 
     def __init__(self, width: float = 4.0, least: float = 0.5) -> None:
-        self.width, self.least, self.mean, self.deviation = width, least, float("inf"), 0.0
+        self.width, self.least, self.mean, self.rise = width, least, float("inf"), 0.0
 
     def changed(self, loss: float) -> bool:
         """Whether this loss is one of another domain."""
-        found = loss > self.mean + max(self.least, self.width * self.deviation)
+        found = loss > self.mean + max(self.least, self.width * self.rise)
         if found or self.mean == float("inf"):
-            self.mean, self.deviation = loss, 0.0
+            self.mean, self.rise = loss, 0.0
         else:
-            self.deviation = 0.7 * self.deviation + 0.3 * abs(loss - self.mean)
+            self.rise = 0.7 * self.rise + 0.3 * max(0.0, loss - self.mean)
             self.mean = 0.7 * self.mean + 0.3 * loss
         return found
 
