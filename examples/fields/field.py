@@ -30,12 +30,14 @@ from rnnopt.storage.files import fingerprint, read_tensors, save_tensors, write_
 from rnnopt.tasks.start import Start
 
 NAMES = {
+    "none": "not adapted",
     "learned": "shipped rule",
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
     "joint": "rule of two levels, meta-trained on other fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
+    "adam-default": "Adam, default rate",
     "maml": "MAML's initial values, SGD, best rate",
     "reptile": "Reptile's initial values, SGD, best rate",
 }
@@ -88,6 +90,8 @@ class Field:
         direct: methods by name that solve a task without steps of an optimizer.
         meta_sgd: the first learning rate of `rnnopt.MetaSGD`, which is meta-trained as a further
             row. None: there is no such row.
+        slower: how many times longer a meta-step of the rule of two levels takes than one of MAML;
+            it gets so many times fewer, so that each takes as long.
         start: where every method starts, such as the output layer of a text classifier. Those with
             learned initial values start there with these.
     """
@@ -105,6 +109,7 @@ class Field:
     facts: Mapping[str, Any] = field(default_factory=dict)
     direct: Mapping[str, Direct] = field(default_factory=dict)
     meta_sgd: float | None = None
+    slower: int = 1
     start: Start = Start()  # noqa: RUF009  # immutable
 
     def source(self, part: str, scored: bool, setting: str = "") -> rnnopt.TaskSource:
@@ -183,6 +188,11 @@ def at_default(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> 
     return Baseline(lambda learner, params, lr, steps: build(list(params.values())), (0.0,))
 
 
+def unadapted(learner: rnnopt.Learner, task: rnnopt.Task) -> dict[str, float]:
+    """The figures without any step, as a direct method of a field."""
+    return task.scores(learner.module)
+
+
 def honest_comparison(field: Field, options: Options, setting: str = "") -> Compared:
     """Compare the rules with the field's optimizers, and write table, figures and picture.
 
@@ -243,8 +253,10 @@ def _meta_trained(
     field: Field, options: Options, facts: Mapping[str, Any], method: str, rule: Any
 ) -> Any:
     """A rule after meta-training on the field, kept as a rule file."""
-    about = {**facts, "from": rule_name(rule)}
     what = {"field": "rule"}.get(method, method)
+    if method == "field":
+        options = replace(options, meta_steps=max(1, options.meta_steps // field.slower))
+    about = {**facts, "meta_steps": options.meta_steps, "from": rule_name(rule)}
     file = options.output / f"{field.name}-{what}-{digest(about)}.safetensors"
     if not file.exists():
         found = _train(field, options, what, rule=rule.requires_grad_(True).train())
@@ -272,8 +284,8 @@ def _train(field: Field, options: Options, what: str, **learned: Any) -> Any:
             meta_steps=options.meta_steps,
             meta_lr=3e-2 if what == "meta-sgd" else 1e-3,
             tasks_per_meta_step=2,
-            validate_every=max(1, options.meta_steps // 5),
-            validation_tasks=1 if options.small else 6,
+            validate_every=max(1, options.meta_steps // 3),
+            validation_tasks=1 if options.small else 4,
             seed=options.seed,
             start=field.start,
             report=lambda record: bar.at(record["meta_step"]),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import sacrebleu
 import torch
 import transformers
-from field import Field, Options, at_default, command, honest_comparison, kept
+from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
 from language import END, IGNORED, START, cipher, find, padded, pretrain, rows, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ MORE = {
 }
 WIDTH, LAYERS, TOKENS, LONGEST = 96, 2, 2000, 56  # of the model; LONGEST in tokens
 BATCH = 32  # pairs a step
-QUERY = 24  # pairs that judge
+TRAINED = (16, 32, 64, 128)  # pairs of the episodes of meta-training
+QUERY = 16  # pairs that judge
 HELD_OUT = 0.2  # share of the training pairs that episodes have to themselves
 UNSEEN = "<unseen>"  # the tag of the language to adapt to
 
@@ -192,15 +193,15 @@ def make_field(options: Options) -> Field:
 
     def task(size: int | None, part: str, number: int, scored: bool) -> rnnopt.Task:
         drawn = random.Random(f"{options.seed} {part} {number}")
-        size = drawn.choice(sizes) if size is None else size
+        size = drawn.choice(TRAINED) if size is None else size
         if part == "test":
             first = [(row[source], row[unseen]) for row in drawn.sample(support, size)]
             second = [(row[source], row[unseen]) for row in drawn.sample(query, QUERY)]
         else:
             letters, to = cipher(drawn.getrandbits(32)), drawn.choice(known)
-            chosen = drawn.sample(episodes[part], size + QUERY)
+            chosen = drawn.sample(episodes[part], min(size + QUERY, len(episodes[part])))
             pairs = [(row[source], row[to].translate(letters)) for row in chosen]
-            first, second = pairs[:size], pairs[size:]
+            first, second = pairs[QUERY:], pairs[:QUERY]
         return episode(translator, first, second, scored)
 
     higher = rnnopt.Metric(higher_is_better=True)
@@ -214,9 +215,14 @@ def make_field(options: Options) -> Field:
             "adafactor-default": at_default(torch.optim.Adafactor),
             "adamw-default": BASELINES["adamw-default"],
         },
+        direct={"none": unadapted},
         meta_sgd=0.1,
+        slower=3,
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},
-        facts={"rows": [len(training), len(support), len(query)], **options.more},
+        facts={
+            "rows": [len(training), len(support), len(query)],
+            "languages": [source, *known, unseen],
+        },
     )
 
 
@@ -228,4 +234,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=24, episodes=8, more=MORE))

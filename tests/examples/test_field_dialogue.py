@@ -19,7 +19,7 @@ WORDS = ("yes", "no", "why", "when", "there", "here", "good", "bad", "tea", "mil
 def tiny(monkeypatch):
     """A model that takes a second."""
     sizes = {"WIDTH": 16, "LAYERS": 1, "TOKENS": 280, "CONTEXT": 8, "RESPONSE": 6, "QUERY": 3}
-    for name, value in (sizes | {"OTHERS": 2}).items():
+    for name, value in sizes.items():
         monkeypatch.setattr(dialogue, name, value)
 
 
@@ -62,7 +62,7 @@ def test_the_command_writes_a_table_for_topics_and_one_for_languages(data, exit_
     words = ("--data", data, "--output", data / "out", "--small", "--dialogues", 2)
     assert exit_code(dialogue, *words) == 0
     table = capsys.readouterr().out
-    for metric in ("recall@1 of 10 after", "perplexity after", "loss after"):
+    for metric in ("perplexity after", "loss after"):
         assert table.count(metric) == 2
     names = {path.name for path in (data / "out").iterdir()}
     for setting in ("topic", "language"):
@@ -82,24 +82,17 @@ def test_no_tested_topic_or_language_is_trained_or_tuned_on(data):
     assert not held & {id(d) for d in pools["pretrain"]}
 
 
-def test_only_the_next_utterance_is_scored(data):
-    """The likelihood is the mean over its tokens, and padding changes nothing."""
+def test_only_the_next_utterance_counts(data):
+    """The loss is the mean over its tokens, and padding changes nothing."""
     made = speaker(data)
     examples = made.examples(["tea or milk", "tea", "why not milk here"])
-    assert [len(context) for context, _ in examples] == [
-        min(len(examples[0][0]), dialogue.CONTEXT), min(len(examples[1][0]), dialogue.CONTEXT),
-    ]  # fmt: skip
-    together = made.likelihoods(made.model, examples)
-    for example, found in zip(examples, together):
-        alone = made.model(**made.batch([example])).loss
-        assert torch.allclose(-alone, found, atol=1e-4)
-
-
-def test_recall_is_a_share_that_the_seed_decides(data):
-    made = speaker(data)
-    examples = [made.examples(row["turns"])[0] for row in dialogues(2)[:8]]
-    once, again = (made.recall(made.model, examples, random.Random(1)) for _ in range(2))
-    assert once == again and once * len(examples) in range(len(examples) + 1)
+    assert all(len(context) <= dialogue.CONTEXT for context, _ in examples)
+    together = made.model(**made.batch(examples)).loss
+    alone = [made.model(**made.batch([example])).loss for example in examples]
+    lengths = [len(response) for _, response in examples]
+    weighted = sum(n * loss for n, loss in zip(lengths, alone)) / sum(lengths)
+    assert torch.allclose(together, weighted, atol=1e-4)
+    assert made.batch(examples)["labels"].ne(dialogue.IGNORED).sum() == sum(lengths)
 
 
 @pytest.mark.parametrize(
