@@ -3,12 +3,15 @@
 import gzip
 import zlib
 
-import field
 import numpy as np
-import pandas as pd
 import pytest
-import recommendation
 import torch
+
+pytest.importorskip("pandas")
+
+import field
+import pandas as pd
+import recommendation
 
 import rnnopt
 
