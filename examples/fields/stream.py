@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from domains import PARTS, TOPICS, Domain, Streams, embedded, read
-from field import Options, command
+from field import Options, command, digest
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -115,41 +115,58 @@ class Run:
     false_alarms: int = 0
 
 
+class Reservoir:
+    """A sample of all texts so far, each of them as likely (Vitter 1985)."""
+
+    def __init__(self, drawn: random.Random) -> None:
+        self.drawn, self.seen, self.kept = drawn, 0, list[tuple[Tensor, Tensor]]()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Texts that come."""
+        for pair in zip(x, y):
+            self.seen += 1
+            slot = self.drawn.randrange(self.seen)
+            if len(self.kept) < BUFFER:
+                self.kept.append(pair)
+            elif slot < BUFFER:
+                self.kept[slot] = pair
+
+    def joined(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch and as many earlier texts."""
+        if not self.kept:
+            return x, y
+        old_x, old_y = zip(*self.drawn.choices(self.kept, k=len(x)))
+        return torch.cat([x, torch.stack(old_x)]), torch.cat([y, torch.stack(old_y)])
+
+
 def follow(method: Method, model: Model, stream: Sequence[Domain], seed: int, run: Run) -> None:
     """Adapt along a stream, judged before each step on texts held out."""
-    drawn, memory = random.Random(seed), list[tuple[Tensor, Tensor]]()
-    params, detector = list(model.parameters()), ChangeDetector()
-    optimizer, seen, before = method.optimizer(params), 0, 0.0
+    drawn, params, detector = random.Random(seed), list(model.parameters()), ChangeDetector()
+    optimizer, memory, before = method.optimizer(params), Reservoir(random.Random(seed)), 0.0
     for number, domain in enumerate(stream):
-        goal, accuracy, noticed = RECOVERED * domain.reference(), [], False
+        accuracy, noticed = [], False
         if number and method.begins_again == "told":
             optimizer = method.optimizer(params)
         for step in range(STEPS):
             accuracy.append(judged(model, domain))
             x, y = domain.batch(drawn)
-            if method.replay and memory:
-                old_x, old_y = zip(*drawn.choices(memory, k=len(x)))
-                both = torch.cat([x, torch.stack(old_x)]), torch.cat([y, torch.stack(old_y)])
             loss = cross_entropy(model(x), y)
             if method.begins_again == "notices" and detector.changed(loss.item()):
                 optimizer = method.optimizer(params)
                 noticed |= step < STEPS // 4
                 run.false_alarms += step >= STEPS // 4 or not number
+            if method.replay:
+                joined_x, joined_y = memory.joined(x, y)
+                loss = cross_entropy(model(joined_x), joined_y)
+                memory.add(x, y)
             optimizer.zero_grad()
-            if method.replay and memory:
-                loss = cross_entropy(model(both[0]), both[1])
             loss.backward()
             optimizer.step()
-            if method.replay:
-                for pair in zip(x, y):  # reservoir sampling, Vitter 1985
-                    seen += 1
-                    if len(memory) < BUFFER:
-                        memory.append(pair)
-                    elif (slot := drawn.randrange(seen)) < BUFFER:
-                        memory[slot] = pair
         if number:
+            reached = [
+                s for s, found in enumerate(accuracy) if found >= RECOVERED * domain.reference
+            ]
             run.accuracy.append(float(np.mean(accuracy)))
-            reached = [step for step, found in enumerate(accuracy) if found >= goal]
             run.recovery.append(float(min(reached, default=STEPS)))
             run.forgetting.append(before - judged(model, stream[number - 1]))
             run.noticed.append(noticed)
@@ -189,41 +206,50 @@ class AfterChange(rnnopt.Task):
         )  # fmt: skip
 
 
+def left_behind(model: Model, stream: Sequence[Domain], seed: int) -> list[dict[str, Tensor]]:
+    """The model's values at the end of each domain of a stream, along which AdamW adapts."""
+    fresh(model, seed)
+    optimizer, drawn, found = adamw(1e-2)(list(model.parameters())), random.Random(seed), []
+    for domain in stream:
+        for _ in range(STEPS):
+            x, y = domain.batch(drawn)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found.append({name: param.detach().clone() for name, param in model.named_parameters()})
+    return found
+
+
 def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options) -> Any:
     """The rule of two levels after meta-training on changes of the training part."""
-    before: dict[str, list[dict[str, Tensor]]] = {}
-    sources = {"train": streams["train"], "validation": streams["validation"]}
-    for part, source in sources.items():
-        fresh(model, options.seed)
-        stream, optimizer = (
-            source.stream(12, f"before {part}"),
-            torch.optim.AdamW(model.parameters(), lr=1e-2),
-        )
-        for number, domain in enumerate(stream):
-            for step in range(STEPS):
-                x, y = domain.batch(random.Random(f"{number} {step}"))
-                optimizer.zero_grad()
-                cross_entropy(model(x), y).backward()
-                optimizer.step()
-            values = {name: param.detach().clone() for name, param in model.named_parameters()}
-            before.setdefault(part, []).append(values)
+    before = {
+        part: left_behind(model, streams[part].stream(12, f"before {part}"), options.seed)
+        for part in ("train", "validation")
+    }
 
     def tasks(part: str) -> Callable[[int], AfterChange]:
         def task(number: int) -> AfterChange:
             drawn = random.Random(f"{part} {number}")
-            return AfterChange(sources[part].domain(drawn), drawn.choice(before[part]), number)
+            return AfterChange(streams[part].domain(drawn), drawn.choice(before[part]), number)
 
         return task
 
     rule = rnnopt.load_rule(TWO_LEVEL_RULE)
+    facts = {"from": rule_name(rule), "meta_steps": options.meta_steps, "small": options.small}
+    facts |= {"seed": options.seed, "texts": float(streams["train"].x.sum()), "more": options.more}
+    file = options.output / f"stream-rule-{digest(facts)}.safetensors"
+    if file.exists():
+        return rnnopt.load_rule(file)
     with progress_bar("meta-train: stream rule", options.meta_steps) as bar:
-        return rnnopt.meta_train(
+        found = rnnopt.meta_train(
             FromStream(model), tasks("train"), validation=tasks("validation"),
             rule=rule.requires_grad_(True).train(), steps=2 if options.small else 8,
             meta_steps=options.meta_steps, meta_lr=1e-3, tasks_per_meta_step=2,
             validate_every=max(1, options.meta_steps // 5), validation_tasks=6,
             seed=options.seed, report=lambda record: bar.at(record["meta_step"]),
         ).rule  # fmt: skip
+    rnnopt.save_rule(found, file, facts)
+    return found
 
 
 def fresh(model: Model, seed: int) -> None:
