@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from field import Field, Options, command, digest, honest_comparison
+from field import Field, Options, command, digest, honest_comparison, unadapted
 from language import find
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -191,6 +191,7 @@ def main(options: Options) -> None:
         },
         facts={"texts": digest({part: corpus.texts for part, corpus in corpora.items()})},
         direct={
+            "none": unadapted,
             "logistic regression on letters": on_letters,
             "logistic regression on embeddings": functools.partial(judge_frozen, "logistic"),
         },

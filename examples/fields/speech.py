@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from field import Field, Options, at_default, command, honest_comparison, kept
+from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
 from language import pretrain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -242,6 +242,7 @@ def compare_on(
             f"{shots}-shot": functools.partial(task, shots) for shots in options.more["shots"]
         },
         facts={"speakers": parts, "words": words, "rate": options.more["rate"]},
+        direct={"none": unadapted},
         budgets=(1, 3, 10),
         meta_sgd=0.03,
     )
