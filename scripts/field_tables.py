@@ -1,0 +1,48 @@
+"""Put the tables that the examples of other fields have written into their pages.
+
+    python scripts/field_tables.py OUTPUT docs/fields/*.md
+
+OUTPUT is the --output of the commands. In a page, everything between `<!-- table NAME -->` and
+`<!-- end -->` becomes the table of OUTPUT/NAME.md. Last line: the number of tables that were put.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+_PLACE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str, output: Path) -> tuple[str, int]:
+    """A page with the tables that there are, and their number; other tables stay."""
+    put = 0
+
+    def table(place: re.Match[str]) -> str:
+        nonlocal put
+        file = output / f"{place['name']}.md"
+        if not file.exists():
+            return place[0]
+        put += 1
+        return f"{place[1]}\n{file.read_text(encoding='utf-8').strip()}\n\n{place[3]}"
+
+    return _PLACE.sub(table, page), put
+
+
+def main() -> None:
+    """Fill the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("pages", type=Path, nargs="+")
+    options = parser.parse_args()
+    total = 0
+    for path in options.pages:
+        page, put = filled(path.read_text(encoding="utf-8"), options.output)
+        path.write_text(page, encoding="utf-8")
+        total += put
+    print(f"{total} tables")
+
+
+if __name__ == "__main__":
+    main()

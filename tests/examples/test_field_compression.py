@@ -1,0 +1,67 @@
+"""Bytes that are counted, matrices in 8 bits, and a run on a tiny encoder."""
+
+import json
+
+import compression
+import field
+import pytest
+import torch
+from torch import nn
+
+from tests.encoders import tiny_bert
+
+
+def test_matrices_have_255_levels_a_row_and_vectors_stay():
+    layer = nn.Linear(400, 3)
+    before = layer.weight.detach().clone()
+    small = compression.in_8_bits(layer)
+    assert layer.weight.equal(before) and small.bias.equal(layer.bias)
+    for row, old in zip(small.weight.detach(), before):
+        assert len(row.unique()) <= 255
+        assert float((row - old).abs().max()) <= float(old.abs().max()) / 127 / 2 * 1.01
+    assert compression.bytes_of(layer) == (4 * 1203, 1200 + 4 * 3 + 4 * 3)
+
+
+def test_the_bytes_of_a_state_are_those_of_its_tensors():
+    weight = nn.Parameter(torch.ones(5, 2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(5, 2)
+    optimizer.step()
+    assert compression.state_bytes(optimizer) == 2 * 4 * 10 + 4  # two moments and a step
+
+
+def test_a_run_has_every_encoder_rank_and_method(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compression, "STEPS", 2)
+    monkeypatch.setattr(compression, "QUERY", 2)
+    for stem in ("val", "test"):
+        rows = [
+            {"text": f"word{label} number{n}", "label": f"{stem}{label}"}
+            for label in range(6)
+            for n in range(7)
+        ]
+        (tmp_path / f"{stem}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = field.Options(
+        tmp_path, tmp_path, meta_steps=0, episodes=2, small=True,
+        more={"encoder": str(tiny_bert(tmp_path / "encoder")), "ranks": [1]},
+    )  # fmt: skip
+    compression.main(options)
+    shown = capsys.readouterr().out
+    assert shown.count("| every other layer | 1 |") == shown.count("| whole | 1 |") == 3
+    rows = json.loads((tmp_path / "compression.json").read_text())["rows"]
+    sizes = {row["encoder"]: row["model"] for row in rows}
+    assert sizes["every other layer"] < sizes["whole"]
+    state = {row["method"].split(" at ")[0]: row["state"] for row in rows}
+    assert state["shipped rule, bfloat16 state"] > 0
+    assert (tmp_path / "compression.png").stat().st_size > 0
+
+
+def test_an_encoder_whose_layers_are_elsewhere_is_named(tmp_path):
+    from transformers import GPT2Config
+
+    from rnnopt import InputError
+    from tests.encoders import tiny_encoder
+
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=500)
+    folder = tiny_encoder(tmp_path / "gpt2", config)
+    with pytest.raises(InputError, match=r"gpt2 model.*choose a BERT-like encoder"):
+        compression.pruned(str(folder), tmp_path / "pruned")
