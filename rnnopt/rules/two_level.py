@@ -187,7 +187,7 @@ class TwoLevelLSTM(nn.Module):
 
     def transform_matrix(self, direction: Tensor) -> Tensor:
         """See `rnnopt.rules.features.orthogonalized`; (..., R, C)."""
-        return orthogonalized(direction, MUON, FLOOR)
+        return orthogonalized(direction, MUON, ROOT_FLOOR)
 
     def init_state(self, param: Tensor, shape: Sequence[int] | None = None) -> State:
         """The state before the first step. All leaves but ``rows`` and ``columns`` are zero.
