@@ -3,6 +3,8 @@
 #   bash scripts/run.sh demo     meta-train and compare on the embedded default, below 3 minutes
 #   bash scripts/run.sh tests    lint, types and the default test suite, offline, below 5 minutes
 #   bash scripts/run.sh docs     the documentation, built strictly into build/site, a minute
+#   bash scripts/run.sh versions lowest    the tests with the lowest versions that setup.cfg allows
+#   bash scripts/run.sh versions newest    and with the newest that there are; once a week each
 # The times are those of two idle cores, without the installation. Makes .venv beside the sources on
 # the first call, with what it needs from the package index, and keeps it. What follows `tests` goes
 # to pytest, such as `tests/meta` or `-n 0`; by default it runs one process for each core.
@@ -14,7 +16,12 @@ case $job in
   demo) extras=meta ;;
   tests) extras=meta,compare,fields,test,dev ;;
   docs) extras=docs ;;
-  *) echo "usage: bash scripts/run.sh demo|tests|docs" >&2; exit 2 ;;
+  versions)
+    case ${2:-} in
+      lowest|newest) exec bash scripts/versions.sh "${@:2}" ;;
+      *) echo "usage: bash scripts/run.sh versions lowest|newest [pytest's arguments]" >&2; exit 2 ;;
+    esac ;;
+  *) echo "usage: bash scripts/run.sh demo|tests|docs|versions" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from rnnopt import LearnedOptimizer, load_rule
-from rnnopt.rules.files import TWO_LEVEL_RULE
+from rnnopt.rules.files import SHIPPED_HEAD_RULE, TWO_LEVEL_RULE
 
 STEPS, BATCH = 6, 12
 
@@ -21,6 +21,12 @@ def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(),
                          nn.Linear(40, 3))  # fmt: skip
+
+
+def head():
+    """A head alone, which has a rule of its own; one process has its bias only."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 3))
 
 
 def batch(seed):
@@ -52,6 +58,32 @@ def same_as_one_process(make_rule):
         assert all(torch.equal(every[0], other) for other in every)
 
 
+def same_under_zero(rule, lr=1.0):
+    """`ZeroRedundancyOptimizer` gives each process the optimizer of a part of the parameters."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for make_net in (network, head):
+        whole = make_net()
+        shared = DistributedDataParallel(copy.deepcopy(whole))
+        alone = LearnedOptimizer(whole.parameters(), rule, lr=lr)
+        train(whole, alone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            zero = ZeroRedundancyOptimizer(
+                shared.parameters(), optimizer_class=LearnedOptimizer, rule=rule, lr=lr
+            )
+        train(shared, zero, slice(rank, None, size))
+        assert zero.optim.undone == alone.undone
+        if rule == TWO_LEVEL_RULE and make_net is network:
+            assert (alone.undone > 0) == (lr > 1)
+        for ours, theirs in zip(shared.module.parameters(), whole.parameters()):
+            if lr == 1:  # long steps make rounding large
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+        zero.consolidate_state_dict(to=0)
+        if rank == 0:
+            states = zero.state_dict()["state"]
+            assert len(states) == len(list(whole.parameters()))
+
+
 def warns(make, owner):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -72,12 +104,11 @@ def main():
     cpu = torch.device("cpu")
     fully = FullyShardedDataParallel(network(), device_id=cpu, use_orig_params=True)
     warns(lambda: LearnedOptimizer(fully.parameters()), "FullyShardedDataParallel (FSDP1)")
-    shared = DistributedDataParallel(network())
-    warns(
-        lambda: ZeroRedundancyOptimizer(shared.parameters(), optimizer_class=LearnedOptimizer),
-        "ZeroRedundancyOptimizer",
-    )
     print("warned")
+    for rule in (None, TWO_LEVEL_RULE, SHIPPED_HEAD_RULE):
+        same_under_zero(rule)
+        same_under_zero(rule, lr=300.0)
+        print("same under zero")
     torch.distributed.destroy_process_group()
 
 

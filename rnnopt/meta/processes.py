@@ -227,10 +227,10 @@ class Pulse:
         return f"rnnopt/pulse/{rank}"
 
     @staticmethod
-    def _connect() -> dist.TCPStore:
+    def _connect() -> Any:
         """A connection of its own to the store that torchrun's variables name."""
         address, port = os.environ["MASTER_ADDR"], _variable("MASTER_PORT", 0)
-        return dist.TCPStore(address, port, is_master=False)
+        return dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
 
 
 _ENDED = "ended"

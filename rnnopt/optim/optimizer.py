@@ -26,6 +26,7 @@ from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
 from rnnopt.optim.parts import warn_of_head, warn_of_parts, watch
+from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
     LAST_SLOPE,
@@ -43,7 +44,6 @@ from rnnopt.rules.protocol import (
     State,
     UpdateRule,
     advance,
-    cross_tensor_context,
     matrix_transform,
     statistics_of,
 )
@@ -100,6 +100,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     guard: bool | None = None
     _fallback: UpdateRule | None = None
     _for_a_head = False  # whether the rule was chosen here, for a head alone
+    _peers = ALONE  # processes with the model's other parameters
     _has_gradient = False  # whether a gradient has been seen that was not all zero
 
     def __init__(
@@ -116,7 +117,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **GROUP_STATE})
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
-        chosen = shipped_rule(trainable_or_all(self.param_groups)) if rule is None else rule
+        self._peers = find_peers()
+        trained = self._peers.params(trainable_or_all(self.param_groups))
+        chosen = shipped_rule(trained) if rule is None else rule
         self._for_a_head = rule is None and chosen == SHIPPED_HEAD_RULE
         self.rule = resolve_rule(chosen)
         check_state_dtype(self.rule, state_dtype)
@@ -174,18 +177,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            (group, param, param.grad)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
+        pairs = ((group, param) for group in self.param_groups for param in group["params"])
+        work = [(group, param, param.grad) for group, param in pairs if param.grad is not None]
         if self._for_a_head and len(work) > 2:
             self._for_a_head = False
             warn_of_head(len(work))
         if not torch.compiler.is_compiling():
             warn_of_parts(self)
-        if work:
+        if work or not self._peers.alone:
             self._step_eagerly(work)
         return loss
 
@@ -197,14 +196,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         states = [self._state_of(param) for _, param, _ in work]
         on_meta = any(param.is_meta for _, param, _ in work)  # has no values to decide by
         if not self._has_gradient and not on_meta:
-            self._has_gradient = has_gradient(work, states, self.init_state)
+            seen = float(has_gradient(work, states, self.init_state))
+            self._has_gradient = self._peers.largest(seen) > 0
         if self.guard is not False and isinstance(self.rule, GuardedRule) and not on_meta:
             self._guarded_step(work, states)
         else:
             self._apply(work, self._has_gradient)
 
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
-        proceed, finite = check_last_step(work, states, self.param_groups, self.state, self.rule)
+        proceed, finite = check_last_step(
+            work, states, self.param_groups, self.state, self.rule, self._peers
+        )
         if proceed:
             last = LastStep(work, states, finite)
             self._apply(work, self._has_gradient, last.recorded)
@@ -252,11 +254,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             statistics[i] = statistics_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
         # all tensors in order: another process may divide them otherwise between kernel and rule
         rows = [statistics[i] for i in range(len(work))]
-        contexts = cross_tensor_context(
-            rule,
-            sum_over_shards(rows, [param for _, param, _ in work]),
-            [piece.state for piece in pieces],
-        )
+        sums = sum_over_shards(rows, [param for _, param, _ in work])
+        contexts = self._peers.contexts(rule, sums, [piece.state for piece in pieces])
         for batch, found in measured:
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
             cast(FusedStep, kernel).step(found, context, batch, around)

@@ -6,7 +6,6 @@ The shipped rules take the size of a step from the gradients of all tensors that
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 import weakref
 
@@ -30,7 +29,7 @@ def watch(optimizer: torch.optim.Optimizer) -> None:
     """Note the backward passes that reach the optimizer's last parameter.
 
     Warns:
-        UserWarning: `ZeroRedundancyOptimizer` or FSDP1 gives it a part of the model.
+        UserWarning: FSDP1 gives it a part of the model.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     owner = _owner_of_parts(params)
@@ -101,12 +100,4 @@ def _owner_of_parts(params: list[Tensor]) -> str | None:
     """What divides the model between processes without telling the optimizer, if anything does."""
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         return "FullyShardedDataParallel (FSDP1)"
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(1)
-    for _ in range(8 if module else 0):  # an optimizer is not told who makes it
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
-            return "ZeroRedundancyOptimizer"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
     return None

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from rnnopt.optim.peers import ALONE, Peers
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
 from rnnopt.rules.protocol import State, UpdateRule, statistics_of
 
@@ -101,12 +102,15 @@ def init_guard_state(param: Tensor) -> State:
     }
 
 
-def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool, float]:
+def loss_rise(
+    work: Work, states: Sequence[State], peers: Peers = ALONE
+) -> tuple[float, bool, float]:
     """Nats by which the loss rose in the last step. Waits for the device.
 
     Args:
         work: (param group, parameter, its gradient after the last step).
         states: each parameter's state, with the last step in it.
+        peers: the processes with the model's other parameters.
 
     Returns:
         The estimate, infinite if no gradient is finite after the step; whether the gradient is
@@ -117,7 +121,8 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool, float]:
     ends = [
         torch.stack([_slope(grad, state[LAST_STEP]), _slope(grad, grad)]) for grad, state in items
     ]
-    change, square = total(_with_start(sum_over_shards(ends, params), states))
+    found = total(_with_start(sum_over_shards(ends, params), states))
+    change, square = peers.total(found, 2)
     if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
         return change, True, math.sqrt(square)
     rows = []
@@ -126,7 +131,8 @@ def loss_rise(work: Work, states: Sequence[State]) -> tuple[float, bool, float]:
         counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
         clean = torch.where(torch.isfinite(grad), grad, 0)
         rows.append(torch.stack([end, _slope(clean, clean), *(c.to(end) for c in counts)]))
-    change, square, moved, finite = total(_with_start(sum_over_shards(rows, params), states))
+    found = total(_with_start(sum_over_shards(rows, params), states))
+    change, square, moved, finite = peers.total(found, 4)
     return math.inf if moved and not finite else change, False, math.sqrt(square)
 
 
@@ -136,6 +142,7 @@ def check_last_step(
     groups: Sequence[dict[str, Any]],
     all_states: Mapping[Tensor, State],
     rule: UpdateRule,
+    peers: Peers = ALONE,
 ) -> tuple[bool, bool]:
     """Undo the last step if the loss has risen too far; skip a batch without a usable gradient.
 
@@ -147,6 +154,7 @@ def check_last_step(
         groups: all param groups of the optimizer, with `GROUP_STATE`, which is updated.
         all_states: the state of every parameter.
         rule: the optimizer's, which may say what rise is too far.
+        peers: the processes with the model's other parameters.
 
     Returns:
         Whether to take the next step; and whether the gradient is finite in every coordinate.
@@ -155,14 +163,14 @@ def check_last_step(
         if LAST_STEP not in state:
             with torch.inference_mode(False):
                 state.update(init_guard_state(param))
-    (rise, finite, norm), group = loss_rise(work, states), groups[0]
+    (rise, finite, norm), group = loss_rise(work, states, peers), groups[0]
     largest = group["largest_gradient"]
     # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
     # row is the fault of the step before them; a second gradient that is far larger than all before
     # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined = _is_ruined(total, work, states, rule)
+    ruined = _is_ruined(total, work, states, rule, peers)
     if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
         skipped, total = True, group["loss_rise"]
     if not (ruined or skipped):
@@ -179,18 +187,20 @@ def check_last_step(
     return not (ruined or skipped), finite
 
 
-def _is_ruined(rise: float, work: Work, states: Sequence[State], rule: UpdateRule) -> bool:
+def _is_ruined(
+    rise: float, work: Work, states: Sequence[State], rule: UpdateRule, peers: Peers
+) -> bool:
     """Whether the loss has risen too far above its minimum."""
     if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
         return rise > MAX_RISE
-    if rise <= float(rule.largest_rise(states)):
+    if rise <= peers.largest(float(rule.largest_rise(states)) if states else 0.0):
         return False
     rows = [
         statistics_of(rule, local(param), local_gradient(grad, param), state)
         for (_, param, grad), state in zip(work, states)
     ]
     sums = sum_over_shards(rows, [param for _, param, _ in work])
-    return rise > float(rule.promised(cast(list[Tensor], sums)))
+    return rise > float(rule.promised(peers.rows(cast(list[Tensor], sums))))
 
 
 @torch.no_grad()
@@ -278,6 +288,8 @@ def total(rows: Sequence[Tensor | None]) -> list[float]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for row in rows:
         by_device.setdefault(cast(Tensor, row).device, []).append(cast(Tensor, row))
+    if not by_device:
+        return []
     sums = [torch.stack(held).sum(dim=0).cpu() for held in by_device.values()]
     together: list[float] = torch.stack(sums).sum(dim=0).tolist()
     return together

@@ -188,7 +188,7 @@ class TwoLevelLSTM(nn.Module):
 
     def transform_matrix(self, direction: Tensor) -> Tensor:
         """See `rnnopt.rules.features.orthogonalized`; (..., R, C)."""
-        return orthogonalized(direction, MUON, FLOOR)
+        return orthogonalized(direction, MUON, ROOT_FLOOR)
 
     def init_state(self, param: Tensor, shape: Sequence[int] | None = None) -> State:
         """The state before the first step. All leaves but ``rows`` and ``columns`` are zero.
@@ -370,7 +370,7 @@ class TwoLevelLSTM(nn.Module):
         model = [
             _log(decrease / (begun + FLOOR), 1e-6).clamp(-5, 5) / 2,
             _cosine(whole.m_g, whole.m_m, whole.g_g), (_log(whole.live) - 12) / 4,
-            _log(whole.g_abs**2) - _log(whole.g_g * whole.live) + 2,
+            2 * _log(whole.g_abs) - _log(whole.g_g) - _log(whole.live) + 2,
             torch.asinh(3 * fall / unit), torch.asinh(1.5 * (states["fallen"] + fall) / unit),
             _cosine(whole.u_g, whole.u_u, whole.g_g), ones * math.log(step.shape[-1]) / 3,
         ]  # fmt: skip
@@ -460,4 +460,7 @@ def _inverse_rms(square: Tensor, count: Tensor) -> Tensor:
 
 def _slope_ratio(sums: Sums) -> Tensor:
     """The slope of the loss at the end of the last update, against both ends, -1 .. 1."""
-    return -sums.u_g / torch.sqrt(sums.u_g**2 + sums.slope**2 + 1e-30)
+    # divided first, and by a constant, since nothing depends on it: large squares are infinite
+    size = torch.maximum(sums.u_g.abs(), sums.slope.abs()).detach() + 1e-15
+    end, start = sums.u_g / size, sums.slope / size
+    return -end / torch.sqrt(end**2 + start**2 + (1e-15 / size) ** 2)

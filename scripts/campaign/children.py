@@ -43,6 +43,7 @@ class Outcome:
         code: its exit code; negative: the signal that ended it.
         text: what it printed, stdout and stderr.
         seconds: that it ran.
+        processor: seconds of a processor that it took, which do not depend on what else runs.
         megabytes: of its resident memory at most, with what it shares with the parent.
         late: whether it was ended because it ran too long.
     """
@@ -50,6 +51,7 @@ class Outcome:
     code: int
     text: str
     seconds: float
+    processor: float
     megabytes: float
     late: bool = False
 
@@ -112,7 +114,7 @@ class Child:
         self._output.unlink()
         return Outcome(
             os.waitstatus_to_exitcode(status), text, time.monotonic() - self._begun,
-            usage.ru_maxrss / 1024, late,
+            usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, late,
         )  # fmt: skip
 
     def send(self, number: signal.Signals) -> None:

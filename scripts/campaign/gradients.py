@@ -100,13 +100,18 @@ def _case(rule: Rule, chance: random.Random, small: bool) -> tuple[float, str]:
         params, rule.make(), fused=chance.choice([None, False]), guard=guard
     )
     total, largest, told = sum(param.numel() for param in params), 0.0, []
-    start, other = chance.choice([0.0, 0.0, chance.uniform(-12, 12)]), 0.0
+    start, other, jumped = chance.choice([0.0, 0.0, chance.uniform(-12, 12)]), 0.0, False
     for step in range(STEPS):
         # one jump in scale at a time: a second one is a new scale, and the first step sets it
         other = chance.uniform(-30, 30) if step and not other else 0.0
         other = chance.choice([0.0, 0.0, other]) if step < STEPS - 1 else 0.0
         scale = 10.0 ** (start + other)
         kind = chance.choice(KINDS) if 0 < step < STEPS - 1 else "plain"  # the last one recovers
+        if kind == "outlier" and (other or jumped):
+            kind = "plain"
+        elif jumped:
+            scale, other = 10.0**start, 0.0
+        jumped = bool(other) or kind == "outlier"
         told.append(f"{kind} * {scale:.0e}")
         for param in params:
             param.grad = gradient(kind, tuple(param.shape), scale, generator).to(dtype)

@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--small", action="store_true", help="a few cases of each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=1000, help="of the part files")
     parser.add_argument("--figures", type=Path, default=Path("campaign.json"))
     parser.add_argument("--table", action="store_true", help="only write the page of the docs")
     arguments = parser.parse_args()
@@ -58,9 +59,10 @@ def main() -> int:
         for name in arguments.parts or PARTS:
             begun = time.monotonic()
             (folder / name).mkdir()
-            found = importlib.import_module(name).part(
-                material, folder / name, arguments.seed, arguments.small
-            )
+            module = importlib.import_module(name)
+            if name == "files":
+                module.COUNT = arguments.cases
+            found = module.part(material, folder / name, arguments.seed, arguments.small)
             print(json.dumps({name: found}, indent=1), flush=True)
             keep(arguments.figures, name, found, time.monotonic() - begun, arguments.seed)
             wrong += sum(len(figures["bad"]) for figures in found.values())

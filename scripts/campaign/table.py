@@ -25,7 +25,7 @@ ABOUT = {
         "Flipped bits, cuts, noise, repeated and swapped parts, wild sizes and numbers, nesting to "
         "200,000 levels, NaN weights, altered headers, and gzip files that unpack to 64 and 512 "
         "MB. *Clear* are those that were refused with one line and exit code 2, or made no "
-        "difference, in less than 10 s and 1 GB of resident memory.",
+        "difference, in less than 10 s of a processor and 1 GB of resident memory.",
     ),
     "gradients": (
         "Gradients of any kind",

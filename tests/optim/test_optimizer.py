@@ -180,7 +180,10 @@ def test_the_state_of_another_rule_is_refused_and_nothing_changes():
 def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
     net = model()
     ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
-    with pytest.raises(ValueError, match=r"no \['loss_rise', 'skipped', 'undone'\].*of a Learned"):
+    with pytest.raises(
+        ValueError,
+        match=r"no \['largest_gradient', 'loss_rise', 'skipped', 'undone'\].*of a Learned",
+    ):
         ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
     assert ours.param_groups[0]["lr"] == 0.5
     train(net, ours, range(1))
@@ -205,7 +208,7 @@ def test_the_rule_is_the_object_that_was_given_and_not_in_param_groups():
     rule = random_lstm()
     optimizer = LearnedOptimizer(model().parameters(), rule)
     assert optimizer.rule is rule
-    counts = "undone", "loss_rise", "skipped"  # plain values
+    counts = "undone", "loss_rise", "skipped", "largest_gradient"  # plain values
     assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *counts}
 
 
@@ -671,14 +674,19 @@ def test_a_watched_model_can_be_copied_and_pickled():
         train(twin, LearnedOptimizer(twin.parameters()), range(1))
 
 
-def test_a_warning_that_zero_redundancy_shows_a_part_of_the_model(tmp_path):
+def test_zero_redundancy_in_one_process_is_the_optimizer_itself(tmp_path):
+    """Two processes are in tests/data_parallel_steps.py."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        with pytest.warns(UserWarning, match=r"ZeroRedundancyOptimizer shows.*fully_shard"):
-            ZeroRedundancyOptimizer(model().parameters(), optimizer_class=LearnedOptimizer)
+        nets = [net := model(), copy.deepcopy(net)]
+        zero = ZeroRedundancyOptimizer(nets[0].parameters(), optimizer_class=LearnedOptimizer)
+        train(nets[0], zero, range(3))
+        train(nets[1], LearnedOptimizer(nets[1].parameters()), range(3))
+        for ours, theirs in zip(*(net.parameters() for net in nets)):
+            assert torch.equal(ours, theirs)
     finally:
         torch.distributed.destroy_process_group()
