@@ -94,8 +94,7 @@ def main() -> None:
             ).fit(texts, labels)  # fmt: skip
             wanted = np.array([corpus.labels[i] for i in judge])
             logits = [
-                classifier.decision_function(rows)
-                for rows in ([corpus.texts[i] for i in judge], nowhere)
+                classifier.logits(rows) for rows in ([corpus.texts[i] for i in judge], nowhere)
             ]
             right = classifier.classes_[logits[0].argmax(axis=1)] == wanted
             scores = {"logit": [part.max(axis=1) for part in logits]}

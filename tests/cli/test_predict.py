@@ -232,3 +232,14 @@ def test_export_to_transformers(model, encoder, csv_file, tmp_path, capsys):
     words = "export", "--model", tmp_path / "one", "--output", tmp_path / "two"
     assert run(*words, "--format", "transformers") == 0
     assert 'pipeline("text-classification", "' in capsys.readouterr().out
+
+
+def test_fit_learns_when_to_give_no_label(csv_file, encoder, tmp_path, capsys):
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--steps", 0, "--output"
+    assert run(*words, tmp_path / "model", "--abstain", 0.1) == 0
+    assert "no answer where the largest logit is below" in capsys.readouterr().out
+    assert run("predict", "--model", tmp_path / "model", "--text", "xyz qqq", "a song") == 0
+    found = [row["label"] or None for row in rows_of(capsys.readouterr().out)]
+    assert found == TextClassifier.load(tmp_path / "model").predict(["xyz qqq", "a song"]).tolist()
+    assert run("evaluate", "--model", tmp_path / "model", "--data", csv_file) == 0
+    assert "of them answered, and" in capsys.readouterr().out

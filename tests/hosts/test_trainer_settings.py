@@ -1,7 +1,12 @@
 """`trainer_settings`: Trainer ends where a plain loop ends."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +145,22 @@ def test_what_is_no_training_arguments(model, tmp_path):
     given.deepspeed = {"zero_optimization": {}}
     with pytest.raises(InputError, match=r"DeepSpeed shows the optimizer a part .*use FSDP2"):
         trainer_settings(model, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accepts", "scale"), [("no", 1), ("accepts", 4)])
+def test_two_processes_that_accumulate_end_there_too(
+    accepts, scale, model, tokenizer, encoder, tmp_path
+):
+    """Without `accepts_loss_kwargs = False` gradients are 2 batches times 2 processes too large."""
+    script = Path(__file__).parents[1] / "trainer_steps.py"
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(script), str(encoder), str(tmp_path), accepts,
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("logits ")]
+    found = torch.tensor(json.loads(line.removeprefix("logits ")))
+    before, wanted = plain_loop(model, tokenizer, SGD(0.5 * scale))
+    assert distance(found, wanted) < 0.01 * distance(before, wanted)

@@ -28,7 +28,7 @@ def fitted(encoder, known):
 def test_a_text_whose_largest_logit_is_below_the_floor_has_no_answer(fitted, known):
     floor = fitted.report_.floor
     for texts in (known[0], known[2]):
-        answers, logits = fitted.predict(texts), fitted.decision_function(texts)
+        answers, logits = fitted.predict(texts), fitted.logits(texts)
         low = logits.max(axis=1) < floor
         assert [answer is None for answer in answers] == low.tolist()
         assert (answers[~low] == fitted.classes_[logits[~low].argmax(axis=1)]).all()

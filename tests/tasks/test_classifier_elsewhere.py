@@ -37,7 +37,7 @@ def test_sentence_transformers_and_the_head_give_the_same_logits(layout, tmp_pat
     model = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     head = load_file(tmp_path / "saved" / "head.safetensors")
     logits = model.encode(TEXTS) @ head["weight"].numpy().T + head["bias"].numpy()
-    assert np.allclose(logits, classifier.decision_function(TEXTS), atol=1e-4)
+    assert np.allclose(logits, classifier.logits(TEXTS), atol=1e-4)
 
 
 # -- transformers

@@ -41,10 +41,10 @@ def test_every_pooling(layout, tmp_path):
     Layout(*layout, 12, "").write(tmp_path / "encoder", 32)  # cuts some texts off
     classifier = TextClassifier(tmp_path / "encoder", steps=0, device="cpu").fit(TEXTS, LABELS)
     classifier.export_onnx(tmp_path / "onnx", int8=False)
-    wanted = classifier.decision_function(TEXTS)
+    wanted = classifier.logits(TEXTS)
     for texts in (TEXTS[:1], TEXTS, TEXTS[3:5] * 20):  # batches of several sizes and lengths
         logits, answers = logits_by_hand(tmp_path / "onnx", texts)
-        wanted = classifier.decision_function(texts)
+        wanted = classifier.logits(texts)
         assert np.abs(logits - wanted).max() < 1e-4
         assert answers == classifier.predict(texts).tolist()
 

@@ -632,3 +632,13 @@ def test_figures_of_a_known_case():
 def test_the_optimizer_stays_light():
     code = "import rnnopt, sys; rnnopt.LearnedOptimizer; assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+
+
+def test_scores_of_scikit_learn_take_two_classes(encoder, few):
+    """They would take a `decision_function` of two columns for one of several classes."""
+    rows = [(text, label) for text, label in zip(*few) if label != "work"]
+    classifier = TextClassifier(encoder, steps=0, device="cpu")
+    texts, labels = [text for text, _ in rows], [label == "food" for _, label in rows]
+    scores = cross_val_score(classifier, texts, labels, cv=2, scoring="roc_auc")
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert classifier.fit(texts, labels).logits(texts).shape == (8, 2)

@@ -187,7 +187,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
     def answer(self, texts: Sequence[str]) -> tuple[Any, np.ndarray]:
         """What `predict` and what `predict_proba` return, in one pass."""
         check_abstention(self.get_params(deep=False))
-        decision, logits = self._fitted().decision, self.decision_function(texts)
+        decision, logits = self._fitted().decision, self.logits(texts)
         found = decision.answers(logits, self.abstain_below)
         return found, decision.objective.probabilities(logits)
 
@@ -201,9 +201,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             NotFittedInputError: before `fit`.
             InputError: texts that can't be used.
         """
-        return self._fitted().decision.objective.probabilities(self.decision_function(texts))
+        return self._fitted().decision.objective.probabilities(self.logits(texts))
 
-    def decision_function(self, texts: Sequence[str]) -> np.ndarray:
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Logits (B, C), in the order of `classes_`, at the temperature.
 
         Raises:

@@ -154,9 +154,11 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray
         probabilities: (B, C).
         labels: (B, C).
     """
-    yes = probabilities[None] >= _CANDIDATES[:, None, None]  # (candidates, B, C)
-    hits = (yes & (labels > 0)).sum(axis=1).astype(float)  # (candidates, C)
-    false = yes.sum(axis=1) - hits
+    hits, named = (np.empty((len(_CANDIDATES), labels.shape[1])) for _ in range(2))
+    for row, threshold in enumerate(_CANDIDATES):
+        yes = probabilities >= threshold
+        hits[row], named[row] = (yes & (labels > 0)).sum(axis=0), yes.sum(axis=0)
+    false = named - hits
     positive = labels.sum(axis=0)
     missed = positive - hits
     share = _SHARED / max(positive.sum(), 1.0)
