@@ -181,7 +181,7 @@ def main(options: Options) -> None:
 
     field = Field(
         "languages",
-        f"Sentiment in {', '.join(options.more['test'])}, labels a class:",
+        f"Sentiment in {', '.join(options.more['test'])},",
         classifier,
         functools.partial(task, None),
         metrics=TEXT_METRICS,
