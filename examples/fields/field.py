@@ -241,7 +241,7 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             start=field.start,
             budgets=(1, 2) if options.small else field.budgets,
             episodes=options.episodes,
-            tuning_episodes=1 if options.small else max(2, options.episodes // 3),
+            tuning_episodes=1 if options.small else max(3, options.episodes // 3),
             journal=options.output / f"{name}-{digest(facts)}.jsonl",
             progress=lambda done, planned: bar.at(done, planned),
         )

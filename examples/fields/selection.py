@@ -66,6 +66,11 @@ class Towers(nn.Module):
         return self.sharpness.exp() * scores
 
 
+def recall(scores: Tensor) -> float:
+    """How often the first of several scores, (B, C), is the largest; a tie or NaN is a failure."""
+    return float((scores[:, :1] > scores[:, 1:]).all(dim=1).float().mean())
+
+
 def pairs_of(turns: list[str]) -> list[Pair]:
     """Some utterances of a dialogue, each with the two before it."""
     drawn = random.Random(" ".join(turns))
@@ -172,7 +177,7 @@ def make_field(options: Options) -> Field:
             return cross_entropy(scores, torch.arange(len(scores)))
 
         def metrics(net: nn.Module) -> dict[str, float]:
-            return {"recall@1": float((net(said, candidates).argmax(dim=1) == 0).float().mean())}
+            return {"recall@1": recall(net(said, candidates))}
 
         return rnnopt.Task(
             support_loss,

@@ -79,6 +79,11 @@ def test_towers_learn_which_utterances_belong_together():
     assert torch.equal(towers(said, utterances).argmax(dim=1), right)
 
 
+def test_scores_that_are_all_alike_find_nothing():
+    scores = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [torch.nan, torch.nan]])
+    assert selection.recall(scores) == 0.25
+
+
 def test_vectors_are_kept_and_do_not_depend_on_the_batch(data, encoder, monkeypatch):
     pool = dialogue.pools(options(data, encoder))
     once = selection.vectors_of(pool, options(data, encoder))
