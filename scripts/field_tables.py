@@ -3,7 +3,8 @@
     python scripts/field_tables.py OUTPUT docs/fields/*.md
 
 OUTPUT is the --output of the commands. In a page, everything between `<!-- table NAME -->` and
-`<!-- end -->` becomes the table of OUTPUT/NAME.md. Last line: the number of tables that were put.
+`<!-- end -->` becomes the tables of OUTPUT/NAME.md; `<!-- table NAME accuracy loss -->` takes those
+of these metrics only. Last line: the number of places that were filled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import re
 from pathlib import Path
 
-_PLACE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(
+    r"(<!-- table (?P<name>[\w-]+)(?P<metrics>[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def filled(page: str, output: Path) -> tuple[str, int]:
@@ -25,7 +28,14 @@ def filled(page: str, output: Path) -> tuple[str, int]:
         if not file.exists():
             return place[0]
         put += 1
-        return f"{place[1]}\n{file.read_text(encoding='utf-8').strip()}\n\n{place[3]}"
+        parts = file.read_text(encoding="utf-8").strip().split("\n\n")
+        metrics = place["metrics"].split()
+        kept = [
+            part
+            for part in parts
+            if not (metrics and part.startswith("| ")) or part.split()[1] in metrics
+        ]
+        return "\n\n".join([place[1], *kept, place[4]]).replace("\n\n\n", "\n\n")
 
     return _PLACE.sub(table, page), put
 

@@ -215,6 +215,8 @@ def write(rows: list[dict[str, Any]], options: Options) -> None:
             f"| {row['8-bit model'] / 1e6:.1f} | {row['ms a text']:.1f} |"
         )
     text = "\n".join(lines) + "\n"
+    if options.small:
+        text = f"These figures mean nothing: they are of --small.\n\n{text}"
     about = {"options": asdict(options), "two_level": rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))}
     content = json.dumps({**about, "rows": rows}, indent=1, default=str)
     write_atomically(options.output / "compression.json", content.encode())

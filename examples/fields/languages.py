@@ -168,20 +168,24 @@ def pretrained(corpora: dict[str, Corpus], options: Options) -> Path:
         ).run(lambda record: bar.at(record["meta_step"]))  # fmt: skip
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
+def make_field(options: Options) -> Field:
+    """The field, with the pretrained classifier."""
     corpora = read(options)
     ways = len(set(corpora["test"].labels))
     classifier = load(pretrained(corpora, options), options, ways, tune="lora", lora_rank=4)
 
-    def task(shots: int | None, part: str, number: int, scored: bool) -> LanguageTask:
-        drawn = sampler(corpora[part], shots or TRAIN_SHOTS, options)
-        made = TextTasks(drawn, classifier, batch_sizes=[BATCH]).load(number)
-        return LanguageTask(made, drawn.corpus, drawn.sample(number), scored)
+    @functools.cache
+    def tasks(part: str, shots: int | tuple[int, ...]) -> TextTasks:
+        return TextTasks(sampler(corpora[part], shots, options), classifier, batch_sizes=[BATCH])
 
-    field = Field(
+    def task(shots: int | None, part: str, number: int, scored: bool) -> LanguageTask:
+        source = tasks(part, shots or TRAIN_SHOTS)
+        episode = source.sampler.sample(number)
+        return LanguageTask(source.load(number), corpora[part], episode, scored)
+
+    return Field(
         "languages",
-        f"Sentiment in {', '.join(options.more['test'])}, labels a class:",
+        f"Sentiment in {', '.join(options.more['test'])},",
         classifier,
         functools.partial(task, None),
         metrics=TEXT_METRICS,
@@ -199,6 +203,11 @@ def main(options: Options) -> None:
         initial=(),
         start=TextStart(head="prototype"),
     )
+
+
+def main(options: Options) -> None:
+    """Pretrain, meta-train, compare."""
+    field = make_field(options)
     for setting in field.settings:
         honest_comparison(field, options, setting)
 

@@ -307,7 +307,7 @@ def main(options: Options) -> None:
         )
         field = Field(
             "recommendation",
-            f"What a new user likes, from ratings: {size}",
+            "A user whom nobody has seen,",
             learner,
             functools.partial(task, None),
             metrics={"rmse": rnnopt.Metric(), "ndcg": higher, "auc": higher},

@@ -286,7 +286,7 @@ def main(options: Options) -> None:
         }
         values = pretrained(recordings, train, words, options)
         every = dict.fromkeys(parts, words)
-        title = f"Words of a speaker who was not heard, {len(words)} words"
+        title = f"{len(words)} words of a speaker who was not heard,"
         compare_on("speech-speaker", title, recordings, parts, every, values, starts, options)
     if "words" in options.more["unheard"]:
         if len(words) < 3 * WAYS + 1:
@@ -303,7 +303,7 @@ def main(options: Options) -> None:
         known = pretrained(recordings, train, of["train"], options)
         body = {name: value for name, value in known.items() if name.startswith("body")}
         values = {name: torch.zeros_like(v) for name, v in KeywordNet(WAYS).state_dict().items()}
-        title = f"{WAYS} words that were not heard, of a speaker who was not heard"
+        title = f"{WAYS} words that were not heard, of a speaker who was not heard either,"
         compare_on("speech-words", title, recordings, parts, of, values | body, {}, options)
 
 

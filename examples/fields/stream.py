@@ -395,6 +395,8 @@ def main(options: Options) -> None:
             bar.advance(note=name)
     text, figures = table(runs, rates)
     text = f"{count} streams of {changes} changes each\n\n{text}"
+    if options.small:
+        text = f"These figures mean nothing: they are of --small.\n\n{text}"
     about = {"options": asdict(options), "two_level": rule_name(rules["rule of two levels"])}
     content = json.dumps({**about, "methods": figures}, indent=1, default=str)
     write_atomically(options.output / "stream.json", content.encode())

@@ -120,3 +120,10 @@ def test_ridge_with_an_infinite_penalty_is_the_item_mean():
     found = recommendation.by_ridge(np.inf, rnnopt.Learner(net), task)
     assert found["rmse"] == 0 and found["loss"] == 0
     assert recommendation.by_ridge(0.1, rnnopt.Learner(net), task)["rmse"] > 0.5
+
+
+def test_a_rating_without_a_user_ends_the_command_with_2(tmp_path, exit_code, capsys):
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating\n,2,3\n")
+    words = ("--data", tmp_path / "ratings.csv", "--output", tmp_path / "out")
+    assert exit_code(recommendation, *words) == 2
+    assert "row 1 has no userId" in capsys.readouterr().err

@@ -123,3 +123,9 @@ def test_support_and_query_share_no_recording_and_a_number_is_one_task(recording
     assert all(a.equal(b) for a, b in zip(first, second))
     support, query = first[0], first[1]
     assert not any(row.equal(other) for row in support for other in query)
+
+
+def test_a_recording_in_stereo_ends_the_command_with_2(tmp_path, exit_code, capsys):
+    (tmp_path / "seven_anna_0.wav").write_bytes(wav(channels=2))
+    assert exit_code(speech, "--data", tmp_path, "--output", tmp_path / "out") == 2
+    assert "2 channels" in capsys.readouterr().err
