@@ -210,3 +210,13 @@ def test_reptile_returns_how_far_adaptation_went():
         optimizer.step()
     for name, param in net.named_parameters():
         torch.testing.assert_close(found[name], start[name] - param.detach())
+
+
+def test_an_empty_parameter_does_not_disturb_the_others():
+    params = [torch.zeros(0, 3, requires_grad=True), torch.ones(4, requires_grad=True)]
+    optimizer = LearnedOptimizer(params, random_two_level(), fused=False)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert torch.isfinite(params[1]).all() and (params[1] != 1).all()

@@ -32,7 +32,7 @@ def data(texts, tmp_path):
     folder = tmp_path / "data" / "clinc150"
     folder.mkdir(parents=True)
     lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts)
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     return folder.parent
 
@@ -224,11 +224,88 @@ def test_the_commands_follow_each_other(script, monkeypatch, data, encoder, tmp_
     assert end.startswith("end: meta-step 1") and end.endswith(" 0 batches skipped")
     rule = load_rule(run)
     assert type(rule) is TwoLevelLSTM and read_training(run)["steps"] == 1
-    words = [str(run / "rule.safetensors"), *places, "--output", str(tmp_path / "figures.jsonl")]
+    figures = tmp_path / "figures.jsonl"
+    words = [str(run / "rule.safetensors"), *places, "--output", str(figures)]
     words += ["--cells", "A", "--episodes", "2", "--steps", "1", "--rates", "1e-2"]
     evaluate.main(words)
     table = capsys.readouterr().out
     assert table.count("±") == 3 * 2 * 2  # methods, metrics, numbers of steps
     evaluate.main(words)  # from the file
     assert capsys.readouterr().out == table
-    assert len((tmp_path / "figures.jsonl").read_text().splitlines()) == 3
+    assert len(figures.read_text().splitlines()) == 3
+
+
+@pytest.fixture
+def pack(script, monkeypatch, data, encoder, tmp_path):
+    """A folder that pack.py filled, and the arguments that name it."""
+    prepare, packing = script("prepare"), script("pack")
+    monkeypatch.setattr(prepare, "SMALL", {"small_32x1": (32, 1, 3)})
+    monkeypatch.setattr(prepare, "LONGEST", 16)
+    monkeypatch.setattr(
+        packing, "SPLITS", {split: ["clinc150"] for split in ("train", "val", "test")}
+    )
+    places = ["--data", str(data), "--encoder", str(encoder), "--cache", str(tmp_path / "cache")]
+    prepare.main(places)
+    packing.main([*places, "--output", str(tmp_path / "pack")])
+    return tmp_path / "pack"
+
+
+def test_a_pack_holds_the_same_encoders_and_texts(script, pack, encoder, tmp_path):
+    read = script("encoder")
+    whole, packed = read.read_encoder(encoder), read.read_encoder(pack / "encoder")
+    assert packed.vocabulary == len(whole.words) > len(packed.words)
+    texts, cached = (
+        script("texts").read_texts(folder / "train.safetensors")
+        for folder in (pack, tmp_path / "cache")
+    )
+    episode = cached.draw(random.Random(0), 2, 2, 2)[0]
+    _, tokens, mask, _ = cached.batch([episode], 16)
+    _, renumbered, _, _ = texts.batch([episode], 16)
+    hidden = whole.run(whole.weights, range(whole.layers), whole.embed(tokens), mask)
+    found = packed.run(packed.weights, range(packed.layers), packed.embed(renumbered), mask)
+    torch.testing.assert_close(found, hidden, rtol=2e-2, atol=2e-2)  # half precision
+    small, same = (
+        read.read_small(folder / "small_32x1.safetensors", teacher)
+        for folder, teacher in ((tmp_path / "cache", whole), (pack, packed))
+    )
+    torch.testing.assert_close(same.embed(renumbered), small.embed(tokens), rtol=2e-2, atol=2e-2)
+
+
+def test_the_core_cells_of_a_pack_make_a_table(script, pack, monkeypatch, tmp_path, capsys):
+    evaluate, table = script("evaluate"), script("table")
+    cell = evaluate.Cell("clinc150", 10, 1, "head", 1, "unit", "prototype")
+    monkeypatch.setattr(evaluate, "CORE", {"core-a": cell})
+    monkeypatch.setattr(evaluate, "CELLS", {"core-a": cell, "A": cell})
+    rule, figures = tmp_path / "rule.safetensors", tmp_path / "figures.jsonl"
+    script("rnnopt.rules.files").save_rule(TwoLevelLSTM(), rule, {})
+    words = [str(rule), "--encoder", str(pack / "encoder"), "--cache", str(pack)]
+    words += ["--cells", "core", "--split", "test", "--episodes", "3", "--steps", "40"]
+    evaluate.main([*words, "--output", str(figures)])
+    capsys.readouterr()
+    table.main([str(figures)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| a | ") and "±" in lines[2]
+    assert lines[-1] == "0 cells left out"
+    assert all(" | 1 | " in line for line in lines[6:-2])  # a cell for each target
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_meta_step_of_one(script, pack, tmp_path):
+    train, weights = script("train"), []
+    for count in ("1", "2"):
+        run = tmp_path / f"run{count}"
+        places = ["--encoder", str(pack / "encoder"), "--cache", str(pack), "--output", str(run)]
+        train.main([*places, "--meta-steps", "1", "--tasks", "3", "--processes", count])
+        weights.append(load_rule(run).state_dict())
+    for one, two in zip(*(each.values() for each in weights)):
+        torch.testing.assert_close(one, two)
+
+
+def test_processes_share_batches_by_their_cost(script, training, monkeypatch):
+    run, shares = training(), []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(run._own([1.0, 5.0, 2.0, 2.0]))
+    assert shares == [[1], [2, 3, 0]]
