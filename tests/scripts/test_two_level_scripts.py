@@ -309,3 +309,12 @@ def test_processes_share_batches_by_their_cost(script, training, monkeypatch):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         shares.append(run._own([1.0, 5.0, 2.0, 2.0]))
     assert shares == [[1], [2, 3, 0]]
+
+
+def test_a_rise_above_the_lowest_loss_so_far_is_paid_for(script):
+    unroll = script("unroll")
+    loss, lower = torch.tensor([0.5]), torch.tensor([0.3])
+    even = unroll._meta_loss(loss, loss, loss, 3)
+    risen = unroll._meta_loss(loss, loss, lower, 3)
+    assert float(even) == pytest.approx(0.5 / math.log(3))
+    assert float(risen - even) == pytest.approx(unroll.ABOVE_LOWEST * 0.2 / math.log(3))
