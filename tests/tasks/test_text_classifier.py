@@ -197,15 +197,21 @@ def test_evaluation_by_texts_that_it_was_fitted_on_is_told(fitted, few, tmp_path
 
 def test_the_lines_of_the_guide_run(encoder, few, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "classifier.md").read_text()
-    first, second = [block for block in page.split("```") if block.startswith("python\n")][:2]
+    blocks = [block[7:] for block in page.split("```") if block.startswith("python\n")]
+    first, (save,) = blocks[0], [block for block in blocks if "classifier.save(" in block]
     hub = '"sentence-transformers/all-MiniLM-L6-v2"'
-    assert hub in first and len(first.strip().splitlines()) == 5  # three, an import, a blank
-    code = (first.replace(hub, "encoder") + second.removeprefix("python")).removeprefix("python")
+    assert hub in first and len(first.strip().splitlines()) == 4  # three and a blank
     monkeypatch.chdir(tmp_path)
     names = {"encoder": encoder, "texts": few[0], "labels": few[1]}
-    exec(code, names)
+    exec(first.replace(hub, "encoder") + save, names)
     again = TextClassifier.load(tmp_path / "classifier", device="cpu")
     assert (again.predict(TEXTS) == names["classifier"].predict(TEXTS)).all()
+    (several,) = [block for block in blocks if '["billing", "refund"]' in block]
+    (abstain,) = [block for block in blocks if "abstain=0.05" in block]
+    exec(abstain.replace("(encoder", "(encoder, steps=0"), names)
+    names["texts"] = TEXTS[:3]
+    exec(several.replace("(encoder", "(encoder, steps=0"), names)
+    assert names["classifier"].classes_.tolist() == ["billing", "refund"]
 
 
 # -- evidence
