@@ -30,55 +30,34 @@ from torch import Tensor, nn
 from rnnopt.errors import InputError
 from rnnopt.rules.features import orthogonalized
 from rnnopt.rules.protocol import MatrixTransform, State
+from rnnopt.rules.tensor_features import (
+    FLOOR,
+    NARROW,
+    ROOT_FLOOR,
+    SHARE_POWER,
+    TENSOR_FEATURES,
+    Sums,
+    base_rates,
+    dot,
+    inverse_rms,
+    tensor_features,
+)
 
 # The constants that are not learned, each with its reason.
-FIRST_DISTANCE = 6.0  # Euclidean length of Adam's first step over the whole model, `base_rates`
-SHARE_POWER = 0.25  # tensors with small gradients move less: the power of their share
 BETAS = (0.9, 0.999)  # Adam's decay rates
 LOG_RATE_BOUND = 4.0  # a learned factor on the rate lies within exp(-4) .. exp(4)
-NARROW = 64  # a matrix with a side of at most this has orthogonalised directions as well
 WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM, to save memory
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
 BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
 # The loss may rise by so many times the first-order decrease of a base step: on heads, LoRA factors
 # and all weights of MiniLM that is 0.6 to 30 nats.
 MAX_RISE = 3.0
-FLOOR = 1e-20  # inside roots, whose derivative at 0 is infinite
-# Inside roots of squared gradients. Coordinates with gradients of 1e-9 are common; a larger floor
-# would make their steps depend on the scale of the loss.
-ROOT_FLOOR = 1e-30
 
-TENSOR_FEATURES = 26
 SIGNED, EVEN = 3, 5  # inputs of the coordinate-wise LSTM besides its own cell
 # Scalar leaves of the tensor-wise state that every step replaces, in the order of the context.
 _SCALARS = ("step", "first_rms", "last_rms", "last_rate", "first_decrease", "unit", "fallen")
 _SIZES = {"tensor_units": 1, "coordinate_units": 0, "message_units": 1}  # and the least of each
 _VECTORS = ("hidden", "memory")  # of the tensor-wise LSTM, (U,)
-
-
-class Sums(NamedTuple):
-    """Sums over the coordinates of a tensor, (...) each.
-
-    g is the gradient, p the parameter, m Adam's first moment before this step, a Adam's direction,
-    u the last update, q the direction of the coordinate-wise LSTM.
-    """
-
-    live: Tensor  # coordinates that ever had a gradient
-    nonzero: Tensor  # coordinates that have one now
-    g_abs: Tensor
-    g_g: Tensor
-    p_p: Tensor
-    p_g: Tensor
-    m_m: Tensor
-    m_g: Tensor
-    u_u: Tensor
-    u_g: Tensor
-    slope: Tensor  # u times the gradient at the start of that update
-    a_a: Tensor
-    a_g: Tensor
-    q_q: Tensor
-    q_g: Tensor
-    q_a: Tensor
 
 
 class Decisions(NamedTuple):
@@ -237,7 +216,7 @@ class TwoLevelLSTM(nn.Module):
             (last, grad), (adam, adam), (adam, grad), (direction, direction), (direction, grad),
             (direction, adam),
         )  # fmt: skip
-        g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a = (_dot(x, y) for x, y in pairs)
+        g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a = (dot(x, y) for x, y in pairs)
         live, nonzero = ((x != 0).to(grad.dtype).sum(-1) for x in (square, grad))
         found = Sums(
             live, nonzero, grad.abs().sum(-1), g_g, p_p, p_g, m_m, m_g, u_u, u_g,
@@ -313,7 +292,7 @@ class TwoLevelLSTM(nn.Module):
         unit = torch.maximum(states["unit"].amax(-1, keepdim=True), promised) + FLOOR
         rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + ROOT_FLOOR)
         decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
-        seen = self.features(s, states, unit, share, rms, decrease)
+        seen = tensor_features(s, states, unit, share, rms, decrease)
         said = torch.tanh(self.message(torch.cat([states["hidden"], seen], -1)))
         said = said.mean(-2, keepdim=True)
         x = torch.cat([seen, said.expand(*seen.shape[:-1], -1)], -1)
@@ -325,8 +304,8 @@ class TwoLevelLSTM(nn.Module):
         rates = rates * torch.exp(LOG_RATE_BOUND * torch.tanh(out.rate / LOG_RATE_BOUND))
         decisions = Decisions(
             rates, torch.tanh(out.growth), 1 + out.adam, out.gradient / rms, out.orthogonal_adam,
-            out.orthogonal_gradient / rms, -out.last * _inverse_rms(s.u_u, s.live),
-            out.cell * _inverse_rms(s.q_q, s.live),
+            out.orthogonal_gradient / rms, -out.last * inverse_rms(s.u_u, s.live),
+            out.cell * inverse_rms(s.q_q, s.live),
         )  # fmt: skip
         fall = (s.u_g + s.slope).sum(-1, keepdim=True) / 2
         first = step <= 1
@@ -336,49 +315,6 @@ class TwoLevelLSTM(nn.Module):
             states["fallen"] + torch.where(first, 0, fall),
         )  # fmt: skip
         return torch.cat([torch.stack([*decisions, *scalars], -1), hidden, memory], -1)
-
-    def features(
-        self, s: Sums, states: State, unit: Tensor, share: Tensor, rms: Tensor, decrease: Tensor
-    ) -> Tensor:
-        """The inputs of the tensor-wise LSTM, (..., P, F); none depends on the loss's scale.
-
-        Args:
-            s: of all tensors, (..., P) each.
-            states: the tensors' leaves, (..., P) and (..., P, U).
-            unit: the largest first-order decrease of a base step so far, (..., 1).
-            share: see `base_rates`.
-            rms: of each tensor's gradient, (..., P).
-            decrease: of the loss to first order, for steps in proportion to the base rates,
-                (..., 1).
-        """
-        rows, columns = states["rows"].clamp(min=1), states["columns"].clamp(min=1)  # of empty ones
-        step, n = states["step"] + 1, rows * columns
-        whole, ones = Sums(*(x.sum(-1, keepdim=True) for x in s)), torch.ones_like(step)
-        matrix = (states["rows"] > 0).to(step.dtype)
-        narrow = matrix * (torch.minimum(states["rows"], states["columns"]) <= NARROW)
-        first = torch.where(step > 1, states["first_rms"], rms)
-        begun = torch.where(step > 1, states["first_decrease"], decrease)
-        fall = (step > 1).to(step.dtype) * (whole.u_g + whole.slope) / 2
-        own = [
-            _log(s.p_p / n, 1e-8) / 4 + 1.5, _log(s.a_a / s.live.clamp(min=1), 1e-6) / 2,
-            _log(rms / first, 1e-6).clamp(-5, 5) / 2, _cosine(s.m_g, s.m_m, s.g_g),
-            _cosine(s.u_g, s.u_u, s.g_g), (_log(n) - 9) / 3, matrix, narrow,
-            matrix * _log(rows / columns) / 3,
-            -2 * _cosine(s.p_g, s.p_p, s.g_g), torch.asinh(-6 * s.p_g / unit) / 1.5,
-            _log(share, 1e-4) / 3, 1 / step, _log(step.clamp(max=64)) - 1.5,
-        ]  # fmt: skip
-        model = [
-            _log(decrease / (begun + FLOOR), 1e-6).clamp(-5, 5) / 2,
-            _cosine(whole.m_g, whole.m_m, whole.g_g), (_log(whole.live) - 12) / 4,
-            2 * _log(whole.g_abs) - _log(whole.g_g) - _log(whole.live) + 2,
-            torch.asinh(3 * fall / unit), torch.asinh(1.5 * (states["fallen"] + fall) / unit),
-            _cosine(whole.u_g, whole.u_u, whole.g_g), ones * math.log(step.shape[-1]) / 3,
-        ]  # fmt: skip
-        new = [
-            _slope_ratio(s), _slope_ratio(whole), _cosine(s.q_g, s.q_q, s.g_g),
-            _cosine(s.q_a, s.q_q, s.a_a),
-        ]  # fmt: skip
-        return torch.stack([x * ones for x in (*own, *model, *new)], -1)
 
     def forward(
         self,
@@ -422,45 +358,3 @@ class TwoLevelLSTM(nn.Module):
     def _cast(self, tensor: Tensor) -> Tensor:
         """In the dtype of the rule's weights, within bounds whose squares can be summed."""
         return tensor.to(self.output.weight.dtype).clamp(-BOUND, BOUND)
-
-
-def base_rates(sums: Sums) -> tuple[Tensor, Tensor]:
-    """The rate (..., P) that an untrained rule gives each tensor, and the tensor's share.
-
-    ``rate = FIRST_DISTANCE / sqrt(coordinates that ever had a gradient) * share^(1/4)`` with
-    ``share = RMS(g) / largest RMS(g) of any tensor``. Entries of Adam's first step have this size,
-    so the model as a whole moves by one distance, whatever trains: a head, LoRA factors, an
-    encoder.
-    """
-    rms = torch.sqrt(sums.g_g / sums.nonzero.clamp(min=1) + ROOT_FLOOR)
-    share = rms / rms.amax(-1, keepdim=True)
-    total = sums.live.sum(-1, keepdim=True).clamp(min=1)
-    return FIRST_DISTANCE / torch.sqrt(total) * share**SHARE_POWER, share
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of products over the last dimension; on a CPU without memory for the products."""
-    if x.is_cuda:
-        return (x * y).sum(-1)
-    return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1)
-
-
-def _cosine(product: Tensor, square: Tensor, other: Tensor) -> Tensor:
-    """x y / sqrt(x x * y y) of three sums; 0 where one of the vectors is 0."""
-    return product / (torch.sqrt(square + FLOOR) * torch.sqrt(other + FLOOR))
-
-
-def _log(x: Tensor, least: float = FLOOR) -> Tensor:
-    return torch.log(x + least)
-
-
-def _inverse_rms(square: Tensor, count: Tensor) -> Tensor:
-    return 1 / torch.sqrt(square / count.clamp(min=1) + 1e-12)
-
-
-def _slope_ratio(sums: Sums) -> Tensor:
-    """The slope of the loss at the end of the last update, against both ends, -1 .. 1."""
-    # divided first, and by a constant, since nothing depends on it: large squares are infinite
-    size = torch.maximum(sums.u_g.abs(), sums.slope.abs()).detach() + 1e-15
-    end, start = sums.u_g / size, sums.slope / size
-    return -end / torch.sqrt(end**2 + start**2 + (1e-15 / size) ** 2)

@@ -182,7 +182,7 @@ def _lstm_bound(rule: Any, rms: float, count: int, total: int) -> float:
 
 def _two_level_bound(rule: Any, rms: float, count: int, total: int) -> float:
     """Growth of at most e - 1, and base_rates times exp(4) times the directions' weights."""
-    from rnnopt.rules.two_level import FIRST_DISTANCE
+    from rnnopt.rules.tensor_features import FIRST_DISTANCE
 
     reach = rule.output.bias.abs() + rule.output.weight.abs().sum(-1)
     rate, _, *directions = reach.tolist()

@@ -15,7 +15,8 @@ from tasks import WORDS, TaskBatch, query_losses
 from torch import Tensor
 
 from rnnopt.rules.protocol import State
-from rnnopt.rules.two_level import Observed, Sums, TwoLevelLSTM
+from rnnopt.rules.tensor_features import Sums
+from rnnopt.rules.two_level import Observed, TwoLevelLSTM
 
 CHUNK = 16_384  # coordinates of a large tensor at a time, so that they stay in a core's cache
 CHUNK_OF_GPU = 1 << 24  # coordinates of all tensors of a group at a time, so that they fit

@@ -36,7 +36,8 @@ def walk(optimizers, steps=6, scale=0.1, spoil=lambda grad, step: None):
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for pair in zip(*(params_of(optimizer) for optimizer in optimizers)):
-            grad = torch.randn(pair[0].shape, generator=generator) * scale + 0.1 * pair[0].detach()
+            noise = torch.randn(pair[0].shape, generator=generator)
+            grad = scale * (noise + pair[0].detach())
             if grad.dim():
                 spoil(grad.view(-1), step)
             for param in pair:

@@ -14,7 +14,8 @@ from rnnopt import InputError, LearnedOptimizer, load_rule, save_rule
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
 from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
-from rnnopt.rules.two_level import FIRST_DISTANCE, WIDEST, TwoLevelLSTM
+from rnnopt.rules.tensor_features import FIRST_DISTANCE
+from rnnopt.rules.two_level import WIDEST, TwoLevelLSTM
 
 SHAPES = [(6, 20), (6,), (70, 80), (3, 20)]
 

@@ -11,7 +11,8 @@
 #define SIGNED (3 + HIDDEN)
 #define SEEN (5 + 2 * HIDDEN)
 #define STATISTICS 15
-#define FLOOR 1e-20f
+#define FLOOR 1e-20f      /* in logarithms, as in the plain rule */
+#define ROOT_FLOOR 1e-30f /* in roots of squared gradients */
 
 /* One tensor. The caller has computed what all its coordinates share. */
 typedef struct {
@@ -61,7 +62,7 @@ INLINE Seen observe(const Rule *rule, const Tensor *t, int64_t at, int count) {
     s.m = rule->beta1 * s.old_m + rule->beta1_complement * s.grad;
     s.v = rule->beta2 * s.old_v + rule->beta2_complement * (s.grad * s.grad);
     s.live = s.v > 0.0f;
-    s.scale = root(s.v * t->v_correction + FLOOR);
+    s.scale = root(s.v * t->v_correction + ROOT_FLOOR);
     s.inverse = 1.0f / s.scale;
     s.adam = s.m * t->m_correction * s.inverse;
     s.change = load(t->change + at, count);
@@ -134,7 +135,7 @@ INLINE void measure_lanes(const Rule *rule, const Tensor *t, int64_t at, int cou
 }
 
 /* partial: (blocks, STATISTICS), a row for each block from `first` up to `last`; the order is that of
- * `Sums` in rules/two_level.py without `slope` */
+ * `Sums` in rules/tensor_features.py without `slope` */
 void rnnopt_statistics(const Rule *rule, const Tensor *tensors, const Block *blocks, int64_t first,
                        int64_t last, double *partial) {
     for (int64_t k = first; k < last; k++) {

@@ -25,7 +25,8 @@ from rnnopt.optim.kernels.fused import (
     parts_by_size,
     unwatched,
 )
-from rnnopt.rules.two_level import BETAS, BOUND, FLOOR, Decisions, Sums, TwoLevelLSTM
+from rnnopt.rules.tensor_features import FLOOR, ROOT_FLOOR, Sums
+from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
 
 SOURCE = Path(__file__).with_name("two_level.c")
 # Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
@@ -207,7 +208,7 @@ def _adam(grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Tensor:
     """Adam's direction after the moments have seen the gradient, as in `TwoLevelLSTM.observe`."""
     moment = BETAS[0] * m + (1 - BETAS[0]) * grad
     square = BETAS[1] * v + (1 - BETAS[1]) * grad * grad
-    root = torch.sqrt(square / (1 - BETAS[1] ** step) + FLOOR)
+    root = torch.sqrt(square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
     return moment / (1 - BETAS[0] ** step) / root
 
 
