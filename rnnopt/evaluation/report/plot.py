@@ -98,7 +98,8 @@ def plot_comparison(
             axes.set_xscale("log")
             axes.set_xticks(marks, [str(b) for b in marks])
             axes.minorticks_off()
-            axes.set(xlabel="steps", ylabel=_AXIS.get(metric, metric))
+            name = _AXIS.get(metric, metric) if "accuracy" in metrics else metric
+            axes.set(xlabel="steps", ylabel=name)
             if metric == "accuracy":
                 axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
             _name_lines(figure, axes, ends)
