@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,12 @@ def write(figures: dict[str, Any]) -> None:
             f"`python scripts/campaign/run.py {name} --seed {found['seed']}`, {found['date']}, "
             f"{found['seconds']:,} s on a busy machine, {versions}.",
         ]  # fmt: skip
-    PAGE.write_text("\n\n".join(parts) + "\n")
+    PAGE.write_text("\n\n".join(map(_wrapped, parts)) + "\n")
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of 115 characters; tables and headings as they are."""
+    return text if text[0] in "|#" else textwrap.fill(text, 115, break_on_hyphens=False)
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> str:

@@ -140,6 +140,13 @@ def test_a_recipe_needs_no_more_than_what_differs(tmp_path):
     [
         (None, "can't be read as YAML: [Errno 2] No such file"),
         ("a: [1", "can't be read as YAML: while parsing"),
+        ("steps: " + "9" * 5000, "can't be read as YAML: Exceeds the limit"),
+        ("a: " + "[" * 50_000, "can't be read as YAML: maximum recursion depth"),
+        (
+            "a0: &a0 [1]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+            "holds more than 10000 values",
+        ),
         ("- 1", "holds no options; write one to a line, such as meta_lr: 0.005"),
         ("colour: red", "rnnopt adapt has no option 'colour'; see rnnopt adapt --help-all"),
         ("command: compare", "settings of rnnopt compare, and this is rnnopt adapt"),

@@ -12,6 +12,7 @@ from rnnopt.cli.settings.parser import Parser, Settings, flag_of, grouped, optio
 from rnnopt.errors import InputError
 
 SETTINGS_FILE = "settings.yaml"
+_MOST_VALUES = 10_000
 _NOT_KEPT = ("resume",)  # of one start alone
 
 
@@ -108,14 +109,35 @@ def _words(flag: str, value: Any) -> list[str]:
     return [f"{flag}={value}"]
 
 
+def _is_small(found: Any) -> bool:
+    """Whether a file holds no more values than options need, aliases written out."""
+    left, count = [found], 0
+    while left and count <= _MOST_VALUES:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return count <= _MOST_VALUES
+
+
 def _read(path: str) -> dict[Any, Any]:
     import yaml
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
-        raise InputError(f"--config {path}: can't be read as YAML: {why}") from error
+        raise InputError(
+            f"--config {path}: can't be read as YAML: {why}; write one option to a line, such as "
+            "meta_lr: 0.005"
+        ) from error
+    if not _is_small(found):
+        raise InputError(
+            f"--config {path}: holds more than {_MOST_VALUES} values, as aliases of YAML may hide; "
+            "write one option to a line, such as meta_lr: 0.005"
+        )
     if not isinstance(found, dict):
         raise InputError(
             f"--config {path}: holds no options; write one to a line, such as meta_lr: 0.005"
