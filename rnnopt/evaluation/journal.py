@@ -119,7 +119,7 @@ def _difference(head: str, facts: Mapping[str, Any]) -> str:
     """How the first line of a journal differs from the facts, as text for an error."""
     try:
         saved = dict(parse_json(head))
-    except ValueError:
+    except (ValueError, TypeError):
         return ""
     other = [
         f"{name}: {saved.get(name)!r} there, {facts.get(name)!r} here"

@@ -66,11 +66,13 @@ def write(figures: dict[str, Any]) -> None:
         if name not in figures:
             continue
         found = figures[name]
+        wrong = sum(len(row["bad"]) for row in found["figures"].values())
+        told = f" {wrong} cases of this run went wrong." if wrong else ""
         versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
         parts += [
             f"## {title}", about, _table(found["figures"]),
             f"`python scripts/campaign/run.py {name} --seed {found['seed']}`, {found['date']}, "
-            f"{found['seconds']:,} s on a busy machine, {versions}.",
+            f"{found['seconds']:,} s on a busy machine, {versions}.{told}",
         ]  # fmt: skip
     PAGE.write_text("\n\n".join(map(_wrapped, parts)) + "\n")
 

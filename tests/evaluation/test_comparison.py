@@ -346,6 +346,14 @@ def test_a_run_that_the_disk_has_changed_is_made_again(tmp_path, change):
     assert made == [1, 1]
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "7", "[1, 2]"])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+    (tmp_path / "j").write_text(f"{content}\n")
+    with pytest.raises(InputError, match="holds the runs of another comparison"):
+        Journal(tmp_path / "j", {"a": 1})
+    assert (tmp_path / "j").read_text() == f"{content}\n"
+
+
 def test_a_journal_whose_first_line_was_cut_off_begins_again(tmp_path):
     Journal(tmp_path / "j", {"a": 1})
     whole = (tmp_path / "j").read_text()
