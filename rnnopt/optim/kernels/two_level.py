@@ -107,14 +107,13 @@ class TwoLevelStep(FusedStep):
         pointers = [array.ctypes.data for array in (rule, tensors, blocks, slopes)]
         for part in parts_by_size(pieces):
             first, last = np.searchsorted(blocks["tensor"], [part.start, part.stop]).tolist()
+
+            def step_blocks(begin: int, end: int, first: int = first) -> None:
+                places = (first + begin, first + end)
+                self._library.rnnopt_step(*pointers[:3], *places, pointers[3])
+
             with around(rows[part]):
-                share(
-                    lambda begin, end, first=first: self._library.rnnopt_step(
-                        pointers[0], pointers[1], pointers[2], first + begin, first + end,
-                        pointers[3],
-                    ),
-                    blocks[first:last],
-                )  # fmt: skip
+                share(step_blocks, blocks[first:last])
         self._keep(pieces, context, blocks, slopes)
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
