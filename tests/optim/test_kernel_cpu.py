@@ -257,7 +257,11 @@ print(param.tolist(), [str(w.message) for w in seen])
 
 
 @pytest.mark.parametrize(
-    ("compiler", "why"), [("absent-cc", "absent-cc is not there"), ("false", "status 1")]
+    ("compiler", "why"),
+    [
+        ("absent-cc", "absent-cc is not there"),
+        pytest.param("false", "status 1", marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_compiler_it_warns_once_and_the_plain_rule_steps(
     compiler, why, tmp_path, monkeypatch
@@ -349,7 +353,7 @@ def test_a_step_can_be_compiled_or_begin_in_inference_mode():
     begun.step()
 
 
-@pytest.mark.parametrize("compiler", ["", '"gcc'])
+@pytest.mark.parametrize("compiler", [pytest.param("", marks=pytest.mark.slow), '"gcc'])
 def test_an_invalid_compiler_variable_never_stops_a_step(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -47,7 +47,9 @@ def checkpoints(tmp_path_factory):
 
 
 # with other shards sums have another order
-@pytest.mark.parametrize(("processes", "atol"), [(2, 0.0), (1, 1e-6), (3, 1e-6)])
+@pytest.mark.parametrize(
+    ("processes", "atol"), [(2, 0.0), (1, 1e-6), pytest.param(3, 1e-6, marks=pytest.mark.slow)]
+)
 def test_a_distributed_checkpoint_resumes_exactly_with_any_number_of_processes(
     checkpoints, processes, atol
 ):
