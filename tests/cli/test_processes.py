@@ -108,6 +108,7 @@ def whole(csv_file, encoder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # 20 s; the initial values are compared below
 def test_two_processes_learn_the_rule_of_one(whole, csv_file, encoder, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "-m", "rnnopt"]

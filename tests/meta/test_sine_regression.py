@@ -141,6 +141,7 @@ def tuned_errors(net: nn.Module, numbers: range, seed: int, tuning_tasks: int) -
     return np.stack(columns, axis=1)
 
 
+@pytest.mark.slow  # 10 s
 def test_maml_pulls_ahead_of_a_net_that_was_pretrained_on_all_tasks():
     """A hundredth of the tasks, at a higher rate: on the way to the figures below."""
     net, plain = sine_net(), sine_net()

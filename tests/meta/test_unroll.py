@@ -106,6 +106,7 @@ def test_second_order_equals_central_differences_on_an_mlp(options):
     assert_exact(net, rule, support, query, width=1e-5)
 
 
+@pytest.mark.slow  # 20 s; a small net is below
 def test_second_order_equals_central_differences_on_a_bert(tmp_path):
     folder = tiny_bert(tmp_path, hidden_size=8, layers=2)
     classifier = Classifier.load(

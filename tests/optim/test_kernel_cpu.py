@@ -307,6 +307,7 @@ def test_a_damaged_library_in_the_cache_is_compiled_again(tmp_path, monkeypatch)
     assert len(library.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow  # 7 s
 @needs_compiler
 def test_two_processes_can_compile_it_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

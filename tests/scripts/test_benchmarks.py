@@ -53,6 +53,7 @@ def test_benchmark_unroll_measures_every_figure(script, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # 6 s
 def test_a_peak_is_that_of_a_process_of_its_own():
     config = json.dumps(["ours", "head", 1, None, "cpu"])
     command = [sys.executable, SCRIPTS / "benchmark_unroll.py", "--tiny", "--json", "-"]

@@ -272,7 +272,7 @@ def test_a_pack_holds_the_same_encoders_and_texts(script, pack, encoder, tmp_pat
 
 
 def test_the_core_cells_of_a_pack_make_a_table(script, pack, monkeypatch, tmp_path, capsys):
-    evaluate, table = script("evaluate"), script("table")
+    evaluate, table = script("evaluate"), script("core_table")
     cell = evaluate.Cell("clinc150", 10, 1, "head", 1, "unit", "prototype")
     monkeypatch.setattr(evaluate, "CORE", {"core-a": cell})
     monkeypatch.setattr(evaluate, "CELLS", {"core-a": cell, "A": cell})

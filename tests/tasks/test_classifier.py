@@ -717,6 +717,7 @@ def test_the_verbosity_of_transformers_is_restored(bert: Path) -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+@pytest.mark.slow  # 6 s
 def test_small_bert_is_the_same_in_every_process(tmp_path: Path) -> None:
     """The trainer of `tokenizers` alone is not: it numbers letters by a hash table."""
     script = (

@@ -123,6 +123,7 @@ with hub() as (address, files):
 """
 
 
+@pytest.mark.slow  # 10 s
 def test_a_classifier_goes_to_the_hub_and_comes_back(fitted, tmp_path):
     """In a process of its own, since the hub's address and offline mode are read at import."""
     fitted.save(tmp_path / "saved")

@@ -1,6 +1,6 @@
 """A table of what evaluate.py measured on the core cells, with the targets that it meets.
 
-    python scripts/two_level/table.py figures.jsonl
+    python scripts/two_level/core_table.py figures.jsonl
 
 figures.jsonl is --output of evaluate.py. The first rule in it is compared with AdamW at the best of
 its rates and at its best number of steps, both chosen on these very episodes (AdamW's favour), and
