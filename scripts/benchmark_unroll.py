@@ -309,7 +309,8 @@ def draw(peaks: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path: str
     for row in peaks:
         if row["coordinates"] is None:
             label = f"{row['method']}, {row['tune']}"
-            lines.setdefault(label, {})[row["steps"]] = row["increase"] / 2**20
+            # a process that held more before shows no increase, which a logarithm does not bear
+            lines.setdefault(label, {})[row["steps"]] = max(row["increase"], 1) / 2**20
     for label, points in lines.items():
         style = "-" if label.startswith(OURS) else "--"
         left.plot(*zip(*sorted(points.items())), marker="o", markersize=3, ls=style, label=label)

@@ -83,7 +83,8 @@ class Figures:
         """These figures, and how many texts have an answer.
 
         Args:
-            answered, right: (B,), whether a text has an answer, and the right one.
+            answered: (B,), whether a text has an answer.
+            right: (B,), and whether it is the right one.
         """
         accuracy = float(right[answered].mean()) if answered.any() else 0.0
         return replace(self, answered=float(answered.mean()), answered_accuracy=accuracy)

@@ -184,7 +184,8 @@ def micro_macro_f1(answers: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     """F1 of all decisions together, and the mean of the classes' F1; 0 of a class without any.
 
     Args:
-        answers, labels: (B, C), zeros and ones.
+        answers: (B, C), zeros and ones.
+        labels: the same.
     """
     hits = ((answers > 0) & (labels > 0)).sum(axis=0)
     both = (answers > 0).sum(axis=0) + (labels > 0).sum(axis=0)
