@@ -205,10 +205,7 @@ class TwoLevelLSTM(nn.Module):
     def observe(self, grad: Tensor, param: Tensor, state: State) -> tuple[Tensor, Observed]:
         """The statistics (..., M), and the coordinates with their state advanced."""
         step = state["step"].unsqueeze(-1) + 1
-        moment = BETAS[0] * state["m"] + (1 - BETAS[0]) * grad
-        square = BETAS[1] * state["v"] + (1 - BETAS[1]) * grad * grad
-        root = torch.sqrt(square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
-        adam = moment / (1 - BETAS[0] ** step) / root
+        moment, square, root, adam = advanced_moments(grad, state["m"], state["v"], step)
         cell, direction = self.next_cell(adam, grad / root, root, state)
         last, m = state["change"], state["m"]
         pairs = (
@@ -358,3 +355,20 @@ class TwoLevelLSTM(nn.Module):
     def _cast(self, tensor: Tensor) -> Tensor:
         """In the dtype of the rule's weights, within bounds whose squares can be summed."""
         return tensor.to(self.output.weight.dtype).clamp(-BOUND, BOUND)
+
+
+def advanced_moments(
+    grad: Tensor, m: Tensor, v: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam's moments after they have seen the gradient, sqrt(v_hat), and Adam's direction.
+
+    Args:
+        grad: (..., N).
+        m: the first moment before, (..., N).
+        v: the second one, (..., N).
+        step: the number of this step, from 1, (..., 1).
+    """
+    moment = BETAS[0] * m + (1 - BETAS[0]) * grad
+    square = BETAS[1] * v + (1 - BETAS[1]) * grad * grad
+    root = torch.sqrt(square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
+    return moment, square, root, moment / (1 - BETAS[0] ** step) / root

@@ -25,8 +25,8 @@ from rnnopt.optim.kernels.fused import (
     parts_by_size,
     unwatched,
 )
-from rnnopt.rules.tensor_features import FLOOR, ROOT_FLOOR, Sums
-from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
+from rnnopt.rules.tensor_features import FLOOR, Sums
+from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM, advanced_moments
 
 SOURCE = Path(__file__).with_name("two_level.c")
 # Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
@@ -134,8 +134,8 @@ class TwoLevelStep(FusedStep):
             m, v, steps = (
                 torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
             )
-            adam, size = _adam(grad, m, v, steps.unsqueeze(1) + 1), (-1, *shape)
-            adam = torch.where(finite, adam, 0)
+            *_, adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)
+            adam, size = torch.where(finite, adam, 0), (-1, *shape)
             for weight, direction in (
                 (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
             ):  # fmt: skip
@@ -201,14 +201,6 @@ class TwoLevelStep(FusedStep):
             padded += [own, np.zeros(width)]
         constants = (BETAS[0], 1 - BETAS[0], BETAS[1], 1 - BETAS[1], BOUND)
         return np.concatenate([*padded, constants]).astype(np.float32)
-
-
-def _adam(grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Tensor:
-    """Adam's direction after the moments have seen the gradient, as in `TwoLevelLSTM.observe`."""
-    moment = BETAS[0] * m + (1 - BETAS[0]) * grad
-    square = BETAS[1] * v + (1 - BETAS[1]) * grad * grad
-    root = torch.sqrt(square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
-    return moment / (1 - BETAS[0] ** step) / root
 
 
 def build_two_level(units: int) -> ctypes.CDLL:
