@@ -47,7 +47,7 @@ def shipped_rule(params: Iterable[Tensor]) -> Path:
     """
     shapes = sorted((param.shape for param in params), key=len)
     alone = [len(shape) for shape in shapes] == [1, 2] and shapes[0][0] == shapes[1][0]
-    return SHIPPED_HEAD_RULE if alone else SHIPPED_RULE
+    return TWO_LEVEL_RULE
 
 
 def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:

@@ -47,6 +47,10 @@ from rnnopt.rules.tensor_features import (
 BETAS = (0.9, 0.999)  # Adam's decay rates
 LOG_RATE_BOUND = 4.0  # a learned factor on the rate lies within exp(-4) .. exp(4)
 WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM, to save memory
+# Directions that are divided by their own size fade once a tensor's gradient is below this share of
+# its root mean square so far, as Adam's does by its second moment; they would shake a model whose
+# gradients have vanished.
+FADE = 0.5
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
 BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
 # The loss may rise by so many times the first-order decrease of a base step: on heads, LoRA factors
@@ -55,7 +59,9 @@ MAX_RISE = 3.0
 
 SIGNED, EVEN = 3, 5  # inputs of the coordinate-wise LSTM besides its own cell
 # Scalar leaves of the tensor-wise state that every step replaces, in the order of the context.
-_SCALARS = ("step", "first_rms", "last_rms", "last_rate", "first_decrease", "unit", "fallen")
+_SCALARS = (
+    "step", "first_rms", "last_rms", "mean_square", "last_rate", "first_decrease", "unit", "fallen",
+)  # fmt: skip
 _SIZES = {"tensor_units": 1, "coordinate_units": 0, "message_units": 1}  # and the least of each
 _VECTORS = ("hidden", "memory")  # of the tensor-wise LSTM, (U,)
 
@@ -177,8 +183,9 @@ class TwoLevelLSTM(nn.Module):
         - ``slope`` 0-d: the last update times the gradient before it, of this shard.
         - ``rows``, ``columns`` 0-d: the tensor's shape; 0 rows mark a vector.
         - ``hidden``, ``memory`` (U,): the tensor-wise LSTM's.
-        - 0-d each: step count, RMS of the first and last gradient, last rate, first-order decrease
-          of the first step, the largest so far (``unit``), and the estimated fall of the loss.
+        - 0-d each: step count, RMS of the first and last gradient, average of its square, last
+          rate, first-order decrease of the first step, the largest so far (``unit``), and the
+          estimated fall of the loss.
 
         Args:
             param: the parameter, or a shard of it, (N,) when flat.
@@ -287,7 +294,11 @@ class TwoLevelLSTM(nn.Module):
         rates, share = base_rates(s)
         promised = (rates * s.g_abs).sum(-1, keepdim=True)
         unit = torch.maximum(states["unit"].amax(-1, keepdim=True), promised) + FLOOR
-        rms = torch.sqrt(s.g_g / s.nonzero.clamp(min=1) + ROOT_FLOOR)
+        square = s.g_g / s.nonzero.clamp(min=1)
+        rms = torch.sqrt(square + ROOT_FLOOR)
+        mean_square = BETAS[1] * states["mean_square"] + (1 - BETAS[1]) * square
+        usual = torch.sqrt(mean_square / (1 - BETAS[1] ** step) + ROOT_FLOOR)
+        fade = (rms / (FADE * usual)).clamp(max=1)
         decrease = (share**SHARE_POWER * s.g_abs).sum(-1, keepdim=True)
         seen = tensor_features(s, states, unit, share, rms, decrease)
         said = torch.tanh(self.message(torch.cat([states["hidden"], seen], -1)))
@@ -300,14 +311,15 @@ class TwoLevelLSTM(nn.Module):
         out = Decisions(*self.output(hidden).unbind(-1))
         rates = rates * torch.exp(LOG_RATE_BOUND * torch.tanh(out.rate / LOG_RATE_BOUND))
         decisions = Decisions(
-            rates, torch.tanh(out.growth), 1 + out.adam, out.gradient / rms, out.orthogonal_adam,
-            out.orthogonal_gradient / rms, -out.last * inverse_rms(s.u_u, s.live),
-            out.cell * inverse_rms(s.q_q, s.live),
+            rates, fade * torch.tanh(out.growth), 1 + out.adam, fade * out.gradient / rms,
+            fade * out.orthogonal_adam, fade * out.orthogonal_gradient / rms,
+            -fade * out.last * inverse_rms(s.u_u, s.live),
+            fade * out.cell * inverse_rms(s.q_q, s.live),
         )  # fmt: skip
         fall = (s.u_g + s.slope).sum(-1, keepdim=True) / 2
         first = step <= 1
         scalars = (
-            step, torch.where(first, rms, states["first_rms"]), rms, rates,
+            step, torch.where(first, rms, states["first_rms"]), rms, mean_square, rates,
             torch.where(first, decrease, states["first_decrease"]), unit.expand_as(step),
             states["fallen"] + torch.where(first, 0, fall),
         )  # fmt: skip

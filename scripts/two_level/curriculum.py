@@ -23,6 +23,7 @@ HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
 BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
+SCALES = (-2.0, 3.5)  # of the logarithm of a factor on the pooled outputs, for 30 % of the batches
 FIRST_STEPS = 6  # the longest unroll at the start
 # Narrow encoders are drawn twice as often: they hold more tasks.
 NARROW_WIDTH, NARROW_DEPTH = 96, 3
@@ -85,12 +86,12 @@ class Profile(NamedTuple):
 
 
 CPU = Profile(
-    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 50,
-    {"head": 50, "lora": 20, "full": 12}, {"lora": 8, "full": 8}, 5, 50, 24, 8, 0.5, 20_000,
+    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 60,
+    {"head": 60, "lora": 40, "full": 30}, {"lora": 12, "full": 12}, 8, 50, 24, 8, 0.5, 20_000,
 )  # fmt: skip
 GPU = Profile(
-    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.35, (0.4, 0.3, 0.3), 50,
-    {"head": 50, "lora": 40, "full": 25}, {"lora": 25, "full": 20}, 10, 100, 60, 10, 4.0, 150_000,
+    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.35, (0.4, 0.3, 0.3), 60,
+    {"head": 60, "lora": 60, "full": 40}, {"lora": 40, "full": 40}, 10, 100, 60, 10, 4.0, 150_000,
 )  # fmt: skip
 
 
@@ -138,8 +139,9 @@ def draw(
         steps, scales.get(head, 1), rank, lora_scale, targets, batch, noise,
         dropout=0.1 if rng.random() < 0.15 and kind != "head" else 0.0,
         clip=rng.choice([0.1, 1.0]) if rng.random() < 0.07 else 0.0,
-        rescale=rng.choice([0.3, 1.0]) if rng.random() < 0.07 else 0.0,
+        rescale=rng.choice([0.3, 1.0]) if rng.random() < 0.1 else 0.0,
         words=rng.random() < 0.4,
+        feature_scale=math.exp(rng.uniform(*SCALES)) if rng.random() < 0.3 else 1.0,
     )  # fmt: skip
     drawn = Drawn(spec, 1, long and own)
     size = int(profile.gigabytes / gigabytes(drawn))

@@ -46,6 +46,7 @@ class Spec:
         clip: the largest norm of a task's gradient; 0 means any.
         rescale: standard deviation of the logarithm of a random factor on every tensor.
         words: with "full" of all layers, whether word embeddings train.
+        feature_scale: a factor on the pooled outputs; encoders differ in their length.
     """
 
     encoder: Encoder
@@ -68,6 +69,7 @@ class Spec:
     clip: float = 0.0
     rescale: float = 0.0
     words: bool = False
+    feature_scale: float = 1.0
 
     def __str__(self) -> str:
         plain = {name: value for name, value in vars(self).items() if name != "encoder"}
@@ -256,7 +258,8 @@ class TaskBatch:
             inputs = encoder.place(F.embedding(rows, table.flatten(0, 1)))
         weights = {**self._frozen, **trained}
         pooling = self.spec.pooling
-        return encoder.features(weights, self.layers, pooling, inputs, mask, dropout)
+        found = encoder.features(weights, self.layers, pooling, inputs, mask, dropout)
+        return found * self.spec.feature_scale
 
     def named(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that train in their shapes, (B, ...), their random factors applied."""
