@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rnnopt.optim.trainer import trainer_settings
     from rnnopt.rules.classical import SGD, Adam, AdamW
     from rnnopt.rules.files import load_rule, save_rule
-    from rnnopt.rules.lstm import CoordinateLSTM
     from rnnopt.rules.meta_sgd import MetaSGD
     from rnnopt.rules.protocol import State, UpdateRule
+    from rnnopt.rules.two_level import TwoLevelLSTM
     from rnnopt.storage.scalars import to_writer
     from rnnopt.tasks.protocol import Learner, Metric, Task, TaskSource
     from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
@@ -34,7 +34,6 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
-    "CoordinateLSTM",
     "InputError",
     "LearnedOptimizer",
     "Learner",
@@ -44,6 +43,7 @@ __all__ = [
     "Task",
     "TaskSource",
     "TextClassifier",
+    "TwoLevelLSTM",
     "UpdateRule",
     "__version__",
     "compare",
@@ -62,9 +62,9 @@ _HOMES = {
     "rnnopt.optim.trainer": ("trainer_settings",),
     "rnnopt.rules.classical": ("SGD", "Adam", "AdamW"),
     "rnnopt.rules.files": ("load_rule", "save_rule"),
-    "rnnopt.rules.lstm": ("CoordinateLSTM",),
     "rnnopt.rules.meta_sgd": ("MetaSGD",),
     "rnnopt.rules.protocol": ("State", "UpdateRule"),
+    "rnnopt.rules.two_level": ("TwoLevelLSTM",),
     "rnnopt.storage.scalars": ("to_writer",),
     "rnnopt.tasks.protocol": ("Learner", "Metric", "Task", "TaskSource"),
     "rnnopt.tasks.text.estimator.text_classifier": ("TextClassifier",),

@@ -107,7 +107,7 @@ def _plan(settings: MetaTrain) -> MetaTrainSettings:
         second_order_for=tuple(settings.exact),
         learned=LearnedSettings(
             **chosen(
-                settings, "inner", "inner_lr", "learn", "origin", "init", "init_lr", "init_penalty"
+                settings, "inner", "inner_lr", "origin", "init", "init_lr", "init_penalty"
             ),
             start=TextStart(settings.adapt_only or "all", head=settings.head or "random"),
         ),
@@ -165,7 +165,7 @@ def _seen_before(
     settings: MetaTrain, learned: LearnedSettings, classifier: Classifier, validation: Corpus
 ) -> dict[str, Any]:
     """The classes that the rule of --from was made with, none of which may choose the new one."""
-    origin = learned.origin_path(classifier)
+    origin = learned.origin_path
     if origin is None:
         return {}
     facts = read_training(origin)

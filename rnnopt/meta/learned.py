@@ -22,12 +22,11 @@ from rnnopt.meta.settings import InnerRule, LearnedSettings
 from rnnopt.meta.unroll import Unrolled
 from rnnopt.rules.classical import SGD, Adam
 from rnnopt.rules.files import SavedRule, load_rule
-from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
+from rnnopt.rules.two_level import TwoLevelLSTM
 from rnnopt.tasks.protocol import Learner, Task
 
-HIDDEN_SIZE = 8  # hidden units of a new LSTM
-INNER_LR: dict[InnerRule, float] = {"lstm": 0.75, "sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
+INNER_LR: dict[InnerRule, float] = {"sgd": 0.1, "meta-sgd": 0.1, "adam": 1e-3}
 
 
 class Learned(nn.Module):
@@ -36,8 +35,8 @@ class Learned(nn.Module):
     Args:
         settings: see `LearnedSettings`.
         learner: the learner that adapts to the tasks.
-        hidden_size: the number of hidden units of the LSTM. None takes that of the rule that
-            meta-training begins with, or 8 for a new rule.
+        hidden_size: the number of hidden units of the coordinate-wise LSTM. None takes that of the
+            rule that meta-training begins with, or of `TwoLevelLSTM` for a new rule.
         seed: decides the weights of a new rule. The global random state does not change.
         rule: the inner rule, which replaces the one that the settings name.
 
@@ -69,38 +68,37 @@ class Learned(nn.Module):
                 'initial="maml" or "reptile"'
             )
         self.rule: Any = self._inner_rule(learner, hidden_size, seed) if rule is None else rule
-        if settings.learn == "growth" and isinstance(self.rule, CoordinateLSTM):
-            self.rule = self.rule.growth_only()
         self.init = None if settings.init == "pretrained" else InitialValues(learner)
         if self.init is not None:
             self.start = replace(self.start, values=self.init.values())
 
     def _inner_rule(self, learner: Learner, hidden_size: int | None, seed: int) -> SavedRule:
         inner = self.settings.inner
+        if inner == "lstm":
+            path = self.settings.origin_path
+            if path is not None:
+                return self._original(path, hidden_size)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return TwoLevelLSTM(
+                    **{} if hidden_size is None else {"coordinate_units": hidden_size}
+                )
         lr = INNER_LR[inner] if self.settings.inner_lr is None else self.settings.inner_lr
         if inner == "sgd":
             return SGD(lr)
         if inner == "adam":
             return Adam(lr)
-        if inner == "meta-sgd":
-            return MetaSGD(list(self.start.params(learner)), lr)
-        path = self.settings.origin_path(learner)
-        if path is not None:
-            return self._original(path, hidden_size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            units = HIDDEN_SIZE if hidden_size is None else hidden_size
-            return CoordinateLSTM(hidden_size=units, initial_decrease=lr)
+        return MetaSGD(list(self.start.params(learner)), lr)
 
     def _original(self, path: Path, hidden_size: int | None) -> SavedRule:
         """The rule that meta-training begins with, with trainable weights."""
         rule, origin = load_rule(path), self.settings.origin
-        if not isinstance(rule, CoordinateLSTM):
+        if not isinstance(rule, TwoLevelLSTM):
             raise InputError(f"--from {origin}: holds {type(rule).__name__}, expected an LSTM")
-        if hidden_size not in (None, rule.hidden_size):
+        if hidden_size not in (None, rule.coordinate_units):
             raise InputError(
-                f"--from {origin}: has {rule.hidden_size} hidden units, not {hidden_size}; leave "
-                "--hidden-size out"
+                f"--from {origin}: has {rule.coordinate_units} hidden units, not {hidden_size}; "
+                "leave --hidden-size out"
             )
         return rule.requires_grad_(True).train()
 

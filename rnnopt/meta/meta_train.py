@@ -96,7 +96,7 @@ def meta_train(
         validation: the tasks that choose the best rule. None takes those of `tasks` from number
             `VALIDATION_TASKS` (1,000,000) on, which no meta-step uses.
         rule: the inner rule, a `torch.nn.Module` that is an `UpdateRule`. Its weights are trained
-            in place and frozen at the end. None makes a new `rnnopt.CoordinateLSTM`.
+            in place and frozen at the end. None makes a new `rnnopt.TwoLevelLSTM`.
         initial: ``"maml"`` or ``"reptile"`` also learns the initial values of the parameters that
             train. ``"pretrained"`` leaves them as they are.
         start: which parameters are stepped. ``Start(adapted="head")`` is ANIL.

@@ -11,14 +11,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from rnnopt.errors import InputError
-from rnnopt.rules.files import shipped_rule
+from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.tasks.protocol import Learner
 from rnnopt.tasks.requirement import Requirement
 from rnnopt.tasks.start import Start
 
 Init = Literal["pretrained", "maml", "reptile"]
 InnerRule = Literal["lstm", "sgd", "meta-sgd", "adam", "given"]
-Learn = Literal["all", "growth"]
 VALIDATED = ("accuracy", "loss")  # the metrics of a validation, after each step
 SHIPPED = "shipped"  # the value of `LearnedSettings.origin` that stands for the shipped rule
 
@@ -146,11 +145,8 @@ class LearnedSettings:
     Attributes:
         inner: the inner rule. The LSTM and Meta-SGD are meta-trained; SGD and Adam have no weights.
             ``"given"`` stands for a rule object that is passed to the run.
-        inner_lr: the rule's first step size, in the units of that rule; for the LSTM the decrease
-            of the loss that its first step aims at. None takes the rule's entry in `INNER_LR`.
-        learn: ``"all"`` trains all weights of the LSTM. ``"growth"`` trains only the weights that
-            decide how tensors grow; directions and step sizes stay those of Adam. See
-            `rnnopt.rules.lstm.CoordinateLSTM`.
+        inner_lr: the step size that SGD, Adam or Meta-SGD begins with. None takes the rule's entry
+            in `rnnopt.meta.learned.INNER_LR`. The LSTM has none.
         origin: the LSTM that meta-training begins with: a rule file, the folder of a run, or
             `SHIPPED`. None begins with a new one.
         init: the initial values. ``"pretrained"`` keeps those of the learner. ``"maml"`` learns
@@ -165,7 +161,6 @@ class LearnedSettings:
 
     inner: InnerRule = "lstm"
     inner_lr: float | None = None
-    learn: Learn = "all"
     origin: str | None = None
     init: Init = "pretrained"
     init_lr: float = 1e-4
@@ -173,7 +168,7 @@ class LearnedSettings:
     start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("inner", InnerRule), ("learn", Learn), ("init", Init)):
+        for name, allowed in (("inner", InnerRule), ("init", Init)):
             if getattr(self, name) not in get_args(allowed):
                 raise InputError(
                     f"{name}={getattr(self, name)!r}: choose from {', '.join(get_args(allowed))}"
@@ -184,15 +179,15 @@ class LearnedSettings:
                 raise InputError(f"{name}={value}: must be positive and finite")
         if not 0 <= self.init_penalty < math.inf:
             raise InputError(f"init_penalty={self.init_penalty}: must be finite and at least 0")
-        if self.origin is not None and (self.inner != "lstm" or self.inner_lr is not None):
+        if self.origin is not None and self.inner != "lstm":
             raise InputError(
-                f"--from {self.origin} with --inner or --inner-lr: the rule of --from has "
-                "both; leave them out, or leave --from out"
+                f"--from {self.origin} with --inner {self.inner}: the rule of --from is an LSTM; "
+                "leave --inner out, or leave --from out"
             )
-        if self.learn == "growth" and self.inner != "lstm":
+        if self.inner_lr is not None and self.inner == "lstm":
             raise InputError(
-                f"--learn growth with --inner {self.inner}: only the LSTM grows tensors; use "
-                "--inner lstm"
+                f"--inner-lr {self.inner_lr} with --inner lstm: the LSTM decides its own steps; "
+                "leave --inner-lr out, or choose another --inner"
             )
         if self.init == "pretrained" and self.inner in ("sgd", "adam"):
             raise InputError(
@@ -221,10 +216,11 @@ class LearnedSettings:
         }  # fmt: skip
         return replace(unroll, initial=kinds[self.init])
 
-    def origin_path(self, learner: Learner) -> Path | None:
-        """The rule file that `origin` stands for if this learner is adapted."""
+    @property
+    def origin_path(self) -> Path | None:
+        """The rule file that `origin` stands for."""
         if self.origin == SHIPPED:
-            return shipped_rule(self.start.params(learner).values())
+            return SHIPPED_RULE
         return None if self.origin is None else Path(self.origin)
 
 

@@ -209,12 +209,7 @@ def _step(
 
 def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOptimizer:
     """A second optimizer of the same parameters, with a copy of the optimizer's state."""
-    runner = LearnedOptimizer(
-        list(tensors),
-        optimizer.rule,
-        state_dtype=optimizer.state_dtype,
-        fused=optimizer.fused,
-    )
+    runner = LearnedOptimizer(list(tensors), optimizer.rule, fused=optimizer.fused)
     for param in tensors:
         memory = runner.init_state(param)
         kept = optimizer.state.get(param) or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
 import os
@@ -40,23 +39,6 @@ def resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
             "a rule file, or None for the rule that ships with rnnopt"
         )
     return rule
-
-
-def check_state_dtype(rule: UpdateRule, dtype: torch.dtype | None) -> None:
-    """Check that the rule can keep its state in this dtype.
-
-    Raises:
-        TypeError: the dtype is not a floating-point one, or the rule has no `state_dtype`.
-    """
-    if dtype is None:
-        return
-    if not dtype.is_floating_point:
-        raise TypeError(f"state_dtype={dtype}: a floating-point dtype, such as torch.bfloat16")
-    if "state_dtype" not in inspect.signature(rule.init_state).parameters:
-        raise TypeError(
-            f"state_dtype={dtype}, but {type(rule).__name__} keeps its state in one precision "
-            "only (its init_state takes no state_dtype); leave state_dtype out"
-        )
 
 
 def as_number(name: str, value: Any) -> float:
@@ -154,12 +136,3 @@ def first_device(groups: Sequence[dict[str, Any]]) -> torch.device:
     """The device of the first parameter that is not a meta tensor; the CPU if there is none."""
     devices = [param.device for group in groups for param in group["params"]]
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-
-def trainable_or_all(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """The parameters that require a gradient, by which the shipped rule is chosen.
-
-    All parameters if none requires one yet.
-    """
-    params = [param for group in groups for param in group["params"]]
-    return [param for param in params if param.requires_grad] or params

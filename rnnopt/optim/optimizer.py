@@ -14,18 +14,16 @@ from torch.optim.optimizer import ParamsT
 from rnnopt.optim.arguments import (
     as_number,
     check_group,
-    check_state_dtype,
     first_device,
     refuse_capture,
     refuse_sparse,
     resolve_rule,
-    trainable_or_all,
 )
 from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
-from rnnopt.optim.parts import warn_of_head, warn_of_parts, watch
+from rnnopt.optim.parts import warn_of_parts, watch
 from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
@@ -38,7 +36,7 @@ from rnnopt.optim.safeguard import (
     check_last_step,
 )
 from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
-from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
+from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.rules.protocol import (
     MatrixRule,
     State,
@@ -55,24 +53,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``p += lr * (rule(p.grad) - rule.step_size * weight_decay * p)``, see
     `rnnopt.rules.protocol.advance`.
 
-    A `CoordinateLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
-    compiler, and on a GPU with Triton if the rule is on the GPU too, see
-    `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by shard, with the
-    same result as whole tensors; their `state` is that of the shard, and in `state_dict` it is a
-    DTensor, too. The rule needs the gradients of all that trains: one optimizer for a whole model.
+    A `TwoLevelLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
+    compiler, see `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by
+    shard, with the same result as whole tensors; their `state` is that of the shard, and in
+    `state_dict` it is a DTensor, too. The rule needs the gradients of all that trains: one
+    optimizer for a whole model.
 
     Args:
         params: tensors or param groups, as in every torch optimizer.
         rule: an `UpdateRule`, kept as it is and not copied; the path of a rule file; or None for
-            the rule that ships with the package, see `rnnopt.rules.files.shipped_rule`.
+            the rule that ships with the package, `rnnopt.rules.files.SHIPPED_RULE`.
         lr: multiplies the learned step, per group; dimensionless, 1.0 = as meta-trained. A number
             or a tensor of one element. Torch's schedulers work on it (those that cycle momentum
             with cycle_momentum=False).
         weight_decay: decoupled decay, per group, in units of ``lr * rule.step_size``. With a rule
             that is Adam it is AdamW's.
-        state_dtype: dtype of the LSTM's state; Adam's moments stay float32. torch.bfloat16 takes
-            40 bytes per coordinate instead of 72. None: the dtype of the rule's weights. A loaded
-            state keeps the dtype in which it was saved.
         fused: None uses the kernel where it can; False never does; True requires one. Parameters
             that a kernel does not support (by dtype, device or memory layout) are stepped by the
             plain rule beside it.
@@ -87,19 +82,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter occurs twice in a group.
-        TypeError: a parameter is complex or integer, lr or weight_decay is no number, rule is not
-            an update rule, or the rule does not support `state_dtype`.
+        TypeError: a parameter is complex or integer, lr or weight_decay is no number, or rule is
+            not an update rule.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
             True and the rule has no fallback.
         InputError: the rule file can't be used.
     """
 
     rule: UpdateRule
-    state_dtype: torch.dtype | None = None
     fused: bool | None = None
     guard: bool | None = None
     _fallback: UpdateRule | None = None
-    _for_a_head = False  # whether the rule was chosen here, for a head alone
     _peers = ALONE  # processes with the model's other parameters
     _has_gradient = False  # whether a gradient has been seen that was not all zero
 
@@ -110,7 +103,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
         *,
-        state_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         guard: bool | None = None,
     ) -> None:
@@ -118,12 +110,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
         self._peers = find_peers()
-        trained = self._peers.params(trainable_or_all(self.param_groups))
-        chosen = shipped_rule(trained) if rule is None else rule
-        self._for_a_head = rule is None and chosen == SHIPPED_HEAD_RULE
-        self.rule = resolve_rule(chosen)
-        check_state_dtype(self.rule, state_dtype)
-        self.state_dtype = state_dtype
+        self.rule = resolve_rule(SHIPPED_RULE if rule is None else rule)
         self.fused = fused
         self.guard = guard
         if rule is not self.rule:  # loaded here: moved once, or each step would copy its weights
@@ -179,9 +166,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
         work = [(group, param, param.grad) for group, param in pairs if param.grad is not None]
-        if self._for_a_head and len(work) > 2:
-            self._for_a_head = False
-            warn_of_head(len(work))
         if not torch.compiler.is_compiling():
             warn_of_parts(self)
         if work or not self._peers.alone:
@@ -312,24 +296,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.fused and kernel is None:
             raise RuntimeError(
                 f"fused=True, but there is no kernel for {type(rule).__name__} here: it takes "
-                "a CoordinateLSTM with float32 weights, on the CPU and a C compiler, or on a GPU "
-                "and Triton"
+                "a TwoLevelLSTM with float32 weights on the CPU, and a C compiler"
             )
         return kernel
 
     def init_state(self, param: Tensor) -> State:
         """The rule's state for a parameter, or for this process's shard of it."""
-        options: dict[str, Any] = {}
-        if self.state_dtype is not None:
-            options["state_dtype"] = self.state_dtype
         if is_sharded(param) and isinstance(self.rule, MatrixRule):
-            options["shape"] = param.shape
-        return self.rule.init_state(local(param), **options)
+            return self.rule.init_state(local(param), shape=param.shape)
+        return self.rule.init_state(local(param))
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; leaves of coordinates have the shape and the placements of their parameter.
 
-        Those of ``hidden`` and ``cell`` have another dimension before them.
+        Those of ``cell`` have another dimension before them.
         """
         with saving(self, self.rule):
             return super().state_dict()
@@ -348,15 +328,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; torch would leave out the attributes of this class."""
-        kept = (
-            "rule",
-            "state_dtype",
-            "fused",
-            "guard",
-            "_fallback",
-            "_for_a_head",
-            "_has_gradient",
-        )
+        kept = ("rule", "fused", "guard", "_fallback", "_has_gradient")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
 

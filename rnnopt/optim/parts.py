@@ -82,15 +82,6 @@ def warn_of_parts(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def warn_of_head(count: int) -> None:
-    """Warn that so many tensors train with the rule for a linear head."""
-    warnings.warn(
-        f"{count} tensors train with the rule that ships for a linear head alone; it "
-        "ruins an encoder: make a new LearnedOptimizer of all that trains now",
-        stacklevel=5,  # see `warn_of_parts`
-    )
-
-
 def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
     ids = [{id(p) for group in o.param_groups for p in group["params"]} for o in (one, other)]
     return not ids[0] & ids[1]

@@ -27,11 +27,6 @@ class Peers:
     def __init__(self, zero: Any = None) -> None:
         self._group = None if zero is None else zero.process_group
         self.alone = zero is None or zero.world_size == 1
-        self._all_params: list[Tensor] = [] if zero is None else list(zero._all_params)
-
-    def params(self, own: list[Tensor]) -> list[Tensor]:
-        """The parameters of all parts, given those of this one."""
-        return [p for p in self._all_params if p.requires_grad] or own
 
     def contexts(
         self, rule: UpdateRule, statistics: Sequence[Tensor | None], states: Sequence[State]

@@ -5,49 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rnnopt.errors import InputError
 from rnnopt.rules.classical import SGD, Adam
-from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.meta_sgd import MetaSGD
 from rnnopt.rules.two_level import TwoLevelLSTM
 from rnnopt.storage.files import fingerprint, read_tensors, save_tensors
 
 RULE_FILE = "rule.safetensors"
 SHIPPED_RULE = Path(__file__).parent / "weights" / RULE_FILE
-SHIPPED_HEAD_RULE = SHIPPED_RULE.with_name("head.safetensors")
-# A rule of two levels, for LoRA from a head that was fitted on frozen features; still in training.
-TWO_LEVEL_RULE = SHIPPED_RULE.with_name("two_level.safetensors")
 # The rules that a file can hold. A format's number rises when the arithmetic or the config changes.
-SavedRule: TypeAlias = CoordinateLSTM | TwoLevelLSTM | MetaSGD | SGD | Adam
+SavedRule: TypeAlias = TwoLevelLSTM | MetaSGD | SGD | Adam
 _KINDS: dict[str, Callable[..., SavedRule]] = {
-    "rnnopt.CoordinateLSTM.8": CoordinateLSTM,
-    **{f"rnnopt.{kind.__name__}.1": kind for kind in (TwoLevelLSTM, MetaSGD, SGD, Adam)},
+    "rnnopt.TwoLevelLSTM.2": TwoLevelLSTM,
+    **{f"rnnopt.{kind.__name__}.1": kind for kind in (MetaSGD, SGD, Adam)},
 }
-# Older formats with the same arithmetic: the current name of each argument that was renamed.
-_RENAMED = {
-    "rnnopt.CoordinateLSTM.7": {"reach": "initial_decrease", "growth_unit": "growth_threshold"}
-}
-
-
-def shipped_rule(params: Iterable[Tensor]) -> Path:
-    """The file of the shipped rule for a model, by the parameters that are trained.
-
-    A linear classifier alone, which is a matrix and a bias with as many rows, has its own rule. Its
-    loss is convex, and steps that suit it are too long for a head above an encoder that learns.
-
-    Args:
-        params: the trained parameters.
-    """
-    shapes = sorted((param.shape for param in params), key=len)
-    alone = [len(shape) for shape in shapes] == [1, 2] and shapes[0][0] == shapes[1][0]
-    return TWO_LEVEL_RULE
 
 
 def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:
@@ -91,17 +69,15 @@ def load_rule(path: str | os.PathLike[str]) -> SavedRule:
     """
     file = rule_path(path)
     tensors, about = read_tensors(file)
-    renamed = _RENAMED.get(str(about.get("format")), {})
-    format_ = "rnnopt.CoordinateLSTM.8" if renamed else about.get("format")
+    format_ = about.get("format")
     if format_ not in _KINDS:
         raise InputError(
-            f"{file} holds {about.get('format', 'no rnnopt rule')!r}, expected "
+            f"{file} holds {format_ or 'no rnnopt rule'!r}, expected "
             f"{' or '.join(map(repr, _KINDS))}; name a file that `rnnopt meta-train` wrote with "
             "this version"
         )
     try:
-        config = {renamed.get(name, name): value for name, value in about["config"].items()}
-        rule = _KINDS[format_](**config)
+        rule = _KINDS[format_](**about["config"])
         for dtype in {leaf.dtype for leaf in tensors.values()}:
             rule.to(dtype)
         rule.load_state_dict(tensors)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.rules.features import orthogonalized
+from rnnopt.rules.orthogonal import orthogonalized
 from rnnopt.rules.protocol import MatrixTransform, State
 from rnnopt.rules.tensor_features import (
     FLOOR,
@@ -51,7 +51,6 @@ WIDEST = 1024  # a matrix with both sides above this has no coordinate-wise LSTM
 # its root mean square so far, as Adam's does by its second moment; they would shake a model whose
 # gradients have vanished.
 FADE = 0.5
-MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's Newton-Schulz iterations
 BOUND = 1e15  # of gradients and parameters: larger ones overflow float32 once squared
 # The loss may rise by so many times the first-order decrease of a base step: on heads, LoRA factors
 # and all weights of MiniLM that is 0.6 to 30 nats.
@@ -172,8 +171,8 @@ class TwoLevelLSTM(nn.Module):
         return len(shape) == 2 and 0 < min(shape) <= NARROW
 
     def transform_matrix(self, direction: Tensor) -> Tensor:
-        """See `rnnopt.rules.features.orthogonalized`; (..., R, C)."""
-        return orthogonalized(direction, MUON, ROOT_FLOOR)
+        """See `rnnopt.rules.orthogonal.orthogonalized`; (..., R, C)."""
+        return orthogonalized(direction, ROOT_FLOOR)
 
     def init_state(self, param: Tensor, shape: Sequence[int] | None = None) -> State:
         """The state before the first step. All leaves but ``rows`` and ``columns`` are zero.

@@ -102,16 +102,12 @@ class LearnSettings(Settings):
         "lstm", metavar="RULE",
     )  # fmt: skip
     inner_lr: float | None = advanced(
-        "Step size of the inner loop; of the LSTM, its reach.",
-        None, metavar="LR", shown="lstm 0.75, adam 1e-3, others 0.1",
+        "Step size that sgd, meta-sgd or adam begins with.",
+        None, metavar="LR", shown="adam 1e-3, others 0.1",
     )  # fmt: skip
     hidden_size: int | None = advanced(
-        "Hidden units of the LSTM, 0 for none.", None, metavar="H", shown="that of --from, else 8"
-    )
-    learn: Literal["all", "growth"] = advanced(
-        "Of the LSTM: all of it, or the growth of tensors alone, with Adam's directions and step "
-        "sizes.",
-        "all",
+        "Hidden units of the coordinate-wise LSTM, 0 for none.",
+        None, metavar="H", shown="that of --from, else 4",
     )  # fmt: skip
     init: Literal["pretrained", "maml", "reptile"] = option(
         "Initial values: pretrained, maml or reptile.", "pretrained", metavar="INIT"

@@ -25,7 +25,7 @@ from rnnopt.data.embedded import stdlib_splits
 from rnnopt.data.sources import parse_sources, weigh
 from rnnopt.data.splits import Splits, read_splits
 from rnnopt.errors import InputError
-from rnnopt.rules.files import SHIPPED_RULE, SavedRule, load_rule, read_training, shipped_rule
+from rnnopt.rules.files import SHIPPED_RULE, SavedRule, load_rule, read_training
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.init_folder import read_init_training
@@ -179,16 +179,13 @@ def choose_start(settings: RuleSettings, classifier: Classifier) -> TextStart:
 
 
 def known_to(settings: RuleSettings) -> list[dict[str, Any]]:
-    """What the files of the rule and of the initial values say of their meta-training.
-
-    Both rules that ship have seen the same.
-    """
+    """What the files of the rule and of the initial values say of their meta-training."""
     known = [read_training(settings.rule or SHIPPED_RULE)]
     return known + ([read_init_training(settings.init)] if settings.init else [])
 
 
 def choose_rule(rule: str | None, params: Iterable[Tensor]) -> tuple[Path, SavedRule]:
-    """--rule, or the shipped one for what trains: its file, and itself on the parameters' device.
+    """--rule, or the shipped one: its file, and itself on the parameters' device.
 
     Args:
         rule: a file or a folder; None for the one that ships.
@@ -197,9 +194,8 @@ def choose_rule(rule: str | None, params: Iterable[Tensor]) -> tuple[Path, Saved
     Raises:
         InputError: the file can't be used.
     """
-    tensors = list(params)
-    file = Path(rule) if rule else shipped_rule(tensors)
-    return file, load_rule(file).to(tensors[0].device)
+    file = Path(rule) if rule else SHIPPED_RULE
+    return file, load_rule(file).to(next(iter(params)).device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from rnnopt.optim.kernels.cpu import CompiledStep, CompilerError, build
+from rnnopt.optim.kernels.cpu import CompilerError
 from rnnopt.optim.kernels.fused import FusedStep
 from rnnopt.optim.kernels.two_level import TwoLevelStep, build_two_level
-from rnnopt.rules.lstm import CoordinateLSTM
 from rnnopt.rules.two_level import TwoLevelLSTM
 
 
@@ -23,29 +22,14 @@ def fused_step(rule: object) -> FusedStep | None:
         RuntimeWarning: once per process, if the kernel can't be compiled.
     """
     # `type`, because the arithmetic of a subclass may differ
-    if type(rule) is TwoLevelLSTM and rule.output.weight.dtype == torch.float32:
-        library = two_level_kernel(rule.coordinate_units) if rule.output.weight.is_cpu else None
-        return None if library is None else TwoLevelStep(rule, library)
-    if type(rule) is not CoordinateLSTM:
+    if type(rule) is not TwoLevelLSTM or rule.output.weight.dtype != torch.float32:
         return None
-    weight = rule.gate_weight
-    if weight.dtype != torch.float32:
-        return None
-    if weight.is_cuda:
-        return _triton_step(rule)
-    if not weight.is_cpu:
-        return None
-    kernel = c_kernel(rule.hidden_size)
-    return None if kernel is None else CompiledStep(rule, kernel)
+    library = c_kernel(rule.coordinate_units) if rule.output.weight.is_cpu else None
+    return None if library is None else TwoLevelStep(rule, library)
 
 
-def c_kernel(hidden_size: int) -> ctypes.CDLL | None:
-    """The C kernel for this many hidden units, or None if it can't be compiled."""
-    return _built(build, hidden_size)
-
-
-def two_level_kernel(units: int) -> ctypes.CDLL | None:
-    """The same of the rule of two levels, for this many units of a coordinate."""
+def c_kernel(units: int) -> ctypes.CDLL | None:
+    """The C kernel for this many units of a coordinate, or None if it can't be compiled."""
     return _built(build_two_level, units)
 
 
@@ -59,20 +43,6 @@ def _built(make: Callable[[int], ctypes.CDLL], units: int) -> ctypes.CDLL | None
         _warn_once(
             str(error), "name a folder that programs may run from in the variable XDG_CACHE_HOME"
         )
-    return None
-
-
-def _triton_step(rule: CoordinateLSTM) -> FusedStep | None:
-    """Imports the kernel's module here: Triton takes a second to load, and may not be installed."""
-    try:
-        from rnnopt.optim.kernels import cuda
-    except ImportError as error:
-        _warn_once(str(error), "install triton")
-        return None
-    problem = cuda.problem(rule.hidden_size, rule.gate_weight.device)
-    if problem is None:
-        return cuda.TritonStep(rule)
-    _warn_once(problem, "install a recent triton")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The fused step on a CPU, see cell.c.
+"""Compiled steps on a CPU: how a kernel is built, and how its work is shared by threads.
 
 The machine's C compiler builds the kernel on first use, in about a second. The shared library is
 kept in the user's cache folder, or for the process alone where that can't be used.
@@ -23,21 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rnnopt.optim.kernels.fused import (
-    KERNEL_STATISTICS,
-    FusedStep,
-    Measured,
-    Piece,
-    append_matrix_statistic,
-    parts_by_size,
-    tensor_table,
-)
-from rnnopt.rules.features import RATIO_FLOOR
-from rnnopt.rules.lstm import GRADIENT_BOUND, LOG_FACTOR_BOUND, OUTPUTS, CoordinateLSTM
-
-SOURCE = Path(__file__).with_name("cell.c")
 HEADER = Path(__file__).with_name("vectors.h")
 # Coordinates per block, the unit of work of a thread: its arrays (1.2 MB) stay in a core's cache
 # between the rows of the state.
@@ -47,63 +33,6 @@ _MIN_PER_THREAD = 32_768
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
 _DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-class CompiledStep(FusedStep):
-    """The fused step on a CPU.
-
-    Args:
-        rule: see `FusedStep`.
-        kernel: the result of `build` for its hidden size.
-    """
-
-    def __init__(self, rule: CoordinateLSTM, kernel: ctypes.CDLL) -> None:
-        super().__init__(rule)
-        self._kernel = kernel
-        self._layout = _tensor_layout(rule.hidden_size)
-
-    def measure(self, pieces: Sequence[Piece]) -> Measured:
-        """See `FusedStep.measure`."""
-        rule = np.frombuffer(_rule_record(self._rule).tobytes(), dtype=np.uint8)
-        grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
-        tensors = tensor_table(self._rule, pieces, grads, self._layout)
-        blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
-        partial = np.zeros((len(blocks), KERNEL_STATISTICS))
-        pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
-        share(
-            lambda first, last: self._kernel.rnnopt_statistics(
-                *pointers, first, last, partial.ctypes.data
-            ),
-            blocks,
-        )
-        sums = torch.zeros(len(pieces), KERNEL_STATISTICS, dtype=torch.float64)
-        sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
-        return Measured(
-            pieces, append_matrix_statistic(sums.float(), pieces), (rule, tensors, blocks, grads)
-        )
-
-    def parts(self, pieces: Sequence[Piece]) -> list[slice]:
-        """See `FusedStep.parts`."""
-        return parts_by_size(pieces)
-
-    def launch(self, measured: Measured, constants: dict[str, Tensor], part: slice) -> None:
-        """See `FusedStep.launch`."""
-        pieces, (rule, tensors, blocks, _) = measured.pieces, measured.kept
-        for name, value in constants.items():
-            tensors[name][part] = value[part].numpy()
-        first, last = np.searchsorted(blocks["tensor"], [part.start, part.stop])
-        blocks = blocks[first:last]
-        pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
-        is_half = int(pieces[0].state["hidden"].dtype == torch.bfloat16)
-        share(lambda first, last: self._kernel.rnnopt_step(*pointers, first, last, is_half), blocks)
-
-
-def build(hidden_size: int) -> ctypes.CDLL:
-    """The kernel of `CoordinateLSTM` for this many hidden units; see `load`."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    statistics = [pointer, pointer, pointer, number, number, pointer]
-    step = [pointer, pointer, pointer, number, number, ctypes.c_int]
-    return load(SOURCE, hidden_size, _tensor_layout(hidden_size).itemsize, statistics, step)
 
 
 def load(
@@ -214,41 +143,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() + platform.machine()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-@functools.cache
-def _tensor_layout(hidden_size: int) -> np.dtype[Any]:
-    """`Tensor` of cell.c."""
-    numbers = (
-        "m_correction", "v_correction", "grad_rms", "param_rms", "scale", "growth", "keep", "rate",
-        "decay",
-    )  # fmt: skip
-    return np.dtype(
-        [
-            ("pointers", np.int64, 6),
-            ("count", np.int64),
-            ("gate_shift", np.float32, (4 * hidden_size,)),
-            ("output_shift", np.float32, OUTPUTS),
-            *((name, np.float32) for name in numbers),
-        ],
-        align=True,
-    )
-
-
-def _rule_record(rule: CoordinateLSTM) -> np.ndarray:
-    """`Rule` of cell.c: float32 in every field."""
-    constants = (
-        # 1 - beta is computed in double: float32 would lose digits
-        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], rule.eps,
-        LOG_FACTOR_BOUND, GRADIENT_BOUND, RATIO_FLOOR**2,
-    )  # fmt: skip
-    return np.concatenate(
-        [
-            rule.gate_weight.detach().numpy().ravel(),
-            rule.output_weight.detach().numpy().ravel(),
-            np.array(constants, dtype=np.float32),
-        ]
-    )
 
 
 @functools.lru_cache(maxsize=16)

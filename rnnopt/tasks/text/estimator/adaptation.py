@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
-from rnnopt.rules.files import TWO_LEVEL_RULE
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.tasks.text.encoder.loading import seeded
 from rnnopt.tasks.text.encoder.lora import add_lora
@@ -105,9 +104,8 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
 
     Args:
         params: LoRA factors, then the head.
-        rule: an `UpdateRule`, the path of a rule file, or None for `TWO_LEVEL_RULE`, which was
-            meta-trained from heads like these; the rule that `LearnedOptimizer` takes by itself
-            was not. Or a function that makes another optimizer of the parameters.
+        rule: an `UpdateRule`, the path of a rule file, or None for the rule that ships. Or a
+            function that makes another optimizer of the parameters.
 
     Raises:
         InputError: the function makes no optimizer.
@@ -120,7 +118,7 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
                 "torch.optim.Optimizer, as lambda params: torch.optim.AdamW(params, 1e-3) does"
             )
         return made
-    return LearnedOptimizer(params, TWO_LEVEL_RULE if rule is None else rule)
+    return LearnedOptimizer(params, rule)
 
 
 def _averaged(optimizer: torch.optim.Optimizer, on: bool) -> None:
