@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # All that this project measures on a GPU, in one call of at most ten minutes: the CUDA tests, the cost of a
-# step and of an unroll (BERT-base's shape, bf16), and a comparison on core cells.
-#   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--parts NAMES] [--data DATA]
-#     [--encoder MINILM] [--pack PACK] [--minutes MINUTES] [--processes N]
-# With PACK (see scripts/two_level/pack.py) it also meta-trains the rule of two levels for MINUTES (4) from
+# step and of an unroll (BERT-base's shape, bf16).
+#   bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--parts NAMES] [--pack PACK]
+#     [--minutes MINUTES] [--processes N]
+# With PACK (see scripts/two_level/pack.py) it also meta-trains the rule for MINUTES (4) from
 # scripts/two_level/checkpoint.safetensors on, by N processes (6), and compares it on the core cells.
-# --parts names the parts to run, of "tests step unroll quality train core" (all).
+# --parts names the parts to run, of "tests step unroll train core" (all).
 # OUT gets a log and a JSON file of each part, and device.txt. A part that fails or runs out of its time
 # leaves its log, and the others run all the same; the exit code counts the parts that failed.
 # Needs Python 3.11 or newer with torch, safetensors, transformers, higher, peft, pytest and hypothesis.
@@ -14,16 +14,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?usage: bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--data DATA] [--encoder MINILM]}
+out=${1:?usage: bash scripts/gpu_session.sh OUT [--device cuda|cpu] [--small] [--pack PACK]}
 shift
-device=cuda small=() data="" encoder="" pack="" minutes=4 processes=6 failed=0
-parts="tests step unroll quality train core"
+device=cuda small=() pack="" minutes=4 processes=6 failed=0
+parts="tests step unroll train core"
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=$2; shift 2 ;;
     --small) small=(--tiny); shift ;;
-    --data) data=$2; shift 2 ;;
-    --encoder) encoder=$2; shift 2 ;;
     --pack) pack=$2; shift 2 ;;
     --minutes) minutes=$2; shift 2 ;;
     --processes) processes=$2; shift 2 ;;
@@ -47,16 +45,9 @@ part() { # NAME SECONDS COMMAND...
 
 marker=gpu
 [ "$device" = cuda ] || marker="not slow and not gpu"
-part tests 150 "$python" -m pytest -q -p no:cacheprovider -m "$marker" tests/test_gpu.py tests/optim/test_kernel_cuda.py
+part tests 150 "$python" -m pytest -q -p no:cacheprovider -m "$marker" tests/test_gpu.py tests/optim/test_two_level_cuda.py
 part step 120 "$python" scripts/benchmark_step.py --device "$device" "${small[@]}" --json "$out/step.json"
 part unroll 120 "$python" scripts/benchmark_unroll.py --device "$device" "${small[@]}" --json "$out/unroll.json"
-if [ -n "$data" ] && [ -n "$encoder" ]; then
-  cells=("core-clinc150-lora-*" "core-clinc150-full-*") episodes=20
-  [ ${#small[@]} -eq 0 ] || cells=("core-clinc150-head-5way-1shot") episodes=2
-  part quality 200 "$python" scripts/benchmark_quality.py --data "$data" --encoder "$encoder" \
-    --device "$device" --output "$out/quality" --episodes "$episodes" --tuning-episodes 2 \
-    --cells "${cells[@]}"
-fi
 if [ -n "$pack" ]; then
   two=scripts/two_level where=(--encoder "$pack/encoder" --cache "$pack" --device "$device" --processes "$processes")
   batches=10 cells=core
@@ -65,7 +56,7 @@ if [ -n "$pack" ]; then
   part train $((minutes * 60 + 60)) "$python" $two/train.py "${where[@]}" --output "$out/run" \
     --resume $two/checkpoint.safetensors --tasks "$batches" --minutes "$minutes" --meta-lr 5e-3 --horizon 1400
   for split in val test; do
-    part core 200 "$python" $two/evaluate.py "$out/run/rule.safetensors" rnnopt/rules/weights/two_level.safetensors \
+    part core 200 "$python" $two/evaluate.py "$out/run/rule.safetensors" rnnopt/rules/weights/rule.safetensors \
       "${where[@]}" --output "$out/core.jsonl" --cells $cells --split $split --episodes 20 --steps 40
     mv "$out/core.log" "$out/core-$split.log" 2>/dev/null
   done

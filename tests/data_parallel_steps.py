@@ -11,8 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from rnnopt import LearnedOptimizer, load_rule
-from rnnopt.rules.files import SHIPPED_HEAD_RULE, TWO_LEVEL_RULE
+from rnnopt import LearnedOptimizer
 
 STEPS, BATCH = 6, 12
 
@@ -58,22 +57,22 @@ def same_as_one_process(make_rule):
         assert all(torch.equal(every[0], other) for other in every)
 
 
-def same_under_zero(rule, lr=1.0):
+def same_under_zero(lr=1.0):
     """`ZeroRedundancyOptimizer` gives each process the optimizer of a part of the parameters."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for make_net in (network, head):
         whole = make_net()
         shared = DistributedDataParallel(copy.deepcopy(whole))
-        alone = LearnedOptimizer(whole.parameters(), rule, lr=lr)
+        alone = LearnedOptimizer(whole.parameters(), lr=lr)
         train(whole, alone)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             zero = ZeroRedundancyOptimizer(
-                shared.parameters(), optimizer_class=LearnedOptimizer, rule=rule, lr=lr
+                shared.parameters(), optimizer_class=LearnedOptimizer, lr=lr
             )
         train(shared, zero, slice(rank, None, size))
         assert zero.optim.undone == alone.undone
-        if rule == TWO_LEVEL_RULE and make_net is network:
+        if make_net is network:
             assert (alone.undone > 0) == (lr > 1)
         for ours, theirs in zip(shared.module.parameters(), whole.parameters()):
             if lr == 1:  # long steps make rounding large
@@ -97,7 +96,6 @@ def main():
     for name, make in {
         **RULES,
         "shipped": lambda: None,
-        "two-level, shipped": lambda: load_rule(TWO_LEVEL_RULE),
     }.items():
         same_as_one_process(make)
         print("same", name)
@@ -105,10 +103,9 @@ def main():
     fully = FullyShardedDataParallel(network(), device_id=cpu, use_orig_params=True)
     warns(lambda: LearnedOptimizer(fully.parameters()), "FullyShardedDataParallel (FSDP1)")
     print("warned")
-    for rule in (None, TWO_LEVEL_RULE, SHIPPED_HEAD_RULE):
-        same_under_zero(rule)
-        same_under_zero(rule, lr=300.0)
-        print("same under zero")
+    same_under_zero()
+    same_under_zero(lr=300.0)
+    print("same under zero")
     torch.distributed.destroy_process_group()
 
 

@@ -5,29 +5,11 @@ from typing import Any
 
 import torch
 
-from rnnopt import SGD, Adam, AdamW, CoordinateLSTM, MetaSGD, UpdateRule
-from rnnopt.rules.two_level import TwoLevelLSTM
+from rnnopt import SGD, Adam, AdamW, MetaSGD, TwoLevelLSTM, UpdateRule
 
 
-def random_lstm(
-    dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
-) -> CoordinateLSTM:
-    """A rule without zero weights, so that each of them has an effect."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rule = CoordinateLSTM(**options)
-        with torch.no_grad():
-            for name, weight in rule.named_parameters():
-                # growth compounds, and so would rounding
-                size = 0.03 if name.startswith("growth_") else 0.3
-                weight.add_(size * torch.randn_like(weight))
-    return rule.to(dtype)
-
-
-def random_two_level(
-    dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
-) -> TwoLevelLSTM:
-    """As `random_lstm`, of two levels; growth and rates stay near what they were."""
+def random_lstm(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> TwoLevelLSTM:
+    """A rule without zero weights, so that each has an effect; rates stay near Adam's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rule = TwoLevelLSTM(**options)
@@ -44,7 +26,5 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "adamw": lambda: AdamW(0.01, weight_decay=0.1),
     "meta-sgd": lambda: MetaSGD(["weight", "bias"]),
     "lstm": random_lstm,
-    "no-lstm": lambda: random_lstm(hidden_size=0),
-    "orthogonalized": lambda: random_lstm(hidden_size=2, orthogonalize=True, growth_threshold=0.5),
-    "two-level": random_two_level,
+    "no-coordinate-lstm": lambda: random_lstm(coordinate_units=0),
 }

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from rnnopt.rules.features import RunningMaxima
 from rule_table import RULES, random_lstm
 from torch import nn
 
@@ -12,7 +13,6 @@ from rnnopt import LearnedOptimizer
 from rnnopt.cli.main import main
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
-from rnnopt.rules.features import RunningMaxima
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,7 @@ def twins(dtype=torch.float32, hidden_size=8, **options):
     """The same parameters twice on the GPU, with a fused and a plain optimizer."""
     ours = [(torch.randn(s) * 0.05).cuda().to(dtype).requires_grad_() for s in SHAPES]
     theirs = [param.detach().clone().requires_grad_() for param in ours]
-    rule = random_lstm(hidden_size=hidden_size).cuda()
+    rule = random_lstm(coordinate_units=hidden_size).cuda()
     return (
         LearnedOptimizer(ours, rule, fused=True, guard=False, **options),
         LearnedOptimizer(theirs, rule, fused=False, guard=False, **options),

@@ -23,7 +23,10 @@ HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
 BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
-SCALES = (-2.0, 3.5)  # of the logarithm of a factor on the pooled outputs, for 30 % of the batches
+# Of the logarithm of a factor on the pooled outputs, for a quarter of the batches: encoders differ
+# in the length of what they give, from 1 to about 20.
+SCALED = 0.25
+SCALES = {"cls": (-1.5, 1.5), "mean": (-1.5, 1.5), "unit": (-1.0, 3.0)}
 FIRST_STEPS = 6  # the longest unroll at the start
 # Narrow encoders are drawn twice as often: they hold more tasks.
 NARROW_WIDTH, NARROW_DEPTH = 96, 3
@@ -141,7 +144,7 @@ def draw(
         clip=rng.choice([0.1, 1.0]) if rng.random() < 0.07 else 0.0,
         rescale=rng.choice([0.3, 1.0]) if rng.random() < 0.1 else 0.0,
         words=rng.random() < 0.4,
-        feature_scale=math.exp(rng.uniform(*SCALES)) if rng.random() < 0.3 else 1.0,
+        feature_scale=math.exp(rng.uniform(*SCALES[pooling])) if rng.random() < SCALED else 1.0,
     )  # fmt: skip
     drawn = Drawn(spec, 1, long and own)
     size = int(profile.gigabytes / gigabytes(drawn))

@@ -6,8 +6,10 @@
 RUN/rule.safetensors is a rule that train.py wrote, one or more; MINILM the folder of
 all-MiniLM-L6-v2, and CACHE what prepare.py filled. Cells are those of `CELLS`: capital letters take
 six layers and small ones two, at a third of the time. AdamW (its defaults but for the rate) is run
-at each of --rates, and logistic regression with C = 10 on the same frozen embeddings. All methods
-of a cell have the same episodes and initial values. --without leaves parts of the rules out.
+at each of --rates, and logistic regression with C = 10 on the same frozen embeddings. --free adds
+optimizers that claim to need no tuning, at their documented settings (Prodigy, Schedule-Free AdamW,
+D-Adaptation; pip install "rnnopt[compare]"). All methods of a cell have the same episodes and
+initial values. --without leaves parts of the rules out.
 
 --output gets a JSON object for each cell and method with the figures of every episode, and what it
 has with the same settings is not run again: more cells and rules go into the same file.
@@ -27,7 +29,7 @@ import multiprocessing
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ from texts import Texts, read_texts
 from torch import Tensor
 from unroll import TrainedRule, adapt
 
+from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.statistics import interval
 from rnnopt.rules.files import rule_fingerprint
 from rnnopt.rules.two_level import Decisions
@@ -51,6 +54,7 @@ JUDGED = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40)  # numbers of steps
 SHOWN = (0, 1, 2, 3, 5, 10, 20, 40)  # those in the tables
 INVERSE_PENALTY = 10.0  # of logistic regression, whose features have length 1
 LOGISTIC = "logistic regression"
+FREE = ("prodigy", "schedulefree", "dadapt")
 PARTS = ("coordinate-lstm", "message", "memory")
 
 Curves = tuple[Tensor, Tensor]  # query losses and accuracies after steps of `JUDGED`, (J, B)
@@ -136,10 +140,10 @@ def spec_of(cell: Cell, encoder: Encoder, options: argparse.Namespace) -> Spec:
     )  # fmt: skip
 
 
-def adamw(rate: float, tasks: TaskBatch) -> Curves:
-    """AdamW with PyTorch's defaults but for the rate."""
+def adapt_by(make: Callable[[list[Tensor]], torch.optim.Optimizer], tasks: TaskBatch) -> Curves:
+    """Any torch optimizer; where it steps another point than it shows, the latter is judged."""
     params = [param.clone().requires_grad_() for param in tasks.start]
-    optimizer = torch.optim.AdamW(params, rate)
+    optimizer = make(params)
     losses, accuracies = [], []
     for step in range(tasks.spec.steps + 1):
         if step:
@@ -149,11 +153,29 @@ def adamw(rate: float, tasks: TaskBatch) -> Curves:
             optimizer.step()
         if step not in JUDGED:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), shown(optimizer):
             logits = tasks.query_logits(params)
         losses.append(query_losses(logits, tasks.query_labels)[0])
         accuracies.append((logits.argmax(-1) == tasks.query_labels).float().mean(1))
     return torch.stack(losses), torch.stack(accuracies)
+
+
+@contextmanager
+def shown(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Schedule-Free AdamW's average in place of the point whose gradients it takes."""
+    switch = hasattr(optimizer, "eval")
+    if switch:
+        optimizer.eval()  # type: ignore[attr-defined]
+    yield
+    if switch:
+        optimizer.train()  # type: ignore[attr-defined]
+
+
+def free(name: str, params: list[Tensor]) -> torch.optim.Optimizer:
+    """A baseline of `FREE` as `rnnopt compare` runs it."""
+    baseline = BASELINES[name]
+    named = {str(number): param for number, param in enumerate(params)}
+    return baseline.build(None, named, *baseline.grid, 0)  # type: ignore[arg-type]
 
 
 def logistic(tasks: TaskBatch) -> Curves:
@@ -209,7 +231,9 @@ def methods(options: argparse.Namespace, kind: str) -> dict[str, Callable[[TaskB
             adapt, rule, judged=JUDGED
         )
     for rate in RATES[kind] if options.rates is None else options.rates:
-        found[f"AdamW at {rate:g}"] = partial(adamw, rate)
+        found[f"AdamW at {rate:g}"] = partial(adapt_by, partial(torch.optim.AdamW, lr=rate))
+    for name in FREE if options.free else ():
+        found[name] = partial(adapt_by, partial(free, name))
     return {**found, LOGISTIC: logistic}
 
 
@@ -261,6 +285,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=int, default=12)
     add("--steps", type=int, default=10)
     add("--rates", nargs="*", type=float, help="of AdamW (default: five, by what trains)")
+    add("--free", action="store_true", help="also optimizers that need no tuning")
     add("--batch", type=int, help="texts of a minibatch (default: all)")
     add("--label-noise", type=float, default=0.0, help="share of support labels drawn anew")
     add("--without", nargs="*", choices=PARTS, default=[], help="parts of the rules to leave out")

@@ -17,8 +17,7 @@ from rnnopt.cli.settings.commands import MetaTrain
 from rnnopt.cli.settings.loading import load_kinds
 from rnnopt.cli.until import steps_for
 from rnnopt.data.splits import class_sketches, read_splits
-from rnnopt.rules.files import SHIPPED_HEAD_RULE, read_training
-from rnnopt.storage.files import read_tensors
+from rnnopt.rules.files import SHIPPED_RULE, read_training
 
 PNG = b"\x89PNG"
 
@@ -469,7 +468,7 @@ def test_meta_train_begins_with_the_shipped_rule(csv_file, encoder, tmp_path):
     assert (
         run(meta_train(csv_file, encoder, folder, "--from", "shipped", "--meta-lr", "1e-12")) == 0
     )
-    for name, weight in load_rule(SHIPPED_HEAD_RULE).named_parameters():
+    for name, weight in load_rule(SHIPPED_RULE).named_parameters():
         torch.testing.assert_close(load_rule(folder).get_parameter(name), weight)
     assert "clinc150/book_hotel" in read_training(folder)["classes"]
 
@@ -481,29 +480,10 @@ def test_meta_train_refuses_rules_that_it_cannot_begin_with(csv_file, encoder, t
         return fails(meta_train(csv_file, encoder, tmp_path / "run", *options), capsys)
 
     training = {}
-    few = random_lstm(hidden_size=4)
+    few = random_lstm(coordinate_units=4)
     assert "has 4 hidden units, not 8; leave --hidden-size out" in refused(few, "--hidden-size", 8)
     assert "holds Adam, expected an LSTM" in refused(Adam(1e-3))
-    assert "leave them out, or leave --from out" in refused(random_lstm(), "--inner-lr", "0.5")
+    assert "leave --inner out, or leave" in refused(random_lstm(), "--inner", "sgd")
+    assert "the LSTM decides its own steps" in refused(random_lstm(), "--inner-lr", "0.5")
     training = {"classes": class_sketches(read_splits([csv_file]).validation)}
     assert "which are to choose the new rule; use other data" in refused(random_lstm())
-
-
-def test_growth_alone_can_be_learned(csv_file, encoder, tmp_path, capsys):
-    """Directions and step sizes stay Adam's, whatever the rule that it begins with does."""
-    save_rule(random_lstm(), tmp_path / "origin.safetensors")
-    more = ["--learn", "growth", "--from", tmp_path / "origin.safetensors", "--steps", "6"]
-    assert run(meta_train(csv_file, encoder, tmp_path / "run", *more)) == 0
-    before = load_rule(tmp_path / "origin.safetensors")
-    after, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
-    for name in dict(before.named_parameters()):
-        weight = after[f"rule.{name}"]
-        if name.startswith(("output_", "gate_")):
-            assert not weight.any()
-        else:
-            assert not torch.equal(weight, before.get_parameter(name)), name
-    assert load_rule(tmp_path / "run").hidden_size == 0  # and so is their state
-    command = meta_train(
-        csv_file, encoder, tmp_path / "other", "--learn", "growth", "--inner", "sgd"
-    )
-    assert "--learn growth with --inner sgd: only the LSTM grows tensors" in fails(command, capsys)

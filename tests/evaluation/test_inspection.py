@@ -7,7 +7,7 @@ import pytest
 import torch
 from rule_table import RULES, random_lstm
 
-from rnnopt import SGD, Adam, CoordinateLSTM, InputError, LearnedOptimizer, save_rule
+from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
 from rnnopt.cli.main import main
 from rnnopt.data.files import read_corpus
 from rnnopt.evaluation.inspection import GRADIENTS, RATIOS, inspect_rule, inspection_text
@@ -123,16 +123,6 @@ def test_the_surface_passes_through_what_the_rule_did(inspected, monkeypatch):
             with torch.no_grad():
                 update, _ = module.advance(rule, one.param, there, one.state, 1.0, 0.0, known)
             torch.testing.assert_close(response, update)
-
-
-def test_the_surface_of_what_will_be_turned_is_the_plain_gradients_at_the_first_step(inspected):
-    """Not of its sign, which is Adam's direction then."""
-    for turning, ratio in ((True, 3.0), (False, 1.0)):
-        rule = CoordinateLSTM(hidden_size=0, orthogonalize=turning)
-        found, _, _ = inspected(rule, "lora", kind="LoRA B", at_step=1)
-        rows = (found.surface.update[GRADIENTS.index(value)] for value in (-3.0, -1.0))
-        large, small = ([each for each in row if each is not None] for row in rows)
-        assert small and large == pytest.approx([ratio * each for each in small], rel=0.1)
 
 
 def test_lora_kinds_and_a_factor_without_gradient(inspected):

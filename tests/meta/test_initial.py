@@ -44,7 +44,7 @@ def uneven_rates():
 INNER = {
     "sgd": lambda: SGD(RATE),
     "meta-sgd": uneven_rates,
-    "lstm": lambda: random_lstm(torch.float64, initial_decrease=0.1),
+    "lstm": lambda: random_lstm(torch.float64),
 }
 
 

@@ -197,4 +197,4 @@ def test_learned_values_can_be_loaded_to_go_on_from():
     trained = few(Learner(module), rule=SGD(0.02), initial="maml")
     module.load_state_dict(trained.start.values, strict=False)
     further = few(Learner(module), start=replace(trained.start, values=None))
-    assert isinstance(further.rule, rnnopt.CoordinateLSTM)
+    assert isinstance(further.rule, rnnopt.TwoLevelLSTM)

@@ -11,7 +11,7 @@ from rule_table import RULES, random_lstm
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rnnopt import CoordinateLSTM, InputError, LearnedOptimizer
+from rnnopt import InputError, LearnedOptimizer, TwoLevelLSTM
 from rnnopt.meta import memory as memory_module
 from rnnopt.meta import unroll as unroll_module
 from rnnopt.meta.differentiable import higher
@@ -97,12 +97,11 @@ def assert_exact(net, rule, support, query, width):
         assert error < 1e-6 * float(gradient.norm()), name
 
 
-@pytest.mark.parametrize("options", [{}, {"orthogonalize": True, "growth_threshold": 0.05}])
-def test_second_order_equals_central_differences_on_an_mlp(options):
+def test_second_order_equals_central_differences_on_an_mlp():
     net, support, query = problem()
     (slope,) = torch.autograd.grad(support(net, 0), net[2].weight)
     net[2].weight.data.copy_(-slope)  # small, and right: its gradient asks for growth
-    rule = random_lstm(torch.float64, initial_decrease=0.1, **options)
+    rule = random_lstm(torch.float64)
     assert_exact(net, rule, support, query, width=1e-5)
 
 
@@ -117,7 +116,7 @@ def test_second_order_equals_central_differences_on_a_bert(tmp_path):
     support, query = (LabelledTexts.read(classifier, part, [0, 1, 0, 1]).loss for part in parts)
     assert_exact(
         classifier.model,
-        random_lstm(torch.float64, hidden_size=3, initial_decrease=0.1),
+        random_lstm(torch.float64, coordinate_units=3),
         lambda module, step: support(classifier, module),
         lambda module, step: query(classifier, module),
         width=1e-4,
@@ -148,7 +147,7 @@ def test_second_order_is_the_same_through_slices_of_containers():
     whole = Containers(sliced=False)
     sliced = Containers(sliced=True)
     sliced.load_state_dict(whole.state_dict())
-    rule = random_lstm(initial_decrease=0.1)
+    rule = random_lstm()
     settings = UnrollSettings(steps=3, order=2)
     expected, found = (
         meta_gradient(
@@ -164,10 +163,9 @@ def test_second_order_is_the_same_through_slices_of_containers():
         assert torch.equal(found[name], gradient), name
 
 
-@pytest.mark.parametrize("orthogonalize", [False, True])
-def test_first_order_equals_the_graph_of_detached_gradients(orthogonalize):
+def test_first_order_equals_the_graph_of_detached_gradients():
     net, support, query = problem()
-    rule = random_lstm(torch.float64, orthogonalize=orthogonalize)
+    rule = random_lstm(torch.float64)
     settings = UnrollSettings(steps=5, support_weight=0.5, step_weights=(1, 2, 0.5, 1, 3))
     result, ours = meta_gradient(net, rule, support, query, settings, weight_decay=0.3)
     optimizer = LearnedOptimizer(net.parameters(), rule, weight_decay=0.3)
@@ -226,13 +224,13 @@ def test_a_sample_as_large_as_the_model_is_the_model():
 
 def test_matrices_that_are_orthogonalized_are_sampled_as_a_whole():
     net, support, query = problem()  # two of them, and two biases, of 6 and 3
-    rule = random_lstm(torch.float64, orthogonalize=True)
+    rule = random_lstm(torch.float64)
     settings = UnrollSettings(steps=3, coordinates=9)
     _, whole = meta_gradient(net, rule, support, query, replace(settings, coordinates=None))
     _, same = meta_gradient(net, rule, support, query, settings)
     assert all(torch.equal(whole[name], same[name]) for name in whole)
     _, fewer = meta_gradient(net, rule, support, query, replace(settings, coordinates=8))
-    assert not torch.equal(whole["output_bias"], fewer["output_bias"])
+    assert not torch.equal(whole["output.bias"], fewer["output.bias"])
 
 
 def test_every_tensor_has_a_part_in_the_sample():
@@ -448,7 +446,7 @@ def test_frozen_and_unused_parameters_are_left_alone(order):
 
 def test_meta_training_by_these_gradients_lowers_the_meta_loss():
     net, support, _ = problem(dtype=torch.float32)
-    rule = CoordinateLSTM()
+    rule = TwoLevelLSTM()
     meta = torch.optim.Adam(rule.parameters(), lr=0.02)
     losses = []
     for _ in range(30):

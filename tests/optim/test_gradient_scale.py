@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnnopt import LearnedOptimizer, load_rule
-from rnnopt.rules.files import TWO_LEVEL_RULE
+from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.tasks import LabelledTexts
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def rule():
     """The rule of two levels that ships."""
-    return load_rule(TWO_LEVEL_RULE)
+    return load_rule(SHIPPED_RULE)
 
 
 def lora(encoder):

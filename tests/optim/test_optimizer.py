@@ -18,11 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
 from rnnopt.rules.files import (
-    SHIPPED_HEAD_RULE,
     SHIPPED_RULE,
-    load_rule,
-    rule_fingerprint,
-    shipped_rule,
 )
 
 each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
@@ -169,9 +165,9 @@ def test_a_loaded_state_shares_no_memory_with_its_source():
 
 def test_the_state_of_another_rule_is_refused_and_nothing_changes():
     net = model()
-    small = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=4))
+    small = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=4))
     train(net, small, range(1))
-    large = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=8))
+    large = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=8))
     with pytest.raises(ValueError, match="load it with the rule that it was saved with"):
         large.load_state_dict(small.state_dict())
     assert not large.state
@@ -287,57 +283,8 @@ def test_a_rule_may_come_from_a_file(tmp_path):
         assert all(map(torch.equal, rule.parameters(), loaded.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("shapes", "head"),
-    [
-        ([(3, 8), (3,)], True),
-        ([(3,), (3, 8)], True),
-        ([(3, 8)], False),  # may be a prompt as well
-        ([(3, 8), (8,)], False),
-        ([(8, 8), (8,), (3, 8), (3,)], False),
-        ([(3, 8, 1), (3,)], False),
-        ([(3,)], False),
-    ],
-)
-def test_a_linear_classifier_alone_has_a_shipped_rule_to_itself(shapes, head):
-    wanted = SHIPPED_HEAD_RULE if head else SHIPPED_RULE
-    params = [torch.zeros(shape, requires_grad=True) for shape in shapes]
-    assert shipped_rule(params) == wanted
-    for passed in (params, [{"params": params[:1]}, *({"params": [p]} for p in params[1:])]):
-        rule = LearnedOptimizer(passed).rule
-        assert rule_fingerprint(rule) == rule_fingerprint(load_rule(wanted))
-
-
-def test_frozen_parameters_do_not_choose_the_shipped_rule():
-    net = model()
-    net[0].requires_grad_(False)
-    rule = LearnedOptimizer(net.parameters()).rule
-    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_HEAD_RULE))
-    net.requires_grad_(False)  # nothing is trainable yet
-    rule = LearnedOptimizer(net.parameters()).rule
-    assert rule_fingerprint(rule) == rule_fingerprint(load_rule(SHIPPED_RULE))
-
-
-@pytest.mark.parametrize("later", ["group", "thawed"])
-def test_a_warning_if_more_than_the_head_trains_with_its_rule(later):
-    net = model()
-    net[0].requires_grad_(False)
-    params = net[2].parameters() if later == "group" else net.parameters()
-    optimizer = LearnedOptimizer(params)
-    train(net, optimizer, range(2))  # without a warning, or this fails
-    net.requires_grad_()
-    if later == "group":
-        optimizer.add_param_group({"params": list(net[0].parameters())})
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        train(net, optimizer, range(2))
-    (said,) = heard  # once
-    assert "4 tensors train with the rule that ships for a linear head" in str(said.message)
-    assert said.filename == __file__
-
-
 def test_without_a_rule_a_shipped_one_is_loaded():
-    assert SHIPPED_RULE.stat().st_size + SHIPPED_HEAD_RULE.stat().st_size <= 200_000
+    assert SHIPPED_RULE.stat().st_size <= 200_000
     net = model()
     train(net, LearnedOptimizer(net.parameters()), range(2))
     assert all(torch.isfinite(value).all() for value in values(net))
@@ -466,7 +413,7 @@ def test_parameters_without_values_step_as_in_torch_and_load_no_state(fused):
 
 def test_saved_leaves_have_the_shape_of_their_parameter_and_flat_ones_load_too():
     net = model()
-    optimizer = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=2))
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=2))
     train(net, optimizer, range(2))
     saved = optimizer.state_dict()
     for index, param in enumerate(net.parameters()):
@@ -478,7 +425,7 @@ def test_saved_leaves_have_the_shape_of_their_parameter_and_flat_ones_load_too()
             state[name] = state[name].reshape(-1)
         for name in ("hidden", "cell"):
             state[name] = state[name].flatten(1)
-    resumed = LearnedOptimizer(net.parameters(), random_lstm(hidden_size=2))
+    resumed = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=2))
     resumed.load_state_dict(flat)
     for param, state in optimizer.state.items():
         assert all(torch.equal(leaf, resumed.state[param][name]) for name, leaf in state.items())
@@ -609,7 +556,7 @@ def test_a_pickle_without_the_newer_options_steps():
     param = torch.ones(3, requires_grad=True)
     optimizer = LearnedOptimizer([param], random_lstm())
     state = optimizer.__getstate__()
-    older = {name: value for name, value in state.items() if name not in ("fused", "state_dtype")}
+    older = {name: value for name, value in state.items() if name not in ("fused", "guard")}
     revived = LearnedOptimizer.__new__(LearnedOptimizer)
     revived.__setstate__(older)
     param.grad = torch.ones(3)

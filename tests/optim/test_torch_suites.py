@@ -40,9 +40,6 @@ def inputs(device, dtype=None):
         OptimizerInput(params=None, kwargs={"weight_decay": 0.1}, desc="nonzero weight_decay"),
         OptimizerInput(params=None, kwargs={"guard": False}, desc="no guard"),
         OptimizerInput(params=None, kwargs={"rule": random_lstm(seed=1)}, desc="an LSTM"),
-        OptimizerInput(
-            params=None, kwargs={"state_dtype": torch.bfloat16, "lr": 0.5}, desc="small state"
-        ),
     ]
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from rnnopt import SGD, InputError, load_rule, save_rule
 from rnnopt.rules.files import read_training, rule_fingerprint
-from rnnopt.storage.files import save_tensors, write_atomically
+from rnnopt.storage.files import write_atomically
 
 
 def test_a_saved_rule_comes_back_the_same(tmp_path):
-    rule = random_lstm(hidden_size=5)
+    rule = random_lstm(coordinate_units=5)
     save_rule(rule, tmp_path / "rule.safetensors", {"sources": ["a", "b"]})
     loaded = load_rule(tmp_path)
     assert loaded.config == rule.config
@@ -32,7 +32,7 @@ def test_a_rule_of_a_users_own_class_can_not_be_saved(tmp_path):
     class Mine(SGD):
         pass
 
-    with pytest.raises(InputError, match="type Mine can't be saved, only one of CoordinateLSTM, "):
+    with pytest.raises(InputError, match="type Mine can't be saved, only one of TwoLevelLSTM, "):
         save_rule(Mine(0.1), tmp_path / "r")
     assert not list(tmp_path.iterdir())
 
@@ -55,16 +55,16 @@ def damaged(tmp_path, name):
     elif name == "empty":
         path.write_bytes(b"")
     elif name == "pickle":
-        path.write_bytes(pickle.dumps({"gate_weight": 1}))
+        path.write_bytes(pickle.dumps({"gates.weight": 1}))
     elif name == "foreign":
         save_file({"x": torch.zeros(2)}, path)
     elif name == "other config":
-        path.write_bytes(data.replace(b'hidden_size\\": 8', b'hidden_size\\": 9'))
+        path.write_bytes(data.replace(b'coordinate_units\\": 4', b'coordinate_units\\": 5'))
     elif name == "unknown option":
-        path.write_bytes(data.replace(b'hidden_size\\"', b'hiddun_size\\"'))
+        path.write_bytes(data.replace(b'coordinate_units\\"', b'coordinate_unitz\\"'))
     elif name == "not finite":
         rule = random_lstm()
-        rule.gate_bias.data[0] = float("nan")
+        rule.output.bias.data[0] = float("nan")
         save_rule(rule, path)
     return path
 
@@ -76,7 +76,7 @@ def damaged(tmp_path, name):
         ("cut in the header", "no complete safetensors file"),
         ("empty", "no complete safetensors file"),
         ("pickle", "no complete safetensors file"),
-        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.CoordinateLSTM.8'"),
+        ("foreign", "holds 'no rnnopt rule', expected 'rnnopt.TwoLevelLSTM.2'"),
         ("other config", "weights and config do not fit together"),
         ("unknown option", "weights and config do not fit together"),
         ("not finite", "weights that are not finite"),
@@ -112,18 +112,3 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write"):
         write_atomically(tmp_path / "file" / "below", b"")
-
-
-def test_a_file_of_the_format_before_the_renaming_of_arguments_loads(tmp_path):
-    """Format 7 has the same arithmetic; two arguments had other names."""
-    rule = random_lstm(initial_decrease=0.5, growth_threshold=0.25)
-    config = rule.config
-    config["reach"], config["growth_unit"] = (
-        config.pop("initial_decrease"),
-        config.pop("growth_threshold"),
-    )
-    path = tmp_path / "rule.safetensors"
-    save_tensors(path, rule.state_dict(), {"format": "rnnopt.CoordinateLSTM.7", "config": config})
-    loaded = load_rule(path)
-    assert loaded.config == rule.config
-    assert all(map(torch.equal, rule.parameters(), loaded.parameters()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_table import random_two_level
+from rule_table import random_lstm
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -56,7 +56,7 @@ def test_untrained_it_is_adam_whose_first_step_has_one_length_whatever_trains():
 @given(exponent=st.integers(-6, 6))
 def test_the_scale_of_the_loss_changes_nothing(exponent):
     params, grads = tensors(), [[0.01 * g for g in tensors()] for _ in range(4)]
-    rule, factor = random_two_level(), 2.0**exponent
+    rule, factor = random_lstm(), 2.0**exponent
     plain, _ = walk(rule, params, grads)
     scaled, _ = walk(rule, params, [[factor * g for g in now] for now in grads])
     for one, other in zip(plain, scaled):
@@ -67,7 +67,7 @@ def test_a_mirrored_coordinate_gets_a_mirrored_update():
     """Also by the coordinate-wise LSTM: its gates see magnitudes only."""
     signs = [torch.randn(shape).sign() for shape in SHAPES]
     params, grads = tensors(torch.float64), [tensors(torch.float64) for _ in range(5)]
-    rule = random_two_level(torch.float64)
+    rule = random_lstm(torch.float64)
     # orthogonalisation mixes coordinates: mirror whole rows there
     signs = [sign[:, :1].expand_as(sign) if sign.dim() > 1 else sign for sign in signs]
     plain, _ = walk(rule, params, grads)
@@ -81,7 +81,7 @@ def test_a_mirrored_coordinate_gets_a_mirrored_update():
 
 
 def test_the_statistics_of_shards_add_up():
-    rule, param = random_two_level(torch.float64), torch.randn(40, dtype=torch.float64)
+    rule, param = random_lstm(torch.float64), torch.randn(40, dtype=torch.float64)
     state = rule.init_state(param)
     for _ in range(3):
         _, state = advance(rule, param, torch.randn_like(param), state, 1.0, 0.0)
@@ -99,7 +99,7 @@ def test_the_statistics_of_shards_add_up():
 
 
 def test_tensors_hear_of_each_other():
-    rule, params = random_two_level(), tensors()
+    rule, params = random_lstm(), tensors()
     grads = tensors()
     loud = [grads[0], grads[1], 100 * grads[2], grads[3]]
     one, other = walk(rule, params, [grads])[0], walk(rule, params, [loud])[0]
@@ -108,7 +108,7 @@ def test_tensors_hear_of_each_other():
 
 def test_the_change_of_the_loss_is_estimated_by_the_trapezoidal_rule():
     """Half the sum of the gradients at both ends of a step, times the step."""
-    rule, params, grads = random_two_level(), tensors(), [tensors() for _ in range(2)]
+    rule, params, grads = random_lstm(), tensors(), [tensors() for _ in range(2)]
     after, _ = walk(rule, params, grads[:1])
     steps = [new - old for new, old in zip(after, params)]
     change = sum(float(((a + b) * u).sum()) / 2 for a, b, u in zip(*grads, steps))
@@ -118,7 +118,7 @@ def test_the_change_of_the_loss_is_estimated_by_the_trapezoidal_rule():
 
 
 def test_a_coordinate_that_never_had_a_gradient_rests():
-    rule, param = random_two_level(), torch.randn(6)
+    rule, param = random_lstm(), torch.randn(6)
     grads = [torch.randn(6) * (torch.arange(6) != 2) for _ in range(4)]
     (after,), (state,) = walk(rule, [param], [[grad] for grad in grads])
     assert after[2] == param[2]
@@ -135,7 +135,7 @@ def test_wide_matrices_keep_no_cell():
 
 
 def test_a_rule_file_holds_it(tmp_path):
-    rule = random_two_level(coordinate_units=2)
+    rule = random_lstm(coordinate_units=2)
     save_rule(rule, tmp_path / "rule.safetensors")
     again = load_rule(tmp_path / "rule.safetensors")
     assert again.config == rule.config
@@ -145,7 +145,7 @@ def test_a_rule_file_holds_it(tmp_path):
 
 def test_its_fallback_is_adam_at_the_base_rates():
     params, grads = tensors(), [tensors() for _ in range(3)]
-    fallback, untrained = random_two_level().fallback(), TwoLevelLSTM()
+    fallback, untrained = random_lstm().fallback(), TwoLevelLSTM()
     for one, other in zip(walk(fallback, params, grads)[0], walk(untrained, params, grads)[0]):
         torch.testing.assert_close(one, other)
 
@@ -165,7 +165,7 @@ def problem():
 
 def test_the_exact_meta_gradient_equals_central_differences_in_every_weight():
     net, losses = problem()
-    rule = random_two_level(torch.float64)
+    rule = random_lstm(torch.float64)
 
     def meta_loss(order):
         optimizer = LearnedOptimizer(net.parameters(), rule, lr=0.1)
@@ -190,7 +190,7 @@ def test_the_exact_meta_gradient_equals_central_differences_in_every_weight():
 
 def test_first_order_reaches_the_weights_of_both_levels():
     net, losses = problem()
-    rule = random_two_level(torch.float64)
+    rule = random_lstm(torch.float64)
     optimizer = LearnedOptimizer(net.parameters(), rule, lr=0.1)
     unroll(net, optimizer, *losses, UnrollSettings(4, order=1))
     first = {name: weight.grad.clone() for name, weight in rule.named_parameters()}
@@ -202,7 +202,7 @@ def test_first_order_reaches_the_weights_of_both_levels():
 
 def test_reptile_returns_how_far_adaptation_went():
     net, losses = problem()
-    optimizer = LearnedOptimizer(net.parameters(), random_two_level(torch.float64), lr=0.1)
+    optimizer = LearnedOptimizer(net.parameters(), random_lstm(torch.float64), lr=0.1)
     found = unroll(net, optimizer, *losses, UnrollSettings(2, initial="displacement")).initial
     start = {name: param.detach().clone() for name, param in net.named_parameters()}
     for step in range(2):
@@ -215,7 +215,7 @@ def test_reptile_returns_how_far_adaptation_went():
 
 def test_an_empty_parameter_does_not_disturb_the_others():
     params = [torch.zeros(0, 3, requires_grad=True), torch.ones(4, requires_grad=True)]
-    optimizer = LearnedOptimizer(params, random_two_level(), fused=False)
+    optimizer = LearnedOptimizer(params, random_lstm(), fused=False)
     for _ in range(2):
         for param in params:
             param.grad = torch.ones_like(param)
