@@ -165,7 +165,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        work = [(group, param, param.grad) for group, param in pairs if param.grad is not None]
+        work = [  # a parameter on the meta device has no value to change
+            (group, param, param.grad)
+            for group, param in pairs
+            if param.grad is not None and not param.is_meta
+        ]
         if not torch.compiler.is_compiling():
             warn_of_parts(self)
         if work or not self._peers.alone:
@@ -178,11 +182,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _step_eagerly(self, work: Work) -> None:
         refuse_sparse(work)
         states = [self._state_of(param) for _, param, _ in work]
-        on_meta = any(param.is_meta for _, param, _ in work)  # has no values to decide by
-        if not self._has_gradient and not on_meta:
+        if not self._has_gradient:
             seen = float(has_gradient(work, states, self.init_state))
             self._has_gradient = self._peers.largest(seen) > 0
-        if self.guard is not False and isinstance(self.rule, GuardedRule) and not on_meta:
+        if self.guard is not False and isinstance(self.rule, GuardedRule):
             self._guarded_step(work, states)
         else:
             self._apply(work, self._has_gradient)
@@ -192,7 +195,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             work, states, self.param_groups, self.state, self.rule, self._peers
         )
         if proceed:
-            last = LastStep(work, states, finite)
+            update = getattr(self.rule, "last_update", None)
+            last = LastStep(work, states, finite, update, self._active_rule()[1])
             self._apply(work, self._has_gradient, last.recorded)
             last.finish(self.state)
 
@@ -246,8 +250,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for i in plain:
             with around([i]):
                 state = _plain_step(rule, pieces[i], contexts[i])
-            if counts:
-                self.state[work[i][1]].update(state)
+                if counts:
+                    self.state[work[i][1]].update(state)
         return contexts
 
     def _active_rule(self) -> tuple[UpdateRule, float]:

