@@ -47,8 +47,6 @@ from rnnopt.tasks.text.classifier import Tune
 
 OURS, FIRST, SECOND = "ours", "higher, first order", "higher, second order"
 LENGTH = 10  # steps of what is timed
-ALL = 10**12  # coordinates: more than any model here has
-SAMPLES = (ALL, 10_000, 1_000)
 ROOM = 0.85  # of the free memory may be taken
 
 
@@ -59,14 +57,12 @@ class Config(NamedTuple):
         method: whose unroll.
         tune: what trains.
         steps: T.
-        coordinates: that carry the meta-gradient, see `UnrollSettings`; ours only.
         device: where.
     """
 
     method: str
     tune: Tune
     steps: int
-    coordinates: int | None
     device: str
 
 
@@ -81,7 +77,7 @@ def meta_step(work: Workload, config: Config) -> Callable[[], None]:
             LearnedOptimizer(work.params, rule),
             work.support_loss,
             work.query_loss,
-            UnrollSettings(config.steps, coordinates=config.coordinates),
+            UnrollSettings(config.steps),
         ),
         FIRST: lambda: _by_higher(work, rule, config.steps, first_order=True),
         SECOND: lambda: _by_higher(work, rule, config.steps, first_order=False),
@@ -156,11 +152,9 @@ class Bench:
         eager = config.method != OURS
         return Workload(shape, config.tune, self.options.encoder, device=config.device, eager=eager)
 
-    def peak(
-        self, method: str, steps: int, tune: Tune = "lora", coordinates: int | None = None
-    ) -> dict[str, float]:
+    def peak(self, method: str, steps: int, tune: Tune = "lora") -> dict[str, float]:
         """Bytes and seconds of one meta-step in a process of its own; see `peak`."""
-        config = Config(method, tune, steps, coordinates, self.device)
+        config = Config(method, tune, steps, self.device)
         if config not in self._peaks:
             progress(f"memory: {config}")
             found = peak(self.work(config), config) if self.options.tiny else self._child(config)
@@ -207,7 +201,7 @@ class Bench:
 
 
 def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: int) -> None:
-    """RunningMaxima against T, against the graph-keeping unrolls, and of all parameters."""
+    """Peaks against T, against the graph-keeping unrolls, and of all parameters."""
     first, last = lengths[0], lengths[-1]
     for what, target in (("process", Target(1.3)), ("increase", None)):
         short, long = (bench.peak(OURS, steps)[what] for steps in (first, last))
@@ -239,41 +233,29 @@ _WHAT = {"process": "whole process", "increase": "beyond the model with one grad
 
 
 def time_rows(report: Report, bench: Bench, length: int, repeats: int) -> None:
-    """Meta-steps a second: ours, with samples of coordinates, and the graph-keeping unrolls."""
+    """Meta-steps a second: ours, and the graph-keeping unrolls."""
     methods = [m for m in (FIRST, SECOND) if bench.longest(m, length) == length]
-    configs = {_named(count): _config(bench, OURS, length, count) for count in SAMPLES}
-    configs |= {method: _config(bench, method, length) for method in methods}
+    configs = {m: Config(m, "lora", length, bench.device) for m in (OURS, *methods)}
     work = {name: bench.work(config) for name, config in configs.items()}
     subjects: dict[str, Callable[[], object]] = {
         name: meta_step(work[name], config) for name, config in configs.items()
     }
-    ours = _named(ALL)
-    subjects["gradient"] = work[ours].forward_backward
+    subjects["gradient"] = work[OURS].forward_backward
     progress(f"time: {', '.join(subjects)}")
     timings = interleave(subjects, repeats, warm_ups=0 if length > 5 else 1)
     report.keep(f"LoRA, T = {length}", timings)
     for method in (FIRST, SECOND):
-        figure = f"meta-steps/s, ours / {method}, LoRA, T = {length}, all coordinates"
+        figure = f"meta-steps/s, ours / {method}, LoRA, T = {length}"
         target = Target(3, at_most=False) if method == FIRST else None
         if method in timings:
-            report.ratio(figure, timings[method], timings[ours], target)
+            report.ratio(figure, timings[method], timings[OURS], target)
         else:
             report.add(figure, None, "does not fit", target)
-    share = timings[ours].median / (2 * length * timings["gradient"].median)
+    share = timings[OURS].median / (2 * length * timings["gradient"].median)
     report.add(f"meta-step over LoRA / the {2 * length} gradients in it", share, f"{share:.3g}")
-    for count in SAMPLES:
-        spent = timings[_named(count)].median
-        more = bench.peak(OURS, length, coordinates=count)["increase"]
-        words = f"{1 / spent:.3g} ({duration(spent)}); {mebibytes(more)} beyond the model"
-        report.add(f"meta-steps/s, {_named(count)}, LoRA, T = {length}", 1 / spent, words)
-
-
-def _named(count: int) -> str:
-    return "ours, all coordinates" if count == ALL else f"ours, {count:,} coordinates"
-
-
-def _config(bench: Bench, method: str, steps: int, count: int | None = None) -> Config:
-    return Config(method, "lora", steps, count, bench.device)
+    spent = timings[OURS].median
+    words = f"{1 / spent:.3g} ({duration(spent)})"
+    report.add(f"meta-steps/s, LoRA, T = {length}", 1 / spent, words)
 
 
 def gpu_row(report: Report, bench: Bench, length: int, repeats: int, wanted: bool) -> None:
@@ -283,7 +265,7 @@ def gpu_row(report: Report, bench: Bench, length: int, repeats: int, wanted: boo
         report.add(figure, None, MISSING)
         return
     progress("time: GPU and CPU")
-    configs = [Config(OURS, "lora", length, ALL, device) for device in ("cuda", "cpu")]
+    configs = [Config(OURS, "lora", length, device) for device in ("cuda", "cpu")]
     subjects = {c.device: meta_step(bench.work(c), c) for c in configs}
     timings = interleave(subjects, repeats, warm_ups=1)
     report.keep("gpu", timings)
@@ -291,38 +273,31 @@ def gpu_row(report: Report, bench: Bench, length: int, repeats: int, wanted: boo
 
 
 def sweep(bench: Bench, lengths: Sequence[int], tunes: Sequence[Tune]) -> None:
-    """RunningMaxima against T for each choice of what trains."""
+    """Peaks against T for each choice of what trains."""
     for tune in tunes:
         for steps in lengths:
             bench.peak(OURS, steps, tune)
 
 
-def draw(peaks: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path: str) -> None:
-    """Memory against T, and what a sample of the coordinates saves."""
+def draw(peaks: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Memory against T."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     lines: dict[str, dict[int, float]] = {}
     for row in peaks:
-        if row["coordinates"] is None:
-            label = f"{row['method']}, {row['tune']}"
-            # a process that held more before shows no increase, which a logarithm does not bear
-            lines.setdefault(label, {})[row["steps"]] = max(row["increase"], 1) / 2**20
+        label = f"{row['method']}, {row['tune']}"
+        # a process that held more before shows no increase, which a logarithm does not bear
+        lines.setdefault(label, {})[row["steps"]] = max(row["increase"], 1) / 2**20
     for label, points in lines.items():
         style = "-" if label.startswith(OURS) else "--"
-        left.plot(*zip(*sorted(points.items())), marker="o", markersize=3, ls=style, label=label)
-    left.set(xlabel="steps T", ylabel="peak memory beyond the model (MiB)", yscale="log")
-    left.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    names = [_named(count) for count in SAMPLES]
-    right.bar(
-        [name.removeprefix("ours, ") for name in names], [times[name]["median"] for name in names]
-    )
-    right.set(ylabel="seconds a meta-step, LoRA")
-    right.tick_params(axis="x", labelsize=8)
+        axes.plot(*zip(*sorted(points.items())), marker="o", markersize=3, ls=style, label=label)
+    axes.set(xlabel="steps T", ylabel="peak memory beyond the model (MiB)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -350,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.tiny or options.plot:
         sweep(bench, lengths, ("lora", "head", "full"))
     if options.plot:
-        draw(report.data["peaks"], report.timings[f"LoRA, T = {length}"], options.plot)
+        draw(report.data["peaks"], options.plot)
     finish(report, options)
 
 

@@ -96,7 +96,7 @@ def _plan(settings: MetaTrain) -> MetaTrainSettings:
         meta_steps=settings.meta_steps,
         unroll=UnrollSettings(
             **chosen(
-                settings, "steps", "order", "truncation", "coordinates", "query_weight",
+                settings, "steps", "order", "truncation", "query_weight",
                 "support_weight", "step_weights",
             )
         ),

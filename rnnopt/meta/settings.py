@@ -32,11 +32,6 @@ class UnrollSettings:
             differentiates through it with `higher` and gives the exact meta-gradient.
         truncation: the number of steps after which the graph is cut (truncated backpropagation
             through time); None never cuts it. Memory grows with the truncation and not with T.
-        coordinates: for the first order only: the number of coordinates that carry the
-            meta-gradient. They are a random sample, stratified over tensors; all coordinates are
-            updated, and the estimate is unbiased. None takes all coordinates if the rule's graph
-            fits into `GRAPH_BYTES`, and otherwise as many as fit. A tensor that the rule transforms
-            as a whole (`rnnopt.rules.protocol.MatrixRule`) is always taken in full.
         query_weight: the weight of the query loss in the meta-loss.
         support_weight: the weight of the support loss in the meta-loss.
         step_weights: the weight of each of the T steps; None gives every step the weight 1.
@@ -53,7 +48,6 @@ class UnrollSettings:
     steps: int
     order: int = 1
     truncation: int | None = None
-    coordinates: int | None = None
     query_weight: float = 1.0
     support_weight: float = 0.0
     step_weights: Sequence[float] | None = None
@@ -64,10 +58,8 @@ class UnrollSettings:
             raise InputError(f"steps={self.steps}: must be at least 1")
         if self.order not in (1, 2):
             raise InputError(f"order={self.order}: must be 1 or 2")
-        for name in ("truncation", "coordinates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: must be at least 1, or None")
+        if self.truncation is not None and self.truncation < 1:
+            raise InputError(f"truncation={self.truncation}: must be at least 1, or None")
         if self.initial not in (None, "gradient", "displacement"):
             raise InputError(
                 f"initial={self.initial!r}: must be 'gradient', 'displacement' or None"
@@ -76,11 +68,6 @@ class UnrollSettings:
             raise InputError(
                 "initial='displacement' (Reptile) with order 2: Reptile takes no derivative of a "
                 "step; use order 1"
-            )
-        if self.coordinates is not None and self.order == 2:
-            raise InputError(
-                f"coordinates={self.coordinates} with order 2: second order needs all "
-                "coordinates, since the model connects them; leave coordinates out"
             )
         if self.initial == "gradient" and self.order == 2 and self.kept_steps < self.steps:
             raise InputError(
@@ -345,7 +332,7 @@ class MetaTrainSettings:
         return self.calibrated_share if step + 1 >= self.confidence_from else 1.0
 
     def _second_order(self) -> UnrollSettings:
-        return replace(self.unroll, order=2, coordinates=None)
+        return replace(self.unroll, order=2)
 
     @property
     def requirement(self) -> Requirement | None:

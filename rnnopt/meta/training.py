@@ -227,7 +227,6 @@ class MetaTraining:
             lambda module, step: scale * task.support_loss(module, step),
             lambda module, step: task.query_loss(module, step, settings.share(step)),
             unrolled.thinned(settings.query_share, generator),
-            seed=number,
         )
         self.learned.accumulate(result, learner, task)
         return result, task.loss_unit

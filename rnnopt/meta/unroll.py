@@ -19,18 +19,11 @@ from torch import Tensor, nn
 
 from rnnopt.errors import InputError
 from rnnopt.meta.memory import used_bytes, warn_if_too_large
-from rnnopt.meta.sampling import Sample, draw_samples
+from rnnopt.meta.rule_graph import RuleGraph
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.optim.optimizer import LearnedOptimizer, trainable
-from rnnopt.rules.protocol import UpdateRule
+from rnnopt.rules.protocol import State, UpdateRule
 from rnnopt.tasks.protocol import LossFunction
-
-# The size of the rule's graph between two cuts, if the number of coordinates is not set. It is
-# enough for every coordinate of LoRA over 10 steps; with more steps, fewer coordinates are kept.
-GRAPH_BYTES = 72 * 2**20
-# Bytes for each coordinate and step beside the rule's state: parameter, gradient, update and
-# gradient of the meta-loss.
-_OTHER_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,6 @@ def unroll(
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
-    seed: int = 0,
 ) -> Unrolled:
     """Adapt, add the meta-gradient to the rule's ``.grad``, and put everything back.
 
@@ -68,7 +60,6 @@ def unroll(
         support_loss: the loss that adaptation descends.
         query_loss: the loss after each step.
         settings: see `UnrollSettings`.
-        seed: decides which coordinates are sampled.
 
     Returns:
         The losses, and the gradient or displacement of the initial parameters.
@@ -84,12 +75,12 @@ def unroll(
     _check_weights(optimizer.rule)
     if not any(True for _ in trainable(optimizer)):
         raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
-    if settings.order == 2 or hasattr(optimizer.rule, "tensor_state"):
+    if settings.order == 2:
         return _through_higher(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:
-        result = _first_order(model, optimizer, support_loss, query_loss, settings, seed)
+        result = _first_order(model, optimizer, support_loss, query_loss, settings)
         if settings.initial == "displacement":
             moved = dict(zip(map(id, tensors), initial))
             for name, param in _named(model).items():
@@ -122,20 +113,18 @@ def _first_order(
     support_loss: LossFunction,
     query_loss: LossFunction,
     settings: UnrollSettings,
-    seed: int,
 ) -> Unrolled:
     """First order, without the graph of the model.
 
     The inputs of the rule are constants. theta_t then depends on the rule's weights w only through
     the updates delta_0 .. delta_{t-1} that were added, and the meta-gradient is
     ``sum_s < sum_{t > s} dL/dtheta_t , d delta_s / dw >``. Each dL/dtheta_t is an ordinary
-    gradient, whose graph is freed before the next one is computed. Only the graph of the rule is
-    kept. The inner products are sums over coordinates, which a sample of coordinates estimates.
+    gradient, whose graph is freed before the next one is computed. Only the inputs of the rule are
+    kept, from which its graph is built again.
     """
     groups, tensors = zip(*trainable(optimizer))
-    runner = _runner(optimizer, tensors)
-    states = [runner.state[param] for param in tensors]
-    samples = draw_samples(optimizer.rule, tensors, states, _coordinates(runner, settings), seed)
+    graph = RuleGraph(optimizer.rule, [_memory(optimizer, param) for param in tensors])
+    before = used_bytes(device := tensors[0].device)
     segment = _Segment(len(tensors))
     initial = _InitialGradient(model, tensors, settings)
     support_losses, query_losses, meta_loss = [], [], 0.0
@@ -143,18 +132,18 @@ def _first_order(
         loss = support_loss(model, t)
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
         support_losses.append(loss.detach())
-        changes = _step(runner, groups, tensors, grads, samples)
+        changes = _step(graph, groups, tensors, grads)
+        if t == 0:
+            warn_if_too_large(before, settings.kept_steps - 1, device)
         judged = _judge(model, initial.tensors, support_loss, query_loss, settings, t)
         query_losses.append(judged.query)
         meta_loss += judged.value
         initial.add(judged.slopes)
-        slopes = [sample.scaled(slope) for sample, slope in zip(samples, judged.slopes)]
-        segment.append(changes, slopes)
+        segment.append(changes, judged.slopes[: len(tensors)])
         if settings.cut_after(t):
             segment.backward()
             segment = _Segment(len(tensors))
-            for sample in samples:
-                sample.cut()
+            graph.cut()
     return Unrolled(
         torch.stack(support_losses), torch.stack(query_losses), meta_loss, initial.named()
     )
@@ -190,41 +179,33 @@ class _InitialGradient:
 
 
 def _step(
-    runner: LearnedOptimizer,
+    graph: RuleGraph,
     groups: Sequence[dict[str, Any]],
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    samples: Sequence[Sample],
 ) -> list[Tensor | None]:
-    """Step all coordinates; return the updates of the sampled ones, with the rule's graph."""
+    """Step the tensors that have a gradient; return their updates, with the rule's graph."""
     touched = [i for i, grad in enumerate(grads) if grad is not None]
-    work = [(groups[i], tensors[i], cast(Tensor, grads[i])) for i in touched]
-    # copies, because the parameters change in place
-    seen = [samples[i].pick(param, grad) for i, (_, param, grad) in zip(touched, work)]
+    updates = graph.step(
+        touched,
+        [tensors[i] for i in touched],
+        [cast(Tensor, grads[i]) for i in touched],
+        [groups[i] for i in touched],
+    )
     changes: list[Tensor | None] = [None] * len(tensors)
-    for i, (param, grad), sums in zip(touched, seen, runner.apply(work)):
-        changes[i] = samples[i].change(runner.rule, groups[i], param, grad, sums)
+    with torch.no_grad():
+        for i, update in zip(touched, updates):
+            changes[i] = update
+            tensors[i].add_(update)
     return changes
 
 
-def _runner(optimizer: LearnedOptimizer, tensors: Sequence[Tensor]) -> LearnedOptimizer:
-    """A second optimizer of the same parameters, with a copy of the optimizer's state."""
-    runner = LearnedOptimizer(list(tensors), optimizer.rule, fused=optimizer.fused)
-    for param in tensors:
-        memory = runner.init_state(param)
-        kept = optimizer.state.get(param) or {}
-        # the guard keeps further state, which does not belong to the rule
-        runner.state[param] = {name: kept.get(name, leaf).clone() for name, leaf in memory.items()}
-    return runner
-
-
-def _coordinates(runner: LearnedOptimizer, settings: UnrollSettings) -> int:
-    """The number of coordinates in the settings, or as many as fit into `GRAPH_BYTES`."""
-    if settings.coordinates is not None:
-        return settings.coordinates
-    param, state = next(iter(runner.state.items()))
-    memory = sum(leaf.nbytes for leaf in state.values()) / max(param.numel(), 1)
-    return int(GRAPH_BYTES / (settings.kept_steps * (memory + _OTHER_BYTES)))
+def _memory(optimizer: LearnedOptimizer, param: Tensor) -> State:
+    """A copy of the rule's state of a parameter, without what the guard keeps beside it."""
+    kept = optimizer.state.get(param) or {}
+    return {
+        name: kept.get(name, leaf).clone() for name, leaf in optimizer.init_state(param).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -304,11 +285,7 @@ def _through_higher(
     query_loss: LossFunction,
     settings: UnrollSettings,
 ) -> Unrolled:
-    """`higher` keeps the graph of every step between two cuts.
-
-    With order 2 the meta-gradient is exact. With order 1, for a rule with tensor-wise state, what
-    the rule is fed is constant; its own graph, across tensors, is kept as a whole.
-    """
+    """`higher` keeps the graph of every step between two cuts; the meta-gradient is exact."""
     from rnnopt.meta.differentiable import higher  # heavy, and not always needed
 
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -321,7 +298,6 @@ def _through_higher(
     support_losses, query_losses, meta_loss = [], [], 0.0
     before = used_bytes(device := next(model.parameters()).device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
-        stepper.first_order = settings.order == 1
         segment: list[Tensor] = []
         # `higher` keeps its parameters in the model's order
         initial = {

@@ -17,9 +17,9 @@ from tasks import Spec
 from texts import SHORT
 
 ENCODER_SHARE = 0.5  # of the batches, on the encoder itself
-POOLINGS = {"cls": 0.3, "mean": 0.2, "unit": 0.5}
+POOLINGS = {"cls": 0.5, "mean": 0.15, "unit": 0.35}
 HEADS = ("random", "zero", "prototype", "logistic")
-HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.7, 0.1, 0.1, 0.1)
+HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.8, 0.1, 0.05, 0.05)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
 BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
@@ -27,6 +27,7 @@ BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 
 # in the length of what they give, from 1 to about 20.
 SCALED = 0.25
 SCALES = {"cls": (-1.5, 1.5), "mean": (-1.5, 1.5), "unit": (-1.0, 3.0)}
+LAST_SHARE = 0.4  # of the query losses' weights
 FIRST_STEPS = 6  # the longest unroll at the start
 # Narrow encoders are drawn twice as often: they hold more tasks.
 NARROW_WIDTH, NARROW_DEPTH = 96, 3
@@ -90,7 +91,7 @@ class Profile(NamedTuple):
 
 CPU = Profile(
     {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 60,
-    {"head": 60, "lora": 40, "full": 30}, {"lora": 12, "full": 12}, 8, 50, 24, 8, 0.5, 20_000,
+    {"head": 60, "lora": 40, "full": 30}, {"lora": 12, "full": 12}, 8, 50, 24, 8, 1.5, 20_000,
 )  # fmt: skip
 GPU = Profile(
     {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.35, (0.4, 0.3, 0.3), 60,
@@ -221,17 +222,18 @@ def _steps(
 
 
 def judgement(steps: int, rng: random.Random) -> list[float]:
-    """The weights of the query losses, which add up to 1; later steps count a little more.
+    """The weights of the query losses, which add up to 1: the last step has `LAST_SHARE` of them.
 
-    A random half of the steps before the last is left out, to save its cost.
+    The others rise in proportion to the step: with equal ones the rule learns heads that are soon
+    confident, and an encoder below such a head has no reason left to learn. A random half of the
+    steps before the last is left out, to save its cost.
     """
-    weights = [0.7 + 0.6 * (at + 1) / steps for at in range(steps)]
-    if steps > 3:
-        weights = [
-            weight if rng.random() < 0.5 or at + 1 == steps else 0.0
-            for at, weight in enumerate(weights)
-        ]
-    return [weight / sum(weights) for weight in weights]
+    kept = [steps <= 3 or rng.random() < 0.5 for _ in range(steps - 1)]
+    earlier = [(at + 1) * kept[at] for at in range(steps - 1)]
+    total = sum(earlier)
+    if not total:
+        return [0.0] * (steps - 1) + [1.0]
+    return [(1 - LAST_SHARE) * weight / total for weight in earlier] + [LAST_SHARE]
 
 
 def second_order(drawn: Drawn) -> bool:
@@ -243,5 +245,5 @@ def second_order(drawn: Drawn) -> bool:
 def segment(drawn: Drawn) -> int:
     """After how many steps the graph is cut."""
     if drawn.spec.encoder.distilled:
-        return 10
-    return 8 if drawn.spec.layers < 3 else 4
+        return 20
+    return 20 if drawn.spec.layers < 3 else 8

@@ -107,14 +107,13 @@ def test_exact_kinds_stand_among_those_that_train(csv_file, encoder, tmp_path, c
 def test_meta_train_over_several_kinds_of_what_trains(csv_file, encoder, tmp_path):
     more = (
         "--tune head lora full --lora-rank 2 4 --pooling model mean --shots 1 2 5 --most-support 4 "
-        "--coordinates 50 --tasks 3"
+        "--tasks 3"
     )
     folder = tmp_path / "run"
     assert run(meta_train(csv_file, encoder, folder, *more.split())) == 0
     training = read_training(folder)
     assert training["tune"] == ["head", "lora", "full"]
     assert training["lora_rank"] == [2, 4]
-    assert training["settings"]["unroll"]["coordinates"] == 50
 
 
 def test_the_kinds_are_all_combinations_each_loaded_once(encoder):

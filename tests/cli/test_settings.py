@@ -17,7 +17,7 @@ from rnnopt.cli.settings import commands, groups
 from rnnopt.cli.settings.commands import COMMANDS, Adapt, MetaTrain
 from rnnopt.cli.settings.files import write_settings
 from rnnopt.cli.settings.parser import flag_of, option_of
-from rnnopt.meta.settings import Init, InnerRule, Learn
+from rnnopt.meta.settings import Init, InnerRule
 from rnnopt.tasks.text.classifier import Precision, Tune
 from rnnopt.tasks.text.encoder.loading import Pooling
 from rnnopt.tasks.text.start import Head
@@ -91,7 +91,7 @@ def test_choices_are_those_of_the_rooms_below():
     assert get_args(groups.Pooling) == get_args(Pooling)
     assert get_args(groups.Precision) == get_args(Precision)
     assert set(get_args(groups.Head)) == set(get_args(Head))
-    for name, choices in (("inner", InnerRule), ("learn", Learn), ("init", Init)):
+    for name, choices in (("inner", InnerRule), ("init", Init)):
         given = {"given"}  # a rule object, which only Python can hand over
         assert set(get_args(hints[name])) == set(get_args(choices)) - given
 

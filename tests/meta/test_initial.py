@@ -124,13 +124,10 @@ def test_second_order_equals_torch_func():
 
 
 @pytest.mark.parametrize("anil", [False, True], ids=["all", "head"])
-@pytest.mark.parametrize("coordinates", [None, 7])
-def test_first_order_is_the_sum_of_the_slopes_at_every_step(anil, coordinates):
-    """And not of those of a sample of coordinates: what carries the rule's meta-gradient."""
+def test_first_order_is_the_sum_of_the_slopes_at_every_step(anil):
     net, support, query = problem()
     params = head_of(net) if anil else list(net.parameters())
-    settings = replace(FIRST_ORDER, coordinates=coordinates)
-    ours = initial_gradient(net, random_lstm(torch.float64), support, query, settings, params)
+    ours = initial_gradient(net, random_lstm(torch.float64), support, query, FIRST_ORDER, params)
     optimizer = LearnedOptimizer(params, random_lstm(torch.float64), fused=False)
     expected = [torch.zeros_like(param) for param in net.parameters()]
     for weight in WEIGHTS:

@@ -258,14 +258,6 @@ def test_exact_kinds_are_unrolled_in_second_order(sources, tmp_path):
     assert not same_files(tmp_path / "exact", tmp_path / "first")
 
 
-def test_sampled_coordinates_are_for_kinds_of_first_order(sources, tmp_path):
-    for name, coordinates in (("sampled", 5), ("all", None)):
-        unrolled = UnrollSettings(3, coordinates=coordinates)
-        chosen = MetaTrainSettings(1, unrolled, validation_tasks=1, second_order_for=("head",))
-        training(sources, tmp_path / name, chosen).run()
-    assert same_files(tmp_path / "sampled", tmp_path / "all")
-
-
 def test_tasks_of_a_meta_step_are_averaged(sources, tmp_path):
     """Two tasks in one meta-step give the mean of their meta-gradients (clipping off)."""
     gradients = []

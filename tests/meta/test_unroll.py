@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from rnnopt import InputError, LearnedOptimizer, TwoLevelLSTM
 from rnnopt.meta import memory as memory_module
 from rnnopt.meta import unroll as unroll_module
 from rnnopt.meta.differentiable import higher
-from rnnopt.meta.sampling import fill
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
 from rnnopt.tasks.text.classifier import Classifier
@@ -189,67 +187,6 @@ def test_first_and_second_order_differ():
         for order in (1, 2)
     )
     assert all((first[name] - second[name]).norm() > 1e-6 * first[name].norm() for name in first)
-
-
-def test_sampled_coordinates_estimate_the_meta_gradient_without_bias():
-    net, support, query = problem()
-    rule = random_lstm(torch.float64)
-    settings = UnrollSettings(steps=3)
-    _, exact = meta_gradient(net, rule, support, query, settings)
-    total = sum(param.numel() for param in net.parameters())
-    settings = replace(settings, coordinates=total // 3)
-    draws = []
-    for seed in range(64):
-        rule.zero_grad()
-        optimizer = LearnedOptimizer(net.parameters(), rule)
-        sampled = unroll(net, optimizer, support, query, settings, seed)
-        draws.append({name: weight.grad.clone() for name, weight in rule.named_parameters()})
-    for name, gradient in exact.items():
-        values = torch.stack([draw[name] for draw in draws])
-        deviation = values.std(dim=0)
-        assert deviation.norm() > 0.05 * gradient.norm(), name  # they are samples, not the whole
-        z = (values.mean(dim=0) - gradient) / (deviation / len(draws) ** 0.5 + 1e-12)
-        assert z.square().mean() < 2, name  # 1 is expected
-    whole, _ = meta_gradient(net, rule, support, query, replace(settings, coordinates=None))
-    assert torch.equal(sampled.query_losses, whole.query_losses)  # all coordinates are updated
-
-
-def test_a_sample_as_large_as_the_model_is_the_model():
-    net, support, query = problem()
-    rule = random_lstm(torch.float64)
-    _, whole = meta_gradient(net, rule, support, query, UnrollSettings(steps=3))
-    _, same = meta_gradient(net, rule, support, query, UnrollSettings(steps=3, coordinates=999))
-    assert all(torch.equal(whole[name], same[name]) for name in whole)
-
-
-def test_matrices_that_are_orthogonalized_are_sampled_as_a_whole():
-    net, support, query = problem()  # two of them, and two biases, of 6 and 3
-    rule = random_lstm(torch.float64)
-    settings = UnrollSettings(steps=3, coordinates=9)
-    _, whole = meta_gradient(net, rule, support, query, replace(settings, coordinates=None))
-    _, same = meta_gradient(net, rule, support, query, settings)
-    assert all(torch.equal(whole[name], same[name]) for name in whole)
-    _, fewer = meta_gradient(net, rule, support, query, replace(settings, coordinates=8))
-    assert not torch.equal(whole["output.bias"], fewer["output.bias"])
-
-
-def test_every_tensor_has_a_part_in_the_sample():
-    assert fill([10, 2, 100], 30) == [10, 2, 18]
-    assert fill([10, 2, 100], 3) == [1, 1, 1]
-    assert fill([10, 2, 100], 500) == [10, 2, 100]
-
-
-def test_where_the_rules_graph_would_not_fit_coordinates_are_sampled(monkeypatch):
-    net, support, query = problem()
-    rule = random_lstm(torch.float64)
-    _, whole = meta_gradient(net, rule, support, query, UnrollSettings(steps=4))
-    monkeypatch.setattr(unroll_module, "GRAPH_BYTES", 10_000)
-    _, sampled = meta_gradient(net, rule, support, query, UnrollSettings(steps=4))
-    assert any(not torch.equal(whole[name], sampled[name]) for name in whole)
-    _, short = meta_gradient(net, rule, support, query, UnrollSettings(steps=4, truncation=1))
-    monkeypatch.undo()
-    _, truncated = meta_gradient(net, rule, support, query, UnrollSettings(steps=4, truncation=1))
-    assert all(torch.equal(short[name], truncated[name]) for name in short)  # a cut makes room
 
 
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())

@@ -32,10 +32,6 @@ class MetaLossSettings(Settings):
     truncation: int | None = advanced(
         "Cut the graph after T steps (truncated backpropagation).", None, metavar="T", shown="never"
     )
-    coordinates: int | None = advanced(
-        "First order: parameters that carry the meta-gradient, a random sample.",
-        None, metavar="C", shown="as many as fit into 72 MiB",
-    )  # fmt: skip
     query_weight: float = advanced("Weight of the query loss.", 1.0, metavar="W")
     support_weight: float = advanced("Weight of the support loss.", 0.0, metavar="W")
     step_weights: list[float] | None = advanced(
