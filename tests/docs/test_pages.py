@@ -75,13 +75,12 @@ def test_the_loop_on_the_start_page_is_the_one_that_was_measured(encoder):
 
 
 def test_figures_in_the_readme_stand_in_the_results():
-    """Printed by scripts/benchmark_quality.py --table."""
-    cells = (ROOT / "docs" / "results" / "quality-cells.md").read_text(encoding="utf-8")
+    """Printed by scripts/two_level/core_table.py."""
+    page = (ROOT / "docs" / "results" / "two-level.md").read_text(encoding="utf-8")
     table = [line for line in README.splitlines() if line.startswith("|")]
-    figures = re.findall(r"(\.\d{3}) ± (\.\d{3})", "\n".join(table))
-    assert len(figures) == 5 * (len(table) - 2) == 40
-    missing = [figure for figure in figures if f"0{figure[0]} ± 0{figure[1]}" not in cells]
-    assert missing == []
+    figures = re.findall(r"(0\.\d{3}) \|", "\n".join(table))
+    assert len(figures) >= 4 * (len(table) - 2) > 0
+    assert [figure for figure in figures if figure not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
