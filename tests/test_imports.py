@@ -106,7 +106,8 @@ def importers(library):
         ),
         ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
-        ("triton", {"optim/kernels/cell_triton.py"}),  # of use on a GPU only
+        # of use on a GPU only
+        ("triton", {"optim/kernels/cell_triton.py", "optim/kernels/two_level_triton.py"}),
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):
