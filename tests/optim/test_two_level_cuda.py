@@ -37,7 +37,7 @@ gpu_only = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 
 # a narrow matrix, which has orthogonalised directions; one without, in more than one block; a
 # vector, a scalar, an empty tensor, and a tensor of three dimensions
-SHAPES = [(37, 12), (67, 71), (5,), (), (0,), (4, 3, 7)]
+SHAPES = [(37, 12), (65, 66), (5,), (), (0,), (4, 3, 7)]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -71,11 +71,20 @@ def device(request, monkeypatch):
             return rounded.view(torch.int16).numpy().view("uint16")
 
         monkeypatch.setattr(interpreter, "_convert_float", rounded_to_nearest)
+        # one function of a kernel that calls another patches Triton once more: half of the time
+        monkeypatch.setattr(
+            interpreter.InterpretedFunction,
+            "__call__",
+            lambda function, *args, **options: function.rewrite()(*args, **options),
+        )
+        # every operation takes the interpreter as long, whatever its size; two tiles to a block
+        for name, value in {"_LANES": 1024, "_TILES": 2, "_STEP_TILE": 1024}.items():
+            monkeypatch.setattr(two_level_cuda, name, value)
         monkeypatch.setattr(optimizer_module, "fused_step", two_level_cuda.TritonStep)
     return request.param
 
 
-def twins(device, units=4, shapes=SHAPES, dtype=torch.float32, **options):
+def twins(device, units=2, shapes=SHAPES, dtype=torch.float32, **options):
     """The same parameters twice, with a fused and a plain optimizer."""
     torch.manual_seed(0)
     ours = [(torch.randn(shape) * 0.05).to(device, dtype).requires_grad_() for shape in shapes]
@@ -90,7 +99,7 @@ def params_of(optimizer):
     return optimizer.param_groups[0]["params"]
 
 
-def walk(optimizers, steps=4, scale=0.1, spoil=lambda grad, step: None):
+def walk(optimizers, steps=3, scale=0.1, spoil=lambda grad, step: None):
     """Feed all of them the same gradients."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -115,11 +124,11 @@ def assert_equal(fused, plain):
 @everywhere
 @pytest.mark.parametrize(
     ("units", "options"),
-    [(4, {}), (4, {"lr": 0.5, "weight_decay": 0.3, "guard": True}), (1, {}), (0, {}), (9, {})],
-    ids=["as shipped", "decayed, guarded", "one unit", "no LSTM", "more units"],
+    [(4, {}), (1, {"lr": 0.5, "weight_decay": 0.3, "guard": True}), (0, {}), (9, {})],
+    ids=["as shipped", "decayed, guarded", "no LSTM", "more units"],
 )
 def test_steps_of_the_kernel_are_those_of_the_plain_rule(device, units, options):
-    shapes = SHAPES if units == 4 else SHAPES[:1] + SHAPES[2:3]
+    shapes = SHAPES if units < 9 else SHAPES[:1]
     fused, plain = twins(device, units, shapes, **options)
 
     def spoil(grad, step):
@@ -137,7 +146,7 @@ def test_steps_of_the_kernel_are_those_of_the_plain_rule(device, units, options)
 @everywhere
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e14])
 def test_gradients_of_any_size(device, scale):
-    fused, plain = twins(device, shapes=[(30, 7), (50,)])
+    fused, plain = twins(device, shapes=[(30, 7)])
     walk((fused, plain), steps=2, scale=scale)
     assert_equal(fused, plain)
 
@@ -178,20 +187,20 @@ def test_gradients_that_are_all_zero_move_nothing(device):
 @everywhere
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_tiles_that_never_had_a_gradient_are_not_written(device, weight_decay):
-    fused, plain = twins(device, shapes=[(4, 512)], weight_decay=weight_decay)
+    fused, plain = twins(device, shapes=[(4, 2048)], weight_decay=weight_decay)
     (param,) = params_of(fused)
     before = param.detach().clone()
 
     def spoil(grad, step):
-        grad[512:] = 0
+        grad[2048:] = 0
         if step == 1:
-            cell = fused.state[param]["cell"].view(4, 4, 512)
+            cell = fused.state[param]["cell"].view(2, 4, 2048)
             cell[:, 2] = 7.0  # a step that read it would change it
 
     walk((fused,), 2, spoil=spoil)
-    cell = fused.state[param]["cell"].view(4, 4, 512)
+    cell = fused.state[param]["cell"].view(2, 4, 2048)
     assert (cell[:, 2] == 7).all() and not cell[:, 1].any() and cell[:, 0].all()
-    walk((plain,), 2, spoil=lambda grad, step: grad[512:].zero_())
+    walk((plain,), 2, spoil=lambda grad, step: grad[2048:].zero_())
     torch.testing.assert_close(param, params_of(plain)[0], rtol=0, atol=2e-6)
     assert torch.equal(param[1:], before[1:]) == (weight_decay == 0)
 
@@ -200,9 +209,9 @@ def test_tiles_that_never_had_a_gradient_are_not_written(device, weight_decay):
 def test_wide_matrices_have_no_cell_in_the_kernel_either(device, monkeypatch):
     monkeypatch.setattr("rnnopt.rules.two_level.WIDEST", 60)  # the interpreter is slow
     assert WIDEST > 60
-    fused, plain = twins(device, shapes=[(67, 71), (9,)])
-    walk((fused, plain), steps=3)
-    assert fused.state[params_of(fused)[0]]["cell"].shape == (0, 67 * 71)
+    fused, plain = twins(device, shapes=[(65, 66), (9,)])
+    walk((fused, plain), 2)
+    assert fused.state[params_of(fused)[0]]["cell"].shape == (0, 65 * 66)
     assert_equal(fused, plain)
 
 
@@ -228,7 +237,7 @@ def test_half_precision_parameters_are_rounded_once(device, dtype):
         optimizer.add_param_group({"params": [more]})
         more.grad = torch.full_like(more, 0.01)
     start = params_of(fused)[0].detach().clone()
-    walk((fused, plain), 3)
+    walk((fused, plain), 2)
     ours, theirs = params_of(fused)[0], params_of(plain)[0]
     # but for a last bit where two almost equal numbers lie on either side of a tie
     assert (ours == theirs).float().mean() > 0.99 and (ours != start).any()
@@ -239,8 +248,8 @@ def test_half_precision_parameters_are_rounded_once(device, dtype):
 
 @everywhere
 def test_the_kernel_repeats_itself_to_the_bit(device):
-    first, second = (twins(device, shapes=SHAPES[:3])[0] for _ in range(2))
-    walk((first, second), 3)
+    first, second = (twins(device, shapes=SHAPES[:2])[0] for _ in range(2))
+    walk((first, second), 2)
     for ours, theirs in zip(params_of(first), params_of(second)):
         assert torch.equal(ours, theirs)
 
@@ -250,7 +259,7 @@ def test_the_statistics_are_those_of_the_plain_rule(device):
     from rnnopt.optim.kernels.two_level_cuda import TritonStep
 
     fused, _ = twins(device, shapes=[(3, 1500), (0,), (40,)])
-    walk((fused,), 2)
+    walk((fused,), 1)
     pieces = [
         Piece(param.detach(), param.grad, fused.state[param], 1.0, 0.0)
         for param in params_of(fused)

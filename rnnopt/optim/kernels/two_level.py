@@ -237,8 +237,11 @@ def keep_leaves(
         context: (P, K).
         slopes: the sum of update times gradient of each piece, (P,).
     """
+    old, new = [], []
     for name, values in {"slope": slopes, **rule.leaves_of(context)}.items():
-        torch._foreach_copy_([piece.state[name] for piece in pieces], list(values.unbind()))
+        old += [piece.state[name] for piece in pieces]
+        new += values.unbind()
+    torch._foreach_copy_(old, new)
 
 
 def build_two_level(units: int) -> ctypes.CDLL:

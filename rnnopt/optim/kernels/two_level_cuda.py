@@ -75,28 +75,31 @@ class TritonStep(FusedStep):
 
     def __init__(self, two_level: TwoLevelLSTM) -> None:
         self._two_level = two_level
+        # kept, since looking up a module's weight takes longer than all checks of a tensor
+        self._units, self._device = two_level.coordinate_units, two_level.output.weight.device
 
     def supports(self, piece: Piece) -> bool:
         """See `FusedStep.supports`."""
-        rule, size, leaves = self._two_level, piece.param.numel(), piece.state.values()
+        state, size, device = piece.state, piece.param.numel(), self._device
+        cell = state["cell"]
+        pointed = (state["m"], state["v"], state["change"], cell)
         return (
             # directions of a matrix are computed for it as a whole
             (piece.transform is None or piece.whole)
             # a kernel trusts its pointers; the plain rule raises where sizes differ
             and piece.grad.shape == piece.param.shape
-            and all(piece.state[name].shape == (size,) for name in ("m", "v", "change"))
-            and piece.state["cell"].shape in ((0, size), (rule.coordinate_units, size))
-            and all(x.dtype in TYPES for x in (piece.param, piece.grad))
-            and all(leaf.dtype == torch.float32 for leaf in leaves)
-            and all(
-                x.device == rule.output.weight.device for x in (piece.param, piece.grad, *leaves)
-            )
-            and all(x.is_contiguous() for x in (piece.param, *leaves))
+            and all(leaf.shape == (size,) for leaf in pointed[:3])
+            and (cell.shape == (self._units, size) or cell.shape == (0, size))
+            and piece.param.dtype in TYPES
+            and piece.grad.dtype in TYPES
+            and all(leaf.dtype == torch.float32 for leaf in pointed)
+            and all(x.device == device for x in (piece.param, piece.grad, *pointed))
+            and all(x.is_contiguous() for x in (piece.param, *pointed))
         )
 
     def measure(self, pieces: Sequence[Piece]) -> Measured:
         """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
-        rule, device = self._two_level, self._two_level.output.weight.device
+        rule, device = self._two_level, self._device
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
         counts = tuple(piece.param.numel() for piece in pieces)
         types = [TYPES[dtype] for dtype in pieces[0].dtypes[:2]]
