@@ -1,7 +1,6 @@
 """Time one step of `LearnedOptimizer` beside what surrounds it and what it competes with.
 
-The step of the shipped rule for LoRA and all weights, which has no LSTM, and that of a rule with 8
-hidden units, as `rnnopt meta-train` makes.
+The step is that of the shipped rule, over LoRA and over all weights.
 
     python scripts/benchmark_step.py --json step.json [--encoder MINILM]
 
@@ -16,7 +15,8 @@ Prints a Markdown table; the file holds every repeat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from benchmark import (
@@ -36,8 +36,9 @@ from benchmark import (
 )
 from torch import Tensor, nn
 
-from rnnopt import CoordinateLSTM, LearnedOptimizer
+from rnnopt import LearnedOptimizer
 from rnnopt.optim.kernels.choice import fused_step
+from rnnopt.rules.two_level import TwoLevelLSTM
 from rnnopt.tasks.text.classifier import Tune
 
 # The textbook's hyperparameters are those of Andrychowicz et al. 2016, arXiv:1606.04474, app. A.
@@ -48,7 +49,7 @@ TEXTBOOK_SCALE = 0.1
 # at once, as published, its gates alone would take 3.7 GB a buffer.
 TEXTBOOK_CHUNK = 2**13
 COPY_BYTES = 2**30
-SHIPPED, LSTM = "step of the shipped rule", "step of an LSTM of 8 units"
+SHIPPED = "step of the shipped rule"
 NAMES: dict[Tune, str] = {"full": "all parameters", "lora": "LoRA rank 8 + head"}
 STEP_LIMITS: dict[Tune, float] = {"full": 1.0, "lora": 0.05}
 
@@ -120,17 +121,10 @@ def measure_steps(report: Report, work: Workload, tune: Tune, repeats: int) -> N
     grads = work.begin()
     dense = [1e-3 * torch.randn_like(grad) for grad in grads]
 
-    lstm = CoordinateLSTM()
     optimizers: dict[str, torch.optim.Optimizer] = {
         SHIPPED: LearnedOptimizer(copies(work.params, grads)),
         f"{SHIPPED}, dense": LearnedOptimizer(copies(work.params, dense)),
         f"{SHIPPED}, plain": LearnedOptimizer(copies(work.params, grads), fused=False),
-        LSTM: LearnedOptimizer(copies(work.params, grads), lstm),
-        f"{LSTM}, dense": LearnedOptimizer(copies(work.params, dense), lstm),
-        f"{LSTM}, plain": LearnedOptimizer(copies(work.params, grads), lstm, fused=False),
-        f"{LSTM}, bfloat16": LearnedOptimizer(
-            copies(work.params, grads), lstm, state_dtype=torch.bfloat16
-        ),
         "AdamW, foreach": torch.optim.AdamW(copies(work.params, grads), lr=1e-5, foreach=True),
         "AdamW, fused": torch.optim.AdamW(copies(work.params, grads), lr=1e-5, fused=True),
     }
@@ -142,24 +136,21 @@ def measure_steps(report: Report, work: Workload, tune: Tune, repeats: int) -> N
     report.data[f"{tune}: coordinates"] = work.coordinates
     report.data[f"{tune}: coordinates with a gradient"] = sum(int((g != 0).sum()) for g in grads)
     _step_rows(report, tune, timings)
-    for name in (SHIPPED, LSTM, f"{LSTM}, bfloat16"):
-        report.add(
-            f"{name}, {NAMES[tune]}: bytes a coordinate", memory[name], f"{memory[name]:.1f}"
-        )
+    report.add(
+        f"{SHIPPED}, {NAMES[tune]}: bytes a coordinate", memory[SHIPPED], f"{memory[SHIPPED]:.1f}"
+    )
 
 
 def _step_rows(report: Report, tune: Tune, timings: dict[str, Timing]) -> None:
     whose, model = NAMES[tune], timings["forward + backward"]
-    for rule in (SHIPPED, LSTM):
-        step, dense, plain = (timings[f"{rule}{kind}"] for kind in ("", ", dense", ", plain"))
-        limit = Target(STEP_LIMITS[tune])
-        report.ratio(f"{rule} / (forward + backward), {whose}", step, model, limit)
-        report.ratio(f"the same, no gradient zero (worst case), {whose}", dense, model)
-        report.ratio(f"{rule}, plain / fused, {whose}", plain, step, Target(4, at_most=False))
-        for name in ("AdamW, foreach", "AdamW, fused"):
-            report.ratio(f"{rule} / {name}, {whose}", step, timings[name])
-    bfloat16 = timings[f"{LSTM}, bfloat16"]
-    report.ratio(f"{LSTM}, bfloat16 memory / float32, {whose}", bfloat16, timings[LSTM])
+    step, dense, plain = (timings[f"{SHIPPED}{kind}"] for kind in ("", ", dense", ", plain"))
+    report.ratio(
+        f"{SHIPPED} / (forward + backward), {whose}", step, model, Target(STEP_LIMITS[tune])
+    )
+    report.ratio(f"the same, no gradient zero (worst case), {whose}", dense, model)
+    report.ratio(f"{SHIPPED}, plain / fused, {whose}", plain, step, Target(4, at_most=False))
+    for name in ("AdamW, foreach", "AdamW, fused"):
+        report.ratio(f"{SHIPPED} / {name}, {whose}", step, timings[name])
 
 
 def measure_textbook(report: Report, work: Workload, tune: Tune, repeats: int, chunk: int) -> None:
@@ -169,23 +160,38 @@ def measure_textbook(report: Report, work: Workload, tune: Tune, repeats: int, c
     dense = [1e-3 * torch.randn_like(grad) for grad in grads]
     subjects: dict[str, Callable[[], object]] = {
         "textbook": Textbook(copies(work.params, grads), chunk).step,
-        LSTM: LearnedOptimizer(copies(work.params, grads), CoordinateLSTM()).step,
-        f"{LSTM}, dense": LearnedOptimizer(copies(work.params, dense), CoordinateLSTM()).step,
+        SHIPPED: LearnedOptimizer(copies(work.params, grads)).step,
+        f"{SHIPPED}, dense": LearnedOptimizer(copies(work.params, dense)).step,
     }
     timings = interleave(subjects, repeats, warm_ups=1)
     report.keep(f"{tune}, textbook", timings)
     whose = NAMES[tune]
     note = f"; its calls take {chunk:,} coordinates at most"
-    for name, target in ((LSTM, Target(20, at_most=False)), (f"{LSTM}, dense", None)):
+    for name, target in ((SHIPPED, Target(20, at_most=False)), (f"{SHIPPED}, dense", None)):
         figure = f"textbook LSTM / {name}, {whose}"
         report.ratio(figure, timings["textbook"], timings[name], target, note)
+
+
+def bytes_moved(rule: TwoLevelLSTM, param: Tensor, state: Mapping[str, Tensor]) -> int:
+    """What the kernel's two passes read and write for a tensor with a dense gradient.
+
+    Summed up as in `rnnopt.optim.kernels.two_level_triton`.
+    """
+    assert param.grad is not None
+    cell, single = state["cell"].nbytes, state["m"].nbytes
+    both = 2 * (param.nbytes + param.grad.nbytes + 3 * single)  # m, v, last update
+    direction = 2 * single if cell else 0
+    orthogonal = single if rule.treats_as_matrix(param.shape) else 0
+    return both + 2 * cell + direction + orthogonal + param.nbytes + 3 * single
 
 
 def measure_gpu(report: Report, shape: Shape, repeats: int, wanted: bool) -> None:
     """Rows for a CUDA device: BERT-base, all parameters, bfloat16 autocast."""
     figures = {
-        f"{LSTM} / whole training iteration, BERT-base on a GPU": Target(0.25),
-        f"{LSTM}: bandwidth / copy bandwidth, BERT-base on a GPU": Target(0.6, at_most=False),
+        f"{SHIPPED} / whole training iteration, BERT-base on a GPU": Target(0.25),
+        f"{SHIPPED}: bandwidth / copy bandwidth, BERT-base on a GPU": Target(0.6, at_most=False),
+        f"{SHIPPED}, plain / fused, both without guard, BERT-base on a GPU": None,
+        f"{SHIPPED}, no guard / AdamW, fused, BERT-base on a GPU": None,
     }
     if not wanted:
         for figure, target in figures.items():
@@ -193,29 +199,63 @@ def measure_gpu(report: Report, shape: Shape, repeats: int, wanted: bool) -> Non
         return
     progress("steps on the GPU")
     work = Workload(shape, "full", device="cuda", autocast=True)
-    optimizer = LearnedOptimizer(work.params, CoordinateLSTM().cuda())
+    optimizer = LearnedOptimizer(work.params)
 
     def iteration() -> None:
         work.forward_backward()
         optimizer.step()
 
+    iteration()
+    # no gradient zero, so that no block is skipped; and no guard, which copies what it may undo
+    dense = [1e-3 * torch.randn_like(param) for param in work.params]
+    kernel, plain = (
+        LearnedOptimizer(copies(work.params, dense), guard=False, fused=fused)
+        for fused in (None, False)
+    )
+    adamw = torch.optim.AdamW(copies(work.params, dense), lr=1e-5, fused=True)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda")
     sink = torch.empty_like(source)
-    timings = interleave(
-        {"iteration": iteration, "step": optimizer.step, "copy": lambda: sink.copy_(source)},
-        repeats,
-        warm_ups=5,
-    )
+    subjects: dict[str, Callable[[], object]] = {
+        "iteration": iteration, "step": optimizer.step, "no guard": kernel.step,
+        "no guard, plain": plain.step, "AdamW, fused": adamw.step,
+        "copy": lambda: sink.copy_(source),
+    }  # fmt: skip
+    timings = interleave(subjects, repeats, warm_ups=5)
     report.keep("gpu", timings)
-    step = timings["step"]
-    names = list(figures)
-    report.ratio(names[0], step, timings["iteration"], figures[names[0]])
-    # every number of state and parameter is read and written, every gradient read
-    traffic = sum(2 * p.nbytes + p.grad.nbytes for p in work.params if p.grad is not None)
-    traffic += 2 * sum(leaf.nbytes for s in optimizer.state.values() for leaf in s.values())
+    names, step = list(figures), timings["no guard"]
+    report.ratio(names[0], timings["step"], timings["iteration"], figures[names[0]])
+    rule = cast(TwoLevelLSTM, kernel.rule)
+    traffic = sum(bytes_moved(rule, param, state) for param, state in kernel.state.items())
+    report.data["gpu: bytes that a step moves"] = traffic
     bandwidth, copied = traffic / step.median, 2 * COPY_BYTES / timings["copy"].median
     words = f"{bandwidth / copied:.3g}: {bandwidth / 1e9:,.0f} / {copied / 1e9:,.0f} GB/s"
     report.add(names[1], bandwidth / copied, words, figures[names[1]])
+    report.ratio(names[2], timings["no guard, plain"], step)
+    report.ratio(names[3], step, timings["AdamW, fused"])
+    _kernel_rows(report, kernel, traffic, copied, repeats)
+
+
+def _kernel_rows(
+    report: Report, optimizer: LearnedOptimizer, traffic: int, copied: float, repeats: int
+) -> None:
+    """The same bandwidth for the kernels' own time, without what Python does before them."""
+    optimizer.step()
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(repeats):
+            optimizer.step()
+        torch.cuda.synchronize()
+    passes = {"measure_block": 0.0, "step_block": 0.0, "added": 0.0}
+    for event in profile.key_averages():
+        for name in passes:  # some versions of Triton append something to it
+            if event.key.startswith(name):
+                passes[name] += event.self_device_time_total * 1e-6 / repeats
+    report.data["gpu: seconds of each kernel"] = passes
+    seconds = sum(passes.values())
+    share = traffic / seconds / copied if seconds else None
+    figure = f"{SHIPPED}: bandwidth of its kernels / copy bandwidth, BERT-base on a GPU"
+    words = MISSING if share is None else f"{share:.3g}: {1e3 * seconds:.3g} ms in kernels"
+    report.add(figure, share, words, Target(0.6, at_most=False))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

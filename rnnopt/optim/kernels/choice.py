@@ -24,6 +24,8 @@ def fused_step(rule: object) -> FusedStep | None:
     # `type`, because the arithmetic of a subclass may differ
     if type(rule) is not TwoLevelLSTM or rule.output.weight.dtype != torch.float32:
         return None
+    if rule.output.weight.is_cuda:
+        return _triton_step(rule)
     library = c_kernel(rule.coordinate_units) if rule.output.weight.is_cpu else None
     return None if library is None else TwoLevelStep(rule, library)
 
@@ -43,6 +45,20 @@ def _built(make: Callable[[int], ctypes.CDLL], units: int) -> ctypes.CDLL | None
         _warn_once(
             str(error), "name a folder that programs may run from in the variable XDG_CACHE_HOME"
         )
+    return None
+
+
+def _triton_step(rule: TwoLevelLSTM) -> FusedStep | None:
+    """Imports the kernel's module here: Triton takes a second to load, and may not be installed."""
+    try:
+        from rnnopt.optim.kernels import two_level_cuda
+    except ImportError as error:
+        _warn_once(str(error), "install triton")
+        return None
+    problem = two_level_cuda.problem(rule.coordinate_units, rule.output.weight.device)
+    if problem is None:
+        return two_level_cuda.TritonStep(rule)
+    _warn_once(problem, "install a recent triton")
     return None
 
 

@@ -100,7 +100,8 @@ class TwoLevelStep(FusedStep):
         for name in ("rate", "adam", "gradient", "last"):
             tensors[name] = getattr(decisions, name).numpy()
         tensors["of_cell"] = decisions.cell.numpy()
-        extra = self._transformed(pieces, grads, decisions)  # kept alive until the step is done
+        # kept alive until the step is done
+        extra = orthogonal_directions(self._two_level, pieces, grads, decisions)
         for i, values in extra.items():
             tensors["pointers"][i, _POINTERS.index("extra")] = values.data_ptr()
         slopes = np.zeros(len(blocks))
@@ -114,46 +115,11 @@ class TwoLevelStep(FusedStep):
 
             with around(rows[part]):
                 share(step_blocks, blocks[first:last])
-        self._keep(pieces, context, blocks, slopes)
-        # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
-        torch.autograd.graph.increment_version([piece.param for piece in pieces])
-
-    def _transformed(
-        self, pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
-    ) -> dict[int, Tensor]:
-        """What orthogonalised directions add to the step of matrices, all of a shape at once."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, piece in enumerate(pieces):
-            if piece.transform is not None and piece.param.numel():
-                groups.setdefault(tuple(piece.param.shape), []).append(i)
-        extra: dict[int, Tensor] = {}
-        for shape, own in groups.items():
-            grad = torch.stack([grads[i].detach().reshape(-1) for i in own])
-            finite = grad.isfinite()
-            grad = torch.where(finite, grad, 0).clamp(-BOUND, BOUND)
-            m, v, steps = (
-                torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
-            )
-            *_, adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)
-            adam, size = torch.where(finite, adam, 0), (-1, *shape)
-            for weight, direction in (
-                (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
-            ):  # fmt: skip
-                turned = self._two_level.transform_matrix(direction.view(size)).flatten(1)
-                for i, values in zip(own, turned * weight[own].unsqueeze(1)):
-                    extra[i] = extra[i] + values if i in extra else values
-        return {i: values.contiguous() for i, values in extra.items()}
-
-    def _keep(
-        self, pieces: Sequence[Piece], context: Tensor, blocks: np.ndarray, slopes: np.ndarray
-    ) -> None:
-        """Write the leaves of the state that belong to whole tensors, and the slopes."""
-        rule = self._two_level
         sums = torch.zeros(len(pieces), dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(slopes))
-        leaves = {"slope": sums.float(), **rule.leaves_of(context)}
-        for name, values in leaves.items():
-            torch._foreach_copy_([piece.state[name] for piece in pieces], list(values.unbind()))
+        keep_leaves(self._two_level, pieces, context, sums.float())
+        # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
+        torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
     def _table(
         self, pieces: Sequence[Piece], grads: Sequence[Tensor], directions: Sequence[Tensor]
@@ -170,17 +136,10 @@ class TwoLevelStep(FusedStep):
             for piece, grad, direction in zip(pieces, grads, directions)
         ]  # fmt: skip
         tensors["count"] = [piece.param.numel() for piece in pieces]
-        step, rate, rms, hidden = (
-            torch.stack([piece.state[name] for piece in pieces])
-            for name in ("step", "last_rate", "last_rms", "hidden")
-        )
-        if rule.coordinate_units:
-            shift = F.linear(hidden, rule.gates_context.weight, rule.gates.bias)
-            tensors["gate_shift"][:, :-1] = shift.detach().numpy()
-        for name, beta in zip(("m_correction", "v_correction"), BETAS):
-            tensors[name] = (1 / (1 - beta ** (step + 1))).numpy()
-        tensors["last_rate"] = (1 / (rate + FLOOR)).numpy()
-        tensors["begun"], tensors["last_rms"] = (rms > 0).numpy(), torch.log(rms + FLOOR).numpy()
+        numbers = numbers_before_step(rule, pieces)
+        tensors["gate_shift"][:, :-1] = numbers.pop("gate_shift").numpy()
+        for name, values in numbers.items():
+            tensors[name] = values.numpy()
         tensors["lr"] = [piece.lr for piece in pieces]
         tensors["decay"] = [p.lr * rule.step_size * p.weight_decay for p in pieces]
         return tensors
@@ -201,6 +160,88 @@ class TwoLevelStep(FusedStep):
             padded += [own, np.zeros(width)]
         constants = (BETAS[0], 1 - BETAS[0], BETAS[1], 1 - BETAS[1], BOUND)
         return np.concatenate([*padded, constants]).astype(np.float32)
+
+
+def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """What all coordinates of a tensor share before the step, on the device of the state.
+
+    Returns:
+        gate_shift (P, 3 H), then (P,) each: m_correction and v_correction, 1 / (1 - beta^t);
+        last_rate, 1 / (the last rate + FLOOR); begun, 1 after the first step; and last_rms, the
+        logarithm of the RMS of the last gradient + FLOOR.
+    """
+    step, rate, rms, hidden = (
+        torch.stack([piece.state[name] for piece in pieces])
+        for name in ("step", "last_rate", "last_rms", "hidden")
+    )
+    shift = hidden[:, :0]
+    if rule.coordinate_units:
+        shift = F.linear(hidden, rule.gates_context.weight, rule.gates.bias).detach()
+    return {
+        "gate_shift": shift,
+        "m_correction": 1 / (1 - BETAS[0] ** (step + 1)),
+        "v_correction": 1 / (1 - BETAS[1] ** (step + 1)),
+        "last_rate": 1 / (rate + FLOOR),
+        "begun": (rms > 0).to(rms.dtype),
+        "last_rms": torch.log(rms + FLOOR),
+    }
+
+
+def orthogonal_directions(
+    rule: TwoLevelLSTM, pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
+) -> dict[int, Tensor]:
+    """What orthogonalised directions add to the step of matrices, all of a shape at once.
+
+    Args:
+        rule: the rule.
+        pieces: P of them, before the step.
+        grads: their gradients.
+        decisions: (P,) each.
+
+    Returns:
+        By the index of the piece (N,) each, contiguous, in the dtype of the state.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, piece in enumerate(pieces):
+        if piece.transform is not None and piece.param.numel():
+            groups.setdefault(tuple(piece.param.shape), []).append(i)
+    extra: dict[int, Tensor] = {}
+    for shape, own in groups.items():
+        m, v, steps = (
+            torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
+        )
+        grad = torch.stack([grads[i].detach().reshape(-1) for i in own]).to(m.dtype)
+        finite = grad.isfinite()
+        grad = torch.where(finite, grad, 0).clamp(-BOUND, BOUND)
+        *_, adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)
+        total = torch.zeros_like(grad)
+        for weights, direction in (
+            (decisions.orthogonal_adam, torch.where(finite, adam, 0)),
+            (decisions.orthogonal_gradient, grad),
+        ):
+            turned = rule.transform_matrix(direction.view(-1, *shape)).flatten(1)
+            # stacked, since an index from the host would make it wait for a GPU
+            total += turned * torch.stack([weights[i] for i in own]).unsqueeze(1)
+        extra.update(zip(own, total.unbind()))
+    return extra
+
+
+def keep_leaves(
+    rule: TwoLevelLSTM, pieces: Sequence[Piece], context: Tensor, slopes: Tensor
+) -> None:
+    """Write the leaves of the state that belong to whole tensors, and the slopes.
+
+    Args:
+        rule: the rule.
+        pieces: P of them.
+        context: (P, K).
+        slopes: the sum of update times gradient of each piece, (P,).
+    """
+    old, new = [], []
+    for name, values in {"slope": slopes, **rule.leaves_of(context)}.items():
+        old += [piece.state[name] for piece in pieces]
+        new += values.unbind()
+    torch._foreach_copy_(old, new)
 
 
 def build_two_level(units: int) -> ctypes.CDLL:

@@ -1,0 +1,274 @@
+"""The fused step of `TwoLevelLSTM` on a GPU, see two_level_triton.py.
+
+Two launches for the statistics of all tensors, and two for the step and its slopes, whatever the
+number of tensors. The host reads nothing from the GPU and waits for nothing.
+
+`rnnopt.optim.kernels.choice` imports this module, and with it Triton, when it is first needed.
+
+Shapes: P tensors, H units of the coordinate-wise LSTM, M statistics, K numbers of context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnnopt.optim.kernels.fused import Around, FusedStep, Measured, Piece, unwatched
+from rnnopt.optim.kernels.two_level import (
+    keep_leaves,
+    numbers_before_step,
+    orthogonal_directions,
+)
+from rnnopt.optim.kernels.two_level_triton import (
+    SUMS,
+    TYPES,
+    added,
+    measure_block,
+    step_block,
+)
+from rnnopt.rules.tensor_features import Sums
+from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
+
+MAX_UNITS = 32
+_WARPS = 4
+_LANES = 32 * _WARPS
+# With so many units at most, a thread has two coordinates in the first pass, which share each load
+# of a weight. The inputs of more would not fit the registers.
+_PAIRED_UNITS = 4
+_TILES = 8  # of a block in the first pass: its 15 sums across threads take as long as half a tile
+_STEP_TILE = 4 * _LANES
+_ADDED = 4096  # numbers that are added up at once
+_OPTIONS: dict[str, Any] = {
+    "num_warps": _WARPS,
+    # Triton's default changes with its version; without it every product is rounded, at twice the
+    # instructions
+    "enable_fp_fusion": True,
+}
+_CONSTANTS: dict[str, Any] = {
+    "BETA1": BETAS[0], "GAIN1": 1 - BETAS[0], "BETA2": BETAS[1], "GAIN2": 1 - BETAS[1],
+}  # fmt: skip
+
+# A row of the table of two_level_triton.py.
+LAYOUT = np.dtype(
+    [("pointers", np.int64, 8), ("count", np.int64), ("lr", np.float32), ("decay", np.float32)]
+)
+_EXTRA = 7  # place of its pointer
+
+
+class TritonStep(FusedStep):
+    """The fused step of `TwoLevelLSTM` on a GPU.
+
+    Half-precision parameters and gradients are read as float32. Parameters are rounded once, when
+    they are written, as by the plain rule.
+
+    Args:
+        two_level: the rule; the step runs on its device.
+    """
+
+    dtypes = tuple(TYPES)
+
+    def __init__(self, two_level: TwoLevelLSTM) -> None:
+        self._two_level = two_level
+        # kept, since looking up a module's weight takes longer than all checks of a tensor
+        self._units, self._device = two_level.coordinate_units, two_level.output.weight.device
+
+    def supports(self, piece: Piece) -> bool:
+        """See `FusedStep.supports`."""
+        state, size, device = piece.state, piece.param.numel(), self._device
+        cell = state["cell"]
+        pointed = (state["m"], state["v"], state["change"], cell)
+        return (
+            # directions of a matrix are computed for it as a whole
+            (piece.transform is None or piece.whole)
+            # a kernel trusts its pointers; the plain rule raises where sizes differ
+            and piece.grad.shape == piece.param.shape
+            and all(leaf.shape == (size,) for leaf in pointed[:3])
+            and (cell.shape == (self._units, size) or cell.shape == (0, size))
+            and piece.param.dtype in TYPES
+            and piece.grad.dtype in TYPES
+            and all(leaf.dtype == torch.float32 for leaf in pointed)
+            and all(x.device == device for x in (piece.param, piece.grad, *pointed))
+            and all(x.is_contiguous() for x in (piece.param, *pointed))
+        )
+
+    def measure(self, pieces: Sequence[Piece]) -> Measured:
+        """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
+        rule, device = self._two_level, self._device
+        grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
+        counts = tuple(piece.param.numel() for piece in pieces)
+        types = [TYPES[dtype] for dtype in pieces[0].dtypes[:2]]
+        with _current(device):
+            sizes = [
+                count if len(piece.state["cell"]) else 0 for piece, count in zip(pieces, counts)
+            ]
+            directions = torch.empty(sum(sizes), device=device, dtype=torch.float32)
+            # Made at every step, because gradients move and rates change, and a check whether any
+            # did would take as long. 80 bytes per tensor from pinned memory, which torch keeps
+            # until the copy is done, so the host does not wait.
+            rows = _table(rule, pieces, grads, directions, sizes).view(np.int64)
+            table = _to_device(rows.reshape(len(pieces), -1), device)
+            numbers = numbers_before_step(rule, pieces)
+            shared = torch.column_stack(tuple(numbers.values()))
+            sums = _sums(rule, table, shared, counts, types)
+            slopes = torch.stack([piece.state["slope"] for piece in pieces]).unsqueeze(1)
+            place = Sums._fields.index("slope")
+            statistics = torch.cat([sums[:, :place], slopes, sums[:, place:]], 1)
+        return Measured(pieces, statistics, (table, numbers, counts, types, grads, directions))
+
+    def step(
+        self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
+        around: Around = unwatched,
+    ) -> None:  # fmt: skip
+        """See `FusedStep.step`; the context is (P, K). All pieces are one part."""
+        rule, pieces = self._two_level, measured.pieces
+        table, numbers, counts, types, grads, _ = measured.kept
+        d = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
+        with _current(table.device):
+            extra = orthogonal_directions(rule, pieces, grads, d)  # alive to the last launch
+            if extra:
+                pointers = [extra[i].data_ptr() if i in extra else 0 for i in range(len(pieces))]
+                table[:, _EXTRA] = _to_device(np.array(pointers), table.device)
+            decided = (
+                numbers["m_correction"], numbers["v_correction"], torch.expm1(d.growth), d.rate,
+                d.adam, d.gradient, d.last, d.cell,
+            )  # fmt: skip
+            with around(rows):
+                slopes = _step(rule, table, torch.stack(decided, 1), counts, types)
+        keep_leaves(rule, pieces, context, slopes)
+        # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
+        torch.autograd.graph.increment_version([piece.param for piece in pieces])
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make it CUDA's current device: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def problem(units: int, device: torch.device) -> str | None:
+    """Why there is no kernel for this many units of a coordinate on this device; None if there is.
+
+    Compiles the kernels and steps one coordinate with them, so that an old GPU, an old Triton or a
+    missing C compiler, which Triton needs, is found here and not during a training run.
+    """
+    if units > MAX_UNITS:
+        return f"coordinate_units={units}, and the kernel for GPUs takes {MAX_UNITS} at most"
+    with torch.random.fork_rng(devices=[]):
+        rule = TwoLevelLSTM(1, units, 1).to(device, torch.float32)
+    param = torch.ones(1, device=device, dtype=torch.float32)
+    piece = Piece(param, param.clone(), rule.init_state(param), 1.0, 0.0)
+    try:
+        with torch.no_grad():
+            step, leaves = TritonStep(rule), (*rule.leaves, *rule.tensor_state)
+            measured = step.measure([piece])
+            states = {name: piece.state[name].unsqueeze(0) for name in leaves}
+            step.step(measured, rule.cross_tensor_context(measured.statistics, states))
+    except Exception as error:  # Triton's tool chain raises many undocumented classes
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def _table(
+    rule: TwoLevelLSTM,
+    pieces: Sequence[Piece],
+    grads: Sequence[Tensor],
+    directions: Tensor,
+    sizes: Sequence[int],
+) -> np.ndarray:
+    """`LAYOUT` for each piece; its directions follow each other, 0 numbers without an LSTM."""
+    table = np.zeros(len(pieces), dtype=LAYOUT)
+    starts = directions.data_ptr() + directions.element_size() * np.cumsum([0, *sizes])
+    table["pointers"] = [
+        [
+            piece.param.data_ptr(), grad.data_ptr(),
+            *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
+            piece.state["cell"].data_ptr() if size else 0, start if size else 0, 0,
+        ]
+        for piece, grad, start, size in zip(pieces, grads, starts.tolist(), sizes)
+    ]  # fmt: skip
+    table["count"] = [piece.param.numel() for piece in pieces]
+    table["lr"] = [piece.lr for piece in pieces]
+    table["decay"] = [piece.lr * rule.step_size * piece.weight_decay for piece in pieces]
+    return table
+
+
+def _sums(
+    rule: TwoLevelLSTM, table: Tensor, shared: Tensor, counts: tuple[int, ...], types: Sequence[Any]
+) -> Tensor:
+    """The first pass: `Sums` without ``slope``, (P, 15); deterministic."""
+    units = rule.coordinate_units
+    weights = [shared, shared, shared]
+    if units:
+        linear = (rule.gates, rule.candidate, rule.coordinate_output)
+        weights = [layer.weight.detach().contiguous() for layer in linear]
+    paired = units <= _PAIRED_UNITS
+    tile = (2 if paired else 1) * _LANES
+    # left to itself the compiler takes so many registers that fewer blocks run at once
+    limit = {} if torch.version.hip else {"maxnreg": 96 if paired else 128}
+    blocks, starts = _blocks(counts, _TILES * tile, table.device)
+    partial = torch.empty(len(blocks), SUMS, device=table.device, dtype=torch.float32)
+    if len(blocks):
+        measure_block[(len(blocks),)](
+            table, blocks, shared, *weights, partial, BOUND, **_CONSTANTS, HIDDEN=units,
+            LANES=_LANES, TILE=tile, TILES=_TILES, PARAM=types[0], GRAD=types[1],
+            **_OPTIONS, **limit,
+        )  # fmt: skip
+    return _added(partial, starts, len(counts))
+
+
+def _step(
+    rule: TwoLevelLSTM,
+    table: Tensor,
+    decided: Tensor,
+    counts: tuple[int, ...],
+    types: Sequence[Any],
+) -> Tensor:
+    """The second pass: the slopes, the sums of update times gradient, (P,); deterministic."""
+    blocks, starts = _blocks(counts, _STEP_TILE, table.device)
+    slopes = torch.empty(len(blocks), 1, device=table.device, dtype=torch.float32)
+    if len(blocks):
+        step_block[(len(blocks),)](
+            table, blocks, decided, slopes, BOUND, **_CONSTANTS, HIDDEN=rule.coordinate_units,
+            TILE=_STEP_TILE, PARAM=types[0], GRAD=types[1], **_OPTIONS,
+        )  # fmt: skip
+    return _added(slopes, starts, len(counts)).squeeze(1)
+
+
+def _added(partial: Tensor, starts: Tensor, tensors: int) -> Tensor:
+    """The rows of each tensor's blocks added up, (P, columns)."""
+    columns = partial.shape[1]
+    width = 1 << (columns - 1).bit_length()
+    sums = torch.empty(tensors, columns, device=partial.device, dtype=torch.float32)
+    added[(tensors,)](
+        starts, partial, sums, COLUMNS=columns, WIDTH=width, ROWS=_ADDED // width, **_OPTIONS
+    )
+    return sums
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(counts: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every tensor cut into blocks of `size` coordinates.
+
+    Returns:
+        For each block the index of its tensor and its index there, (blocks, 2); for each tensor the
+        index of its first block, and the number of all blocks, (P + 1,).
+    """
+    block_counts = -(-np.array(counts, dtype=np.int64) // size)
+    starts = np.concatenate([[0], np.cumsum(block_counts)])
+    tensors = np.repeat(np.arange(len(counts)), block_counts)
+    blocks = np.stack([tensors, np.arange(starts[-1]) - starts[tensors]], axis=1)
+    return _to_device(blocks.astype(np.int32), device), _to_device(starts.astype(np.int32), device)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
