@@ -54,7 +54,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     `rnnopt.rules.protocol.advance`.
 
     A `TwoLevelLSTM`, the kind of rule that ships, steps by a fused kernel on a CPU with a C
-    compiler, see `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by
+    compiler, and on a GPU with Triton if the rule is on the GPU too, see
+    `rnnopt.optim.kernels.fused`. DTensor parameters (FSDP2) are stepped shard by
     shard, with the same result as whole tensors; their `state` is that of the shard, and in
     `state_dict` it is a DTensor, too. The rule needs the gradients of all that trains: one
     optimizer for a whole model.
@@ -300,7 +301,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.fused and kernel is None:
             raise RuntimeError(
                 f"fused=True, but there is no kernel for {type(rule).__name__} here: it takes "
-                "a TwoLevelLSTM with float32 weights on the CPU, and a C compiler"
+                "a TwoLevelLSTM with float32 weights, on the CPU and a C compiler, or on a GPU "
+                "and Triton"
             )
         return kernel
 
