@@ -394,7 +394,7 @@ def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
 
 
 def test_adaptation_that_takes_longer_than_foreseen_is_broken_off(encoder, few, monkeypatch):
-    monkeypatch.setattr(adaptation.Adaptation, "seconds_per_step", lambda self, head: 0.0)
+    monkeypatch.setattr(adaptation.Adaptation, "seconds_per_step", lambda self: 0.0)
     classifier = TextClassifier(encoder, seconds=1e-6, device="cpu").fit(*few)
     assert "took longer than the 1e-06 s" in classifier.report_.reason
     plain = TextClassifier(encoder, steps=0, device="cpu").fit(*few)
