@@ -55,7 +55,7 @@ SETS = {  # the part to report on, and the part to choose by
 }  # fmt: skip
 JUDGED = 300  # texts to judge by, at most, as many of every class
 USUAL = ("logistic", "nearest mean", "frozen", "rnnopt")
-ADAMW_RATES = ("5e-5", "1e-3", "3e-3", "1e-2")
+ADAMW_RATES = ("5e-5", "1e-4", "3e-4", "1e-3")
 OTHERS = (*(f"adamw {rate}" for rate in ADAMW_RATES), "schedulefree", "prodigy")
 METHODS = (*USUAL, *OTHERS, "setfit")
 SHOWN = {"accuracy": 3, "log_loss": 3, "calibration_error": 3, "seconds": 1}

@@ -71,7 +71,7 @@ def test_adaptation_draws_curves(encoder, texts):
     classifier.fit([text for text, _ in rows], [label for _, label in rows], report=report)
     drawn = {(tag, step) for tag, _, step in writer.rows}
     assert {("loss", step) for step in (1, 2, 3)} <= drawn
-    assert {("held_out/log_loss", step) for step in (0, 1, 2, 3)} <= drawn
+    assert {("held_out/log_loss", step) for step in (0, 2, 3)} <= drawn
     losses = [record for record in records if "loss" in record]
     assert {record["fold"] for record in losses} >= {1, 2, 3, 4, 5}
     first = [record["loss"] for record in losses if record["fold"] == 1]

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -115,8 +114,6 @@ def test_losses_are_binary_cross_entropies_added_up_over_classes(seed):
         for row, chances in zip(labels, SEVERAL.probabilities(logits))
     ]
     assert np.allclose(SEVERAL.losses(logits, labels), wanted)
-    found = SEVERAL.torch_losses(torch.from_numpy(logits), torch.from_numpy(labels))
-    assert np.allclose(found.numpy(), wanted)
 
 
 def test_temperature_is_the_one_that_made_the_logits():

@@ -10,7 +10,6 @@ import numpy as np
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.adaptation import JUDGED, Adaptation, Plan, affordable
 from rnnopt.tasks.text.estimator.evidence import MOST_FOLDS, Labelled
-from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 
 
@@ -48,10 +47,7 @@ def forecast(
     nothing = Labelled(np.zeros((len(texts), 0)), labels, np.ones(len(texts)))
     adaptation = Adaptation(encoder, texts, nothing, plan)
     try:
-        ways = objective.ways(labels)
-        step = adaptation.seconds_per_step(
-            LinearHead(np.zeros((ways, encoder.width)), np.zeros(ways))
-        )
+        step = adaptation.seconds_per_step()
     finally:
         adaptation.end(keep=False)
     most = len(objective.folds(labels, MOST_FOLDS, plan.seed))

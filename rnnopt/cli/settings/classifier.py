@@ -46,8 +46,10 @@ class FitSettings(Settings):
     rule: str | None = option(
         "Rule file of adaptation.", None, metavar="PATH", shown="the rule that ships"
     )
-    steps: int = option("Steps of adaptation at most; 0 for none.", 10, metavar="T")
-    lora_rank: int = advanced("Rank of LoRA.", 8, metavar="R")
+    steps: int = option("Steps of adaptation at most; 0 for none.", 5, metavar="T")
+    lora_rank: int | None = advanced(
+        "Adapt by LoRA of this rank.", None, metavar="R", shown="none: the weights themselves"
+    )
     seconds: float | None = option(
         "What adaptation may take, cross-validation included.", 30.0, metavar="S"
     )

@@ -57,6 +57,17 @@ def layer_stack(encoder: Any) -> nn.ModuleList | None:
     return stacks[0] if len(stacks) == 1 else None
 
 
+def train_layers(encoder: nn.Module) -> None:
+    """Make everything train but tables of tokens and positions.
+
+    A few texts hold few of the tokens, and the tables are half of a small encoder.
+    """
+    encoder.requires_grad_(True)
+    for module in encoder.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+
+
 def freeze_below(model: Any, layer: nn.Module, batch: Batch) -> None:
     """Freeze the parameters that the input of a layer depends on.
 

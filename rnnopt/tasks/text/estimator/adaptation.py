@@ -1,4 +1,4 @@
-"""Adaptation by LoRA from a given head, and whether cross-validation speaks for it.
+"""Adaptation of an encoder by pairs of texts, and whether cross-validation speaks for it.
 
 Shapes: B texts, H embedding size, C classes.
 """
@@ -10,15 +10,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.protocol import UpdateRule
+from rnnopt.rules.two_level import TwoLevelLSTM
+from rnnopt.tasks.text.encoder.layers import train_layers
 from rnnopt.tasks.text.encoder.loading import seeded
 from rnnopt.tasks.text.encoder.lora import add_lora
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
@@ -34,11 +37,18 @@ from rnnopt.tasks.text.estimator.evidence import (
 )
 from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
+from rnnopt.tasks.text.estimator.objective.pairs import pair_loss
 from rnnopt.tasks.text.estimator.objective.protocol import Fold
 
 BATCH = 64  # texts of a step, at most
 _PIECE = 16  # texts that are run at once: small enough to be of like length
-JUDGED = (1, 2, 3, 5, 10, 20, 40)  # after these steps, and after the last
+# Tokens of a step beyond which texts are run a second time for their gradient, since what all of
+# them together keep for it may not fit into memory: 4,096 take about 600 MB in MiniLM.
+_KEPT_TOKENS = 4096
+JUDGED = (2, 3, 5, 10, 20, 40)  # after these steps, and after the last
+# The rule was meta-trained on cross-entropy. Its full steps on the loss of pairs go
+# too far: on validation classes a third of them in all weights reaches more than LoRA does.
+_PAIRS_LR = 0.3
 _OVERRUN = 1.5  # times the seconds allowed, after which adaptation is broken off
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -57,14 +67,14 @@ class Plan:
     Attributes:
         rule: the update rule, see `make_optimizer`.
         steps: optimizer steps, at most; cross-validation chooses how many.
-        lora_rank: of the factors.
+        lora_rank: of LoRA's factors; None trains the weights of all layers.
         seconds: what adaptation may take, cross-validation included; None for no bound.
         seed: decides what is drawn.
     """
 
     rule: Rule
     steps: int
-    lora_rank: int
+    lora_rank: int | None
     seconds: float | None
     seed: int
 
@@ -103,7 +113,7 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
     """The optimizer of adaptation: `rnnopt.LearnedOptimizer` with nothing set but the rule.
 
     Args:
-        params: LoRA factors, then the head.
+        params: what trains.
         rule: an `UpdateRule`, the path of a rule file, or None for the rule that ships. Or a
             function that makes another optimizer of the parameters.
 
@@ -118,7 +128,10 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
                 "torch.optim.Optimizer, as lambda params: torch.optim.AdamW(params, 1e-3) does"
             )
         return made
-    return LearnedOptimizer(params, rule)
+    optimizer = LearnedOptimizer(params, rule)
+    if isinstance(optimizer.rule, TwoLevelLSTM):
+        optimizer.param_groups[0]["lr"] = _PAIRS_LR
+    return optimizer
 
 
 def _averaged(optimizer: torch.optim.Optimizer, on: bool) -> None:
@@ -134,14 +147,15 @@ def adapt_if_better(
 ) -> Verdict:  # fmt: skip
     """Adapt if texts that were held out speak for it; else leave the encoder as it is.
 
-    Cross-validation adapts from each fold's own start and judges the texts held out after several
-    numbers of steps. Of those that are no less accurate than the start on the same texts, and whose
-    log loss at the best temperature is lower by `ADAPTATION_MARGIN`, the one with the lowest is
-    taken, and all texts are adapted to for so many steps. If there is none, the encoder stays as it
-    is, to the bit.
+    Adaptation lowers the loss of pairs, see `pair_loss`, and the head is then fitted again, as the
+    start was, on the adapted embeddings. Cross-validation does so in each fold and judges the texts
+    held out after several numbers of steps. Of those that are no less accurate than the start on
+    the same texts, and whose log loss at the best temperature is lower by `ADAPTATION_MARGIN`, the
+    one with the lowest is taken, and all texts are adapted to for so many steps. If there is none,
+    the encoder stays as it is, to the bit.
 
     Args:
-        encoder: adapted in place where that is kept, LoRA merged.
+        encoder: adapted in place where that is kept.
         texts: B texts.
         data: their embeddings, labels and weights.
         start: where adaptation begins.
@@ -163,11 +177,11 @@ def adapt_if_better(
         if verdict.evidence is not None:
             everything = np.arange(len(texts))
             steps = int(verdict.evidence.name.split()[0])
-            for step, last in adaptation.run(everything, start.head(data), steps):
+            for step in adaptation.run(everything, steps):
                 report({"step": step, "fold": 0, "loss": adaptation.loss})
-                head = _as_head(last)
-            if np.isfinite(head.weight).all():
-                verdict = replace(verdict, head=head)
+            adapted = adaptation.embedded(everything)
+            if np.isfinite(adapted.embeddings).all():
+                verdict = replace(verdict, head=start.fit(adapted))
             else:
                 verdict = Verdict("adaptation to all texts together diverged")
     except _OutOfTimeError:
@@ -184,7 +198,7 @@ def _cross_validate(
     adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Report
 ) -> Verdict:
     """The verdict but for the head."""
-    folds = _affordable(adaptation, data, start, plan)
+    folds = _affordable(adaptation, data, plan)
     if isinstance(folds, Verdict):
         return folds
     held = np.concatenate([held for _, held in folds])
@@ -192,10 +206,12 @@ def _cross_validate(
     beginning = Judged.of(start.name, held_out_logits(data, folds, start.fit), labels, weights)
     found: dict[int, list[np.ndarray]] = {}
     for fold, (known, held_out) in enumerate(folds, start=1):
-        for step, module in adaptation.run(known, start.head(data.take(known)), plan.steps):
+        for step in adaptation.run(known, plan.steps):
             report({"step": step, "fold": fold, "loss": adaptation.loss})
             if step in JUDGED or step == plan.steps:
-                found.setdefault(step, []).append(adaptation.logits(held_out, module))
+                found.setdefault(step, []).append(
+                    _refitted(start, adaptation.embedded(known), adaptation.embedded(held_out))
+                )
     judged = [
         Judged.of(f"{step} {_steps(step)} of adaptation", np.concatenate(rows), labels, weights)
         for step, rows in found.items()
@@ -220,14 +236,22 @@ def _cross_validate(
     return Verdict(reason, None, None, begun, tried, len(folds))
 
 
-def _affordable(
-    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan
-) -> list[Fold] | Verdict:
+def _refitted(start: Start, known: Labelled, held_out: Labelled) -> np.ndarray:
+    """Logits (B, C) of texts held out, by a head fitted on adapted embeddings of the others.
+
+    A rule that ruins the encoder makes embeddings that no head can be fitted on: 0 for all then.
+    """
+    if not np.isfinite(known.embeddings).all() or not np.isfinite(held_out.embeddings).all():
+        return np.zeros((len(held_out.labels), objective_of(known.labels).ways(known.labels)))
+    return start.fit(known).logits(held_out.embeddings)
+
+
+def _affordable(adaptation: Adaptation, data: Labelled, plan: Plan) -> list[Fold] | Verdict:
     """As many folds as the time allows."""
     most = objective_of(data.labels).folds(data.labels, MOST_FOLDS, plan.seed)
     if plan.seconds is None:
         return most
-    step = adaptation.seconds_per_step(start.fit(data))
+    step = adaptation.seconds_per_step()
     count = affordable(len(most), plan, step)
     if count:
         return objective_of(data.labels).folds(data.labels, count, plan.seed)
@@ -253,137 +277,151 @@ def affordable(most: int, plan: Plan, step: float) -> int:
 
 
 class Adaptation:
-    """LoRA factors in an encoder, and a head, stepped on labelled texts.
+    """Steps of an encoder on pairs of labelled texts.
 
     Args:
-        encoder: gets the factors; `end` takes them away again.
+        encoder: whose layers train, or get LoRA's factors, until `end`.
         texts: B texts.
         data: their labels and weights.
         plan: how.
 
     Attributes:
-        loss: of the last batch, before its step, in nats.
+        loss: of the last batch, before its step, see `pair_loss`.
 
     Raises:
-        InputError: the encoder's layers that take factors aren't known; the rule can't be used.
+        InputError: the encoder's layers aren't known; the rule can't be used.
     """
 
     def __init__(
         self, encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, plan: Plan
     ) -> None:
         self.loss = math.nan
-        self._encoder, self._texts, self._plan = encoder, texts, plan
+        self._encoder, self._texts, self._data, self._plan = encoder, texts, data, plan
         self._cache: TokenCache = encoder.tokens()
         self._lengths = self._cache.lengths(texts)
-        self._objective = objective_of(data.labels)
+        self._alike = objective_of(data.labels).alike
         self._labels = torch.from_numpy(data.labels).to(encoder.device)
         self._weights = torch.from_numpy(data.weights).float().to(encoder.device)
         self._end = None if plan.seconds is None else time.monotonic() + _OVERRUN * plan.seconds
-        with seeded(plan.seed):
-            self._lora = add_lora(encoder.encoder, plan.lora_rank)
-        encoder.to(encoder.device)
-        self._factors = [p for p in encoder.parameters() if p.requires_grad]
-        self._initial = [p.detach().clone() for p in self._factors]
+        self._lora = None
+        if plan.lora_rank is None:
+            train_layers(encoder.encoder)
+        else:
+            with seeded(plan.seed):
+                self._lora = add_lora(encoder.encoder, plan.lora_rank)
+            encoder.to(encoder.device)
+        self._trained = [p for p in encoder.parameters() if p.requires_grad]
+        self._initial = [p.detach().clone() for p in self._trained]
 
-    def run(
-        self, rows: np.ndarray, head: LinearHead, steps: int
-    ) -> Iterator[tuple[int, nn.Linear]]:
-        """Adapt to some of the texts from the encoder's own values and a head.
+    def run(self, rows: np.ndarray, steps: int) -> Iterator[int]:
+        """Adapt to some of the texts from the encoder's own values.
 
         Args:
             rows: indices of the texts.
-            head: where the head begins.
             steps: optimizer steps.
 
         Yields:
-            The step's number, from 1 on, and the head after it.
+            The step's number, from 1 on, after it.
 
         Raises:
             _OutOfTimeError: it takes longer than is allowed.
         """
-        module = self._begin(head)
-        optimizer = make_optimizer([*self._factors, *module.parameters()], self._plan.rule)
-        batches = _batches(rows, self._plan.seed)
+        optimizer = self._begin()
+        batches = _batches(rows, self._data.labels, self._plan.seed)
         _averaged(optimizer, on=False)
         for step in range(1, steps + 1):
             if self._end is not None and time.monotonic() > self._end:
                 raise _OutOfTimeError
-            optimizer.zero_grad()
-            self._backward(next(batches), module)
-            optimizer.step()
+            self._step(optimizer, next(batches))
             _averaged(optimizer, on=True)
-            yield step, module
+            yield step
             _averaged(optimizer, on=False)
 
-    @torch.no_grad()
-    def logits(self, rows: np.ndarray, module: nn.Linear) -> np.ndarray:
-        """Logits (B, C) of some of the texts, as the encoder stands, in float64."""
+    def embedded(self, rows: np.ndarray) -> Labelled:
+        """Some of the texts, as the encoder stands."""
         vectors = self._encoder.embed([self._texts[i] for i in rows])
-        return _as_head(module).logits(vectors.numpy())
+        return replace(self._data.take(rows), embeddings=vectors.double().numpy())
 
-    def seconds_per_step(self, head: LinearHead) -> float:
+    def seconds_per_step(self) -> float:
         """How long a step takes, forward and backward pass included."""
-        module = self._begin(head)
-        optimizer = make_optimizer([*self._factors, *module.parameters()], self._plan.rule)
-        rows = next(_batches(np.arange(len(self._texts)), self._plan.seed))
+        optimizer = self._begin()
+        rows = next(_batches(np.arange(len(self._texts)), self._data.labels, self._plan.seed))
         _averaged(optimizer, on=False)
         took = []
         for _ in range(2):  # the first pass also allocates
             started = time.perf_counter()
-            optimizer.zero_grad()
-            self._backward(rows, module)
-            optimizer.step()
+            self._step(optimizer, rows)
             took.append(time.perf_counter() - started)
         return min(took)
 
     def end(self, keep: bool) -> None:
-        """Merge the factors into the encoder's weights, or take them out."""
-        if keep:
+        """Leave the encoder with the values that it has now, or with its own."""
+        if self._lora is None:
+            if not keep:
+                self._restore()
+        elif keep:
             self._lora.merge_and_unload()
         else:
             self._lora.unload()
         self._encoder.requires_grad_(False)
 
-    def _begin(self, head: LinearHead) -> nn.Linear:
-        module = nn.Linear(head.weight.shape[1], len(head.bias), device=self._encoder.device)
-        with torch.no_grad():
-            for param, value in zip(self._factors, self._initial):
-                param.copy_(value)
-                param.grad = None
-            module.weight.copy_(torch.from_numpy(head.weight))
-            module.bias.copy_(torch.from_numpy(head.bias))
-        return module
+    def _begin(self) -> torch.optim.Optimizer:
+        self._restore()
+        return make_optimizer(self._trained, self._plan.rule)
 
-    def _backward(self, rows: np.ndarray, module: nn.Linear) -> None:
-        """Add the gradient of the mean loss of the texts, piece by piece."""
-        order = sorted(rows, key=lambda i: self._lengths[i])
-        total = self._weights[rows].sum()
-        self.loss = 0.0
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for param, value in zip(self._trained, self._initial):
+            param.copy_(value)
+            param.grad = None
+
+    def _step(self, optimizer: torch.optim.Optimizer, rows: np.ndarray) -> None:
+        """A step on the pairs of some texts, which run piece by piece.
+
+        The gradient of many tokens is made as by Gao et al. 2021 (arXiv:2101.06983): vectors first,
+        then the loss's gradient in them, then each piece again with its part of that gradient.
+        """
+        optimizer.zero_grad()
+        order = np.array(sorted(rows, key=lambda i: self._lengths[i]))
         size = len(order) if self._encoder.device.type == "cuda" else _PIECE
-        for first in range(0, len(order), size):
-            piece = order[first : first + size]
-            batch = self._cache.batch([self._texts[i] for i in piece], self._encoder.device)
-            losses: Tensor = self._objective.torch_losses(
-                module(self._encoder(batch)), self._labels[piece]
-            )
-            loss = (self._weights[piece] * losses).sum() / total
-            torch.autograd.backward(loss)
-            self.loss += float(loss.detach())
+        pieces = [
+            self._cache.batch([self._texts[i] for i in order[first : first + size]],
+                              self._encoder.device)
+            for first in range(0, len(order), size)
+        ]  # fmt: skip
+        twice = sum(piece["input_ids"].numel() for piece in pieces) > _KEPT_TOKENS
+        with torch.set_grad_enabled(not twice):
+            made = [self._encoder(piece) for piece in pieces]
+        vectors = torch.cat(made).detach().requires_grad_()
+        loss = pair_loss(vectors, self._alike(self._labels[order]), self._weights[order])
+        (gradient,) = torch.autograd.grad(loss, vectors)
+        self.loss = float(loss.detach())
+        for piece, vector, part in zip(pieces, made, torch.split(gradient, size)):
+            torch.autograd.backward(self._encoder(piece) if twice else vector, part)
+        optimizer.step()
 
 
-def _batches(rows: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """All the rows each time, or where they are many shuffled minibatches."""
+def _batches(rows: np.ndarray, labels: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """All the rows each time, or where they are many shuffled minibatches of pairs.
+
+    The loss of a text needs another one of its class in the batch, which among many classes is rare
+    by chance. Texts are therefore shuffled within their classes, or within those of their labels
+    that are equal, and follow each other two by two.
+    """
     generator = np.random.default_rng(seed)
+    if len(rows) <= BATCH:
+        yield from repeat(rows)
+    groups = np.unique(labels[rows], axis=0, return_inverse=True)[1].reshape(-1)
     while True:
-        order = generator.permutation(rows) if len(rows) > BATCH else rows
+        place = np.empty(len(rows), int)
+        for group in range(groups.max() + 1):
+            members = np.flatnonzero(groups == group)
+            place[members] = generator.permutation(len(members)) // 2
+        pairs = np.unique(np.stack([groups, place]), axis=1, return_inverse=True)[1].reshape(-1)
+        order = rows[np.argsort(generator.permutation(pairs.max() + 1)[pairs], kind="stable")]
         # the last, shorter batch is left out: its gradient is noisier than the rest
-        for first in range(0, max(len(rows) - BATCH, 0) + 1, BATCH):
+        for first in range(0, len(rows) - BATCH + 1, BATCH):
             yield order[first : first + BATCH]
-
-
-def _as_head(module: nn.Linear) -> LinearHead:
-    weight, bias = (param.detach().cpu().double().numpy() for param in module.parameters())
-    return LinearHead(weight, bias)
 
 
 def _figures(evidence: Evidence) -> str:

@@ -33,7 +33,7 @@ class Fitted:
     """All that prediction needs.
 
     Attributes:
-        encoder: LoRA merged.
+        encoder: as it was adapted.
         head: at its temperature.
         decision: how logits become labels.
         report: see there.

@@ -61,9 +61,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
     >>> classifier.predict(["will it rain tomorrow?"])
 
     `fit` embeds the texts once with the frozen encoder and takes the better of logistic regression
-    and class means, by cross-validation. From there it adapts the encoder by LoRA with the learned
-    optimizer, and keeps that only where texts held out speak for it: by this evidence it is never
-    worse than its own start. Probabilities are at the temperature that suits the texts held out.
+    and class means, by cross-validation. Then the learned optimizer adapts the encoder, such that
+    texts of a class come to lie together, and the head is fitted again. That is kept only where
+    texts held out speak for it: by this evidence it is never worse than its own start.
+    Probabilities are at the temperature that suits the texts held out.
     `report_` says what was done, and why.
 
     Args:
@@ -73,10 +74,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             ``"cls"``, ``"max"`` or ``"last"``.
         max_length: longest text in tokens; None for the encoder's own.
         rule: update rule of adaptation: an `UpdateRule`, the path of a rule file, or None for the
-            one that was meta-trained from heads on frozen vectors. Or a function that makes a torch
-            optimizer of a list of parameters.
+            rule of two levels that ships. Or a function that makes a torch optimizer of a list of
+            parameters.
         steps: of adaptation at most; 0 for none.
-        lora_rank: rank of the factors.
+        lora_rank: None adapts the weights of all layers; a number adapts LoRA factors of this rank,
+            which takes less memory and is less accurate.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
             adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
         class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Where a
@@ -103,8 +105,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         pooling: str = "auto",
         max_length: int | None = None,
         rule: Rule = None,
-        steps: int = 10,
-        lora_rank: int = 8,
+        steps: int = 5,
+        lora_rank: int | None = None,
         seconds: float | None = 30.0,
         class_weight: Literal["balanced"] | None = None,
         abstain: float | None = None,

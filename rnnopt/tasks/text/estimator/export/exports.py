@@ -29,7 +29,7 @@ class Exports(ABC):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `load` reads, and whose encoder sentence-transformers loads.
 
-        It holds safetensors, JSON and a model card, LoRA merged, and appears whole or not at all.
+        It holds safetensors, JSON and a model card, and appears whole or not at all.
 
         Args:
             folder: absent or empty.

@@ -9,6 +9,7 @@ from typing import Any
 from rnnopt.errors import InputError
 
 _INTEGERS = (("steps", 0), ("lora_rank", 1), ("random_state", 0))  # and the least that they may be
+_OPTIONAL = ("lora_rank",)
 _FOR_ONE_LABEL = {
     "class_weight": "thresholds are chosen by F1, which rare labels count in",
     "abstain": "a text that no label is likely for gets an empty list",
@@ -26,6 +27,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise InputError(f"class_weight is {settings['class_weight']!r}; use None or 'balanced'")
     for name, least in _INTEGERS:
         value = settings[name]
+        if value is None and name in _OPTIONAL:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
     seconds = settings["seconds"]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from rnnopt.tasks.text.estimator.heads import (
     SINGLE_PENALTY,
@@ -56,9 +55,9 @@ class OneLabel:
         """Cross-entropy of each text, (B,), in nats."""
         return -log_softmax(logits)[np.arange(len(labels)), labels]
 
-    def torch_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each text, (B,), in nats."""
-        return cross_entropy(logits, labels, reduction="none")
+    def alike(self, labels: Tensor) -> Tensor:
+        """1 for two texts of one class, (B, B), else 0."""
+        return (labels[:, None] == labels).float()
 
     def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether the likeliest class is the label, (B,)."""

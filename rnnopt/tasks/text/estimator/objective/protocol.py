@@ -56,8 +56,8 @@ class Objective(Protocol):
         """Nats of each text, (B,)."""
         ...
 
-    def torch_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The same of tensors, differentiable."""
+    def alike(self, labels: Tensor) -> Tensor:
+        """How much two texts have their labels in common, (B, B), from 0 to 1."""
         ...
 
     def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

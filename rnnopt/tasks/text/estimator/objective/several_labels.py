@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rnnopt.tasks.text.estimator.heads import TEMPERATURES, one_vs_rest_head
 from rnnopt.tasks.text.estimator.objective.one_label import folds_of
@@ -69,11 +68,11 @@ class SeveralLabels:
         """Binary cross-entropy of each text, (B,), in nats, added up over the classes."""
         return _cross_entropy(logits, labels).sum(axis=1)
 
-    def torch_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy of each text, (B,), in nats, added up over the classes."""
-        return binary_cross_entropy_with_logits(
-            logits, labels.to(logits.dtype), reduction="none"
-        ).sum(dim=1)
+    def alike(self, labels: Tensor) -> Tensor:
+        """Labels in common over labels of either, (B, B): Jaccard's index; 0 without a label."""
+        common = labels @ labels.T
+        counts = labels.sum(dim=1)
+        return (common / (counts[:, None] + counts - common).clamp_min(1)).float()
 
     def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether all of a text's labels are right, (B,), by thresholds of the other texts."""

@@ -1,0 +1,36 @@
+"""The loss of pairs of texts, which draws texts of a class together and others apart.
+
+Shapes: B texts, H embedding size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def pair_loss(vectors: Tensor, alike: Tensor, weights: Tensor) -> Tensor:
+    """The cosine-similarity loss of SetFit (Tunstall et al. 2022, arXiv:2209.11055), 0-d.
+
+    The cosine of two texts should be 1 where they are alike and 0 where they are not: half the mean
+    of ``(1 - cosine)**2`` over the former and half that of ``cosine**2`` over the latter. All pairs
+    of the batch count, where SetFit draws some; it too draws as many of either kind. A pair that is
+    partly alike counts in part as either.
+
+    Args:
+        vectors: (B, H), of any length.
+        alike: (B, B), from 0 to 1, how much two texts have their labels in common.
+        weights: (B,), of the texts; a pair weighs their product.
+    """
+    directions = normalize(vectors, dim=1)
+    cosines = directions @ directions.T
+    pairs = torch.outer(weights, weights).fill_diagonal_(0.0)  # no text with itself
+    least = torch.finfo(vectors.dtype).tiny  # of a batch where no two texts are alike
+
+    def mean(losses: Tensor, share: Tensor) -> Tensor:
+        return (share * losses).sum() / share.sum().clamp_min(least)
+
+    together = mean((1 - cosines).square(), pairs * alike)
+    apart = mean(cosines.square(), pairs * (1 - alike))
+    return (together + apart) / 2
