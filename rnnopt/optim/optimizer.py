@@ -25,7 +25,7 @@ from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
-from rnnopt.optim.parts import warn_of_head, warn_of_parts, watch
+from rnnopt.optim.parts import refuse_mixed_tensors, warn_of_head, warn_of_parts, watch
 from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
@@ -37,7 +37,16 @@ from rnnopt.optim.safeguard import (
     check_guard,
     check_last_step,
 )
-from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
+from rnnopt.optim.sharding import (
+    find_flat_shards,
+    gradients,
+    is_sharded,
+    local,
+    local_gradient,
+    on_shards,
+    sum_over_shards,
+    whole,
+)
 from rnnopt.rules.files import SHIPPED_HEAD_RULE, shipped_rule
 from rnnopt.rules.protocol import (
     MatrixRule,
@@ -86,7 +95,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
-        ValueError: a parameter occurs twice in a group.
+        ValueError: a parameter occurs twice in a group, or is a flat one of FSDP1 and the rule
+            needs whole tensors.
         TypeError: a parameter is complex or integer, lr or weight_decay is no number, rule is not
             an update rule, or the rule does not support `state_dtype`.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
@@ -119,9 +129,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # meta-gradient of a copy is silently None (higher issue #62).
         self._peers = find_peers()
         trained = self._peers.params(trainable_or_all(self.param_groups))
-        chosen = shipped_rule(trained) if rule is None else rule
+        find_flat_shards(trained)
+        chosen = shipped_rule(map(whole, trained)) if rule is None else rule
         self._for_a_head = rule is None and chosen == SHIPPED_HEAD_RULE
         self.rule = resolve_rule(chosen)
+        refuse_mixed_tensors(trained, self.rule)
         check_state_dtype(self.rule, state_dtype)
         self.state_dtype = state_dtype
         self.fused = fused
@@ -177,8 +189,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        work = [(group, param, param.grad) for group, param in pairs if param.grad is not None]
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        grads = gradients([param for _, param in pairs])
+        work = [(*pair, grad) for pair, grad in zip(pairs, grads) if grad is not None]
         if self._for_a_head and len(work) > 2:
             self._for_a_head = False
             warn_of_head(len(work))
@@ -300,7 +313,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             local(param), local_gradient(grad, param), state,
             multiplier * as_number("lr", group["lr"]),
             as_number("weight_decay", group["weight_decay"]),
-            on_shards(matrix_transform(rule, param), param), not is_sharded(param),
+            on_shards(matrix_transform(rule, whole(param)), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
@@ -323,7 +336,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.state_dtype is not None:
             options["state_dtype"] = self.state_dtype
         if is_sharded(param) and isinstance(self.rule, MatrixRule):
-            options["shape"] = param.shape
+            options["shape"] = whole(param).shape
         return self.rule.init_state(local(param), **options)
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,6 +378,10 @@ def _plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State
     param, grad = piece.param, piece.grad
     if not piece.whole:  # a shard's own shape is not the tensor's
         param, grad = param.reshape(-1), grad.reshape(-1)
+        if not param.numel() and piece.transform is None:  # the step count is that of all parts
+            return rule(
+                grad, piece.state, param, **({} if context is None else {"context": context})
+            )[1]
     delta, state = advance(
         rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
     )
