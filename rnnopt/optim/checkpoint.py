@@ -3,11 +3,16 @@
 In the optimizer a leaf that belongs to coordinates is flat, (..., N) of this process's shard. In a
 state_dict it has the shape of its parameter, (..., *shape), as the state of torch's optimizers
 does, and the placements of a DTensor parameter.
+
+FSDP1 gathers leaves (N,) of one dtype only, and takes the others from one process as they are:
+of its parameters a leaf (H, N) is saved as H leaves, and a tensor's own leaf as a list.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rnnopt.optim.arguments import check_numbers
-from rnnopt.optim.safeguard import GROUP_STATE, LAST_STEP, init_guard_state
-from rnnopt.optim.sharding import like_param, of_shard
+from rnnopt.optim.safeguard import GROUP_STATE, LAST_SLOPE, LAST_STEP, init_guard_state
+from rnnopt.optim.sharding import flat_shard, known_to_some, like_param, of_shard
 from rnnopt.rules.protocol import State, UpdateRule
 
 Groups = Sequence[dict[str, Any]]
@@ -86,10 +91,14 @@ def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> 
     states = dict(state_dict["state"])
     for index, param in _pairs(state_dict, groups):
         if index in states:
-            states[index] = {
-                name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
-                for name, leaf in state_dict["state"][index].items()
-            }
+            states[index] = (
+                _flat_parts(states[index], rule)
+                if flat_shard(param)
+                else {
+                    name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
+                    for name, leaf in state_dict["state"][index].items()
+                }
+            )
     return {**state_dict, "state": states}
 
 
@@ -118,11 +127,61 @@ def _loaded(
             is on the meta device.
     """
     states = state_dict["state"]
-    return {
+    pairs = _pairs(state_dict, groups)
+    loaded = {
         param: _matching(param, states[index], rule, init_state(param))
-        for index, param in _pairs(state_dict, groups)
+        for index, param in pairs
         if states.get(index)
     }
+    # FSDP1 gives no state to a process whose part of the parameter is empty
+    params = [param for _, param in pairs]
+    own = [_of_tensor(rule, loaded[param]) if param in loaded else None for param in params]
+    for param, leaves in zip(params, known_to_some(own, params)):
+        if param not in loaded and leaves:
+            guard = init_guard_state(param) if LAST_SLOPE in leaves else {}
+            fresh = init_state(param) | guard
+            loaded[param] = fresh | {k: v.to(fresh[k].device) for k, v in leaves.items()}
+    return loaded
+
+
+def _of_tensor(rule: UpdateRule, state: State) -> State:
+    """The leaves that belong to the tensor as a whole, on the CPU."""
+    return {k: v.cpu() for k, v in state.items() if not _is_coordinate_wise(rule, k, v)}
+
+
+def _flat_parts(state: State, rule: UpdateRule) -> dict[str, Any]:
+    """A state as FSDP1 takes it, see above."""
+    own = {name: leaf for name, leaf in state.items() if _is_coordinate_wise(rule, name, leaf)}
+    dtype = functools.reduce(
+        torch.promote_types, (leaf.dtype for leaf in own.values()), torch.bfloat16
+    )
+    parts: dict[str, Any] = {}
+    for name, leaf in state.items():
+        if name not in own:
+            parts[name] = leaf.tolist() if leaf.dim() else leaf
+        elif leaf.dim() == 1:
+            parts[name] = leaf.to(dtype)
+        else:
+            rows = leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]).to(dtype)
+            parts |= {f"{name}.{i}": row for i, row in enumerate(rows)}
+    return parts
+
+
+def _joined(parts: Mapping[str, Any], rule: UpdateRule, expected: State) -> dict[str, Any]:
+    """The inverse of `_flat_parts`, in the dtypes of the leaves that are expected."""
+    state = dict(parts)
+    for name, leaf in expected.items():
+        rows = math.prod(leaf.shape[:-1])
+        names = [f"{name}.{i}" for i in range(rows)]
+        if isinstance(state.get(name), list):
+            state[name] = torch.tensor(state[name], dtype=leaf.dtype)
+        elif _is_coordinate_wise(rule, name, leaf) and leaf.dim() > 1 and name not in state:
+            if all(isinstance(state.get(each), Tensor) for each in names):
+                taken = [state.pop(each).to(leaf.dtype) for each in names]
+                state[name] = torch.stack(taken).reshape(leaf.shape) if taken else leaf
+        elif isinstance(state.get(name), Tensor):
+            state[name] = state[name].to(leaf.dtype)
+    return state
 
 
 def _others(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -181,6 +240,8 @@ def _matching(param: Tensor, saved: State, rule: UpdateRule, expected: State) ->
         )
     if LAST_STEP in saved:
         expected = expected | init_guard_state(param)
+    if flat_shard(param):
+        saved = _joined(saved, rule, expected)
     # a plain number is what torch's optimizers take for a step count, too
     leaves = {
         name: torch.tensor(float(leaf)) if isinstance(leaf, int | float) else leaf

@@ -23,7 +23,7 @@ from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
 from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
-from rnnopt.optim.parts import warn_of_parts, watch
+from rnnopt.optim.parts import refuse_mixed_tensors, warn_of_parts, watch
 from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
@@ -35,7 +35,16 @@ from rnnopt.optim.safeguard import (
     check_guard,
     check_last_step,
 )
-from rnnopt.optim.sharding import is_sharded, local, local_gradient, on_shards, sum_over_shards
+from rnnopt.optim.sharding import (
+    find_flat_shards,
+    gradients,
+    is_sharded,
+    local,
+    local_gradient,
+    on_shards,
+    sum_over_shards,
+    whole,
+)
 from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.rules.protocol import (
     MatrixRule,
@@ -82,7 +91,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
-        ValueError: a parameter occurs twice in a group.
+        ValueError: a parameter occurs twice in a group, or is a flat one of FSDP1 and the rule
+            needs whole tensors.
         TypeError: a parameter is complex or integer, lr or weight_decay is no number, or rule is
             not an update rule.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
@@ -111,7 +121,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # An attribute, never in param_groups: `higher` deep-copies the groups, and the
         # meta-gradient of a copy is silently None (higher issue #62).
         self._peers = find_peers()
+        params = [param for group in self.param_groups for param in group["params"]]
+        find_flat_shards(params)
         self.rule = resolve_rule(SHIPPED_RULE if rule is None else rule)
+        refuse_mixed_tensors(params, self.rule)
         self.fused = fused
         self.guard = guard
         if rule is not self.rule:  # loaded here: moved once, or each step would copy its weights
@@ -165,11 +178,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        grads = gradients([param for _, param in pairs])
         work = [  # a parameter on the meta device has no value to change
-            (group, param, param.grad)
-            for group, param in pairs
-            if param.grad is not None and not param.is_meta
+            (group, param, grad)
+            for (group, param), grad in zip(pairs, grads)
+            if grad is not None and not param.is_meta
         ]
         if not torch.compiler.is_compiling():
             warn_of_parts(self)
@@ -289,7 +303,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             local(param), local_gradient(grad, param), state,
             multiplier * as_number("lr", group["lr"]),
             as_number("weight_decay", group["weight_decay"]),
-            on_shards(matrix_transform(rule, param), param), not is_sharded(param),
+            on_shards(matrix_transform(rule, whole(param)), param), not is_sharded(param),
         )  # fmt: skip
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
@@ -309,7 +323,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def init_state(self, param: Tensor) -> State:
         """The rule's state for a parameter, or for this process's shard of it."""
         if is_sharded(param) and isinstance(self.rule, MatrixRule):
-            return self.rule.init_state(local(param), shape=param.shape)
+            return self.rule.init_state(local(param), shape=whole(param).shape)
         return self.rule.init_state(local(param))
 
     def state_dict(self) -> dict[str, Any]:
@@ -343,6 +357,10 @@ def _plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State
     param, grad = piece.param, piece.grad
     if not piece.whole:  # a shard's own shape is not the tensor's
         param, grad = param.reshape(-1), grad.reshape(-1)
+        if not param.numel() and piece.transform is None:  # the step count is that of all parts
+            return rule(
+                grad, piece.state, param, **({} if context is None else {"context": context})
+            )[1]
     delta, state = advance(
         rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
     )

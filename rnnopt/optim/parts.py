@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rnnopt.optim.sharding import mixes_tensors
+from rnnopt.rules.protocol import TensorAwareRule, UpdateRule
 
 
 @dataclasses.dataclass
@@ -26,23 +30,11 @@ _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Watch] = weakref.Wea
 
 
 def watch(optimizer: torch.optim.Optimizer) -> None:
-    """Note the backward passes that reach the optimizer's last parameter.
-
-    Warns:
-        UserWarning: FSDP1 gives it a part of the model.
-    """
+    """Note the backward passes that reach the optimizer's last parameter."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    owner = _owner_of_parts(params)
-    if owner:
-        warnings.warn(
-            f"{owner} shows each process a part of the model, and the rule takes the size of a "
-            "step from all gradients: shard with FSDP2 (torch.distributed.fsdp.fully_shard), which "
-            "trains as one process does",
-            stacklevel=3,
-        )
     reached = [param for param in params if param.requires_grad and param.is_leaf]
     if reached:
-        seen, reference = _Watch(warned=owner is not None), weakref.ref(optimizer)
+        seen, reference = _Watch(), weakref.ref(optimizer)
 
         def note(_: Tensor) -> None:
             if reference() is not None:
@@ -82,13 +74,20 @@ def warn_of_parts(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def refuse_mixed_tensors(params: Sequence[Tensor], rule: UpdateRule) -> None:
+    """Check that a rule whose steps depend on whole tensors can see them.
+
+    Raises:
+        ValueError: FSDP1 has put several tensors into one parameter.
+    """
+    if isinstance(rule, TensorAwareRule) and any(map(mixes_tensors, params)):
+        raise ValueError(
+            "FullyShardedDataParallel(use_orig_params=False) puts several tensors into one flat "
+            f"parameter, and {type(rule).__name__} takes the size of a step from each tensor: pass "
+            "use_orig_params=True, or shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+
+
 def _disjoint(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
     ids = [{id(p) for group in o.param_groups for p in group["params"]} for o in (one, other)]
     return not ids[0] & ids[1]
-
-
-def _owner_of_parts(params: list[Tensor]) -> str | None:
-    """What divides the model between processes without telling the optimizer, if anything does."""
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
-        return "FullyShardedDataParallel (FSDP1)"
-    return None

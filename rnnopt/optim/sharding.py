@@ -1,31 +1,156 @@
-"""Parameters that are sharded over processes: DTensor, as FSDP2 makes them.
+"""Parameters that are sharded over processes: DTensor, as FSDP2 makes them, and those of FSDP1.
 
 Each process steps its own shard. The statistics of a tensor are summed over the processes that
-hold its shards. The direction of a matrix that a rule transforms is gathered.
+hold its shards. The direction of a matrix that a rule transforms is gathered. Under FSDP1 with
+use_orig_params=True a parameter is a flat part of the original one; it may be empty.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rnnopt.rules.protocol import MatrixTransform
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+@dataclasses.dataclass(frozen=True)
+class FlatShard:
+    """The part of a parameter that FSDP1 leaves to this process.
+
+    Attributes:
+        whole: a meta tensor with the shape and the strides of the whole parameter.
+        start: the first coordinate of the part, in the order of the whole one's memory.
+        group: the processes that hold the other parts.
+    """
+
+    whole: Tensor
+    start: int
+    group: Any
+
+
+# None for a parameter of FSDP1 that is not divided
+_flat_shards: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def find_flat_shards(params: Sequence[Tensor]) -> None:
+    """Note which of the parameters are parts that FSDP1 has made. Nothing tells an optimizer."""
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    unknown = [p for p in params if is_of_fsdp1(p) and p not in _flat_shards] if module else []
+    if not unknown:
+        return
+    _flat_shards.update(dict.fromkeys(unknown))
+    kind = module.FlatParamHandle  # type: ignore[union-attr]
+    for handle in [each for each in gc.get_objects() if type(each) is kind]:
+        if handle.uses_sharded_strategy:
+            _note_parts(handle)
+
+
+def _note_parts(handle: Any) -> None:
+    """Note the parts of one flat parameter."""
+    flat, group = handle.flat_param, handle.process_group
+    parts = flat._params or ()  # None with use_orig_params=False
+    for param, shape, stride, info in zip(
+        parts, flat._shapes, flat._strides, flat._shard_param_infos
+    ):
+        whole = torch.empty_strided(shape, stride, dtype=param.dtype, device="meta")
+        _flat_shards[param] = FlatShard(whole, info.intra_param_start_idx or 0, group)
+    whole = torch.empty(flat._unpadded_unsharded_size, dtype=flat.dtype, device="meta")
+    _flat_shards[flat] = FlatShard(whole, 0, group)
+
+
+def is_of_fsdp1(tensor: Tensor) -> bool:
+    """Whether this is a parameter of a module within FSDP1."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def mixes_tensors(param: Tensor) -> bool:
+    """Whether this is a flat parameter of FSDP1, in which several tensors lie."""
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    return module is not None and isinstance(param, module.FlatParameter)
+
+
+def flat_shard(tensor: Tensor) -> FlatShard | None:
+    """Where this part lies in its parameter, if FSDP1 has made it."""
+    found: FlatShard | None = _flat_shards.get(tensor) if len(_flat_shards) else None
+    return found
+
+
+@_disable_dynamo
+def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of each parameter. None where no process has one.
+
+    A part of FSDP1 may be empty here, without a gradient, while other processes step theirs; its
+    gradient is an empty one then. Every process that holds parts has to call this for the same
+    parameters in the same order.
+    """
+    found = [param.grad for param in params]
+    for group, rows in _flat_groups(params).items():
+        have = torch.tensor([found[row] is not None for row in rows], dtype=torch.int32)
+        have = have.to(params[rows[0]].device)
+        torch.distributed.all_reduce(have, torch.distributed.ReduceOp.MAX, group=group)
+        for row, some in zip(rows, have.tolist()):
+            if some and found[row] is None:
+                found[row] = torch.zeros_like(params[row])
+    return found
+
+
+def known_to_some(values: Sequence[Any], params: Sequence[Tensor]) -> list[Any]:
+    """Where a value is None, that of the first process that has one and steps another part of it.
+
+    For parts of FSDP1 only. Every process that holds parts has to call this for the same parameters
+    in the same order.
+
+    Args:
+        values: for each parameter something that can be pickled, or None.
+        params: the parameters.
+    """
+    found = list(values)
+    for group, rows in _flat_groups(params).items():
+        every: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(every, [found[row] for row in rows], group=group)
+        for row, given in zip(rows, zip(*every)):
+            found[row] = next((value for value in given if value is not None), None)
+    return found
+
+
+def _flat_groups(params: Sequence[Tensor]) -> dict[Any, list[int]]:
+    """Process groups of FSDP1, and which of the parameters are divided among each."""
+    groups: dict[Any, list[int]] = {}
+    for row, param in enumerate(params):
+        shard = flat_shard(param)
+        if shard is not None:
+            groups.setdefault(shard.group, []).append(row)
+    return groups
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
     # without an import of the module there are no DTensors, and importing it takes a while
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, or a part that FSDP1 has made."""
+    return _is_dtensor(tensor) or flat_shard(tensor) is not None
+
+
+def whole(param: Tensor) -> Tensor:
+    """A tensor of the shape of the whole parameter; its values are not to be read."""
+    shard = flat_shard(param)
+    return param if shard is None else shard.whole
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's shard, sharing its memory; an ordinary tensor is returned as it is."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return tensor
     shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return shard
@@ -33,7 +158,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient of this process's shard; one with other placements is redistributed first."""
-    if is_sharded(param) and is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+    if _is_dtensor(param) and _is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(grad)
 
@@ -46,7 +171,7 @@ def like_param(leaf: Tensor, param: Tensor) -> Tensor:
     """
     lead = leaf.shape[:-1]
     part = leaf.view(*lead, *local(param).shape)
-    if not is_sharded(param):
+    if not _is_dtensor(param):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -71,17 +196,17 @@ def of_shard(leaf: Tensor, param: Tensor, lead: Sequence[int]) -> Tensor:
     Returns:
         (*lead, N), N coordinates in this process's shard; may share the leaf's memory.
     """
-    if is_sharded(param):
+    if _is_dtensor(param):
         from torch.distributed.tensor import Replicate
 
         mesh, placements = param.device_mesh, _behind(param, len(lead))  # type: ignore[attr-defined]
-        if not is_sharded(leaf):
+        if not _is_dtensor(leaf):
             from torch.distributed.tensor import DTensor
 
             whole = leaf.reshape(*lead, *param.shape).to(local(param).device)
             leaf = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         leaf = leaf.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    elif is_sharded(leaf):
+    elif _is_dtensor(leaf):
         leaf = leaf.full_tensor()  # type: ignore[attr-defined]
     return local(leaf).reshape(*lead, local(param).numel())
 
@@ -106,13 +231,16 @@ def on_shards(transform: MatrixTransform | None, param: Tensor) -> MatrixTransfo
 
     Args:
         transform: the function, or None.
-        param: a DTensor; for an ordinary tensor the function is returned as it is.
+        param: sharded; for an ordinary tensor the function is returned as it is.
 
     Returns:
         The function for shards; None for None.
     """
     if transform is None or not is_sharded(param):
         return transform
+    flat = flat_shard(param)
+    if flat is not None:
+        return _on_flat_shards(transform, flat)
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, shape, stride = param.device_mesh, param.shape, param.stride()  # type: ignore[attr-defined]
@@ -130,6 +258,22 @@ def on_shards(transform: MatrixTransform | None, param: Tensor) -> MatrixTransfo
     return transform_shard
 
 
+def _on_flat_shards(transform: MatrixTransform, shard: FlatShard) -> MatrixTransform:
+    """`on_shards` under FSDP1: the parts lie in the whole parameter's memory one after another."""
+    shape, stride = shard.whole.shape, shard.whole.stride()
+
+    def transform_part(direction: Tensor) -> Tensor:
+        here = slice(shard.start, shard.start + direction.numel())
+        memory = direction.new_zeros(shape.numel())
+        memory[here] = direction
+        torch.distributed.all_reduce(memory, group=shard.group)
+        matrix = memory.as_strided(shape, stride)
+        matrix.copy_(transform(matrix.reshape(-1)).view(shape))
+        return memory[here].clone()
+
+    return transform_part
+
+
 def sum_over_shards(
     statistics: Sequence[Tensor | None], params: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -140,7 +284,7 @@ def sum_over_shards(
 
     Args:
         statistics: (M,) for each parameter, or None for all of them.
-        params: ordinary tensors, whose sums are returned as they are, and DTensors.
+        params: ordinary tensors, whose sums are returned as they are, and sharded ones.
 
     Returns:
         (M,) for each parameter, or None.
@@ -165,7 +309,10 @@ def sum_over_shards(
 
 def _shard_groups(param: Tensor) -> list[Any]:
     """The process groups over which a parameter is sharded."""
-    if not is_sharded(param):
+    flat = flat_shard(param)
+    if flat is not None:
+        return [flat.group]
+    if not _is_dtensor(param):
         return []
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     for placement in placements:
