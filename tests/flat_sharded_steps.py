@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.functional import cross_entropy
 
 from rnnopt import Adam, LearnedOptimizer, load_rule
-from rnnopt.rules.files import TWO_LEVEL_RULE
+from rnnopt.rules.files import SHIPPED_RULE
 
 STEPS, BATCH = 6, 12
-RULES = {**RULES, "shipped": lambda: None, "two-level, shipped": lambda: load_rule(TWO_LEVEL_RULE)}
+RULES = {**RULES, "shipped": lambda: None, "two-level, shipped": lambda: load_rule(SHIPPED_RULE)}
 
 
 def network():

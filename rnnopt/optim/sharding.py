@@ -79,7 +79,9 @@ def mixes_tensors(param: Tensor) -> bool:
 
 def flat_shard(tensor: Tensor) -> FlatShard | None:
     """Where this part lies in its parameter, if FSDP1 has made it."""
-    found: FlatShard | None = _flat_shards.get(tensor) if len(_flat_shards) else None
+    found: FlatShard | None = None
+    if len(_flat_shards):
+        found = _flat_shards.get(tensor)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from rnnopt import TextClassifier
-from rnnopt.rules.files import TWO_LEVEL_RULE
+from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import adaptation
 from rnnopt.tasks.text.estimator.adaptation import BATCH, Adaptation, Plan
@@ -109,7 +109,7 @@ def test_what_is_not_kept_leaves_no_trace(rank, encoder, texts_and_labels):
 
 def test_the_rule_draws_texts_of_a_class_together(encoder, texts_and_labels):
     texts, labels = texts_and_labels[0][::3], texts_and_labels[1][::3]
-    _, steps = adaptation_of(encoder, texts, labels, rule=TWO_LEVEL_RULE)
+    _, steps = adaptation_of(encoder, texts, labels, rule=SHIPPED_RULE)
     losses = []
     for _ in steps.run(np.arange(len(texts)), 5):
         losses.append(steps.loss)
