@@ -237,7 +237,8 @@ def keep_leaves(
         context: (P, K).
         slopes: the sum of update times gradient of each piece, (P,).
     """
-    old, new = [], []
+    old: list[Tensor] = []
+    new: list[Tensor] = []
     for name, values in {"slope": slopes, **rule.leaves_of(context)}.items():
         old += [piece.state[name] for piece in pieces]
         new += values.unbind()
