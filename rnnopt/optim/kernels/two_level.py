@@ -165,6 +165,10 @@ class TwoLevelStep(FusedStep):
 def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """What all coordinates of a tensor share before the step, on the device of the state.
 
+    Args:
+        rule: the rule.
+        pieces: P of them.
+
     Returns:
         gate_shift (P, 3 H), then (P,) each: m_correction and v_correction, 1 / (1 - beta^t);
         last_rate, 1 / (the last rate + FLOOR); begun, 1 after the first step; and last_rms, the
