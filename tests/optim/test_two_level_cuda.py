@@ -40,6 +40,7 @@ gpu_only = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 SHAPES = [(37, 12), (65, 66), (5,), (), (0,), (4, 3, 7)]
 
 
+@pytest.mark.slow  # 15 s
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_all_of_this_file_passes_in_the_interpreter():
@@ -50,7 +51,7 @@ def test_all_of_this_file_passes_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 skipped" in done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.fixture

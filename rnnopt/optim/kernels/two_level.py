@@ -165,6 +165,10 @@ class TwoLevelStep(FusedStep):
 def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """What all coordinates of a tensor share before the step, on the device of the state.
 
+    Args:
+        rule: the rule.
+        pieces: P of them.
+
     Returns:
         gate_shift (P, 3 H), then (P,) each: m_correction and v_correction, 1 / (1 - beta^t);
         last_rate, 1 / (the last rate + FLOOR); begun, 1 after the first step; and last_rms, the
@@ -237,7 +241,8 @@ def keep_leaves(
         context: (P, K).
         slopes: the sum of update times gradient of each piece, (P,).
     """
-    old, new = list[Tensor](), list[Tensor]()
+    old: list[Tensor] = []
+    new: list[Tensor] = []
     for name, values in {"slope": slopes, **rule.leaves_of(context)}.items():
         old += [piece.state[name] for piece in pieces]
         new += values.unbind()

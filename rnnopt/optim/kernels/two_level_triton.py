@@ -30,10 +30,9 @@ import triton.language as tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 SUMS = 15  # those of two_level.c, in its order
-WORDS = 10  # in a row of the table
-SHARED = 5  # numbers of a tensor in the first pass beside the shifts of its gates
-
-_WORDS, _SUMS, _SHARED = tl.constexpr(WORDS), tl.constexpr(SUMS), tl.constexpr(SHARED)
+_SUMS = tl.constexpr(SUMS)
+_WORDS = tl.constexpr(10)  # in a row of the table
+_SHARED = tl.constexpr(5)  # numbers of a tensor in the first pass beside the shifts of its gates
 _COUNT, _RATES = tl.constexpr(8), tl.constexpr(9)  # places in a row of the table
 # Units of a coordinate up to which the loop over them is unrolled: longer code would not fit the
 # cache for instructions.
@@ -80,8 +79,9 @@ def _advanced(
     g, m, v, corrections,
     BETA1: tl.constexpr, GAIN1: tl.constexpr, BETA2: tl.constexpr, GAIN2: tl.constexpr,
 ):  # fmt: skip
-    """Adam's moments after they have seen the gradient, v_hat, 1 / sqrt(v_hat), and Adam's
-    direction; see `rnnopt.rules.two_level.advanced_moments`."""
+    """As `rnnopt.rules.two_level.advanced_moments`: m, v, v_hat, 1 / sqrt(v_hat), and Adam's
+    direction, where v_hat has its floor.
+    """
     m = BETA1 * m + GAIN1 * g
     v = BETA2 * v + GAIN2 * (g * g)
     square = v * tl.load(corrections + 1) + _ROOT_FLOOR
@@ -93,7 +93,7 @@ def _advanced(
 def _falling(x, power):
     """e^-(power x): sigmoid x = 1 / (1 + e) with power 1, tanh x = (1 - e) / (1 + e) with power 2.
 
-    Beyond 2^40 both are constant to 12 digits, and a product of three does not overflow.
+    At most 2^40: there both are constant to 12 digits, and a product of three does not overflow.
     """
     x = tl.minimum((-1.4426950408889634 * power) * x, 40.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(x)
@@ -251,21 +251,11 @@ def measure_block(
                     q_g += _lanes(q * g, TILE, LANES)
                     q_a += _lanes(q * adam, TILE, LANES)
     out = partial + _SUMS * number.to(tl.int64)
-    tl.store(out, tl.sum(live, axis=0))
-    tl.store(out + 1, tl.sum(nonzero, axis=0))
-    tl.store(out + 2, tl.sum(g_abs, axis=0))
-    tl.store(out + 3, tl.sum(g_g, axis=0))
-    tl.store(out + 4, tl.sum(p_p, axis=0))
-    tl.store(out + 5, tl.sum(p_g, axis=0))
-    tl.store(out + 6, tl.sum(m_m, axis=0))
-    tl.store(out + 7, tl.sum(m_g, axis=0))
-    tl.store(out + 8, tl.sum(u_u, axis=0))
-    tl.store(out + 9, tl.sum(u_g, axis=0))
-    tl.store(out + 10, tl.sum(a_a, axis=0))
-    tl.store(out + 11, tl.sum(a_g, axis=0))
-    tl.store(out + 12, tl.sum(q_q, axis=0))
-    tl.store(out + 13, tl.sum(q_g, axis=0))
-    tl.store(out + 14, tl.sum(q_a, axis=0))
+    sums = (
+        live, nonzero, g_abs, g_g, p_p, p_g, m_m, m_g, u_u, u_g, a_a, a_g, q_q, q_g, q_a,
+    )  # fmt: skip
+    for i in tl.static_range(_SUMS):
+        tl.store(out + i, tl.sum(sums[i], axis=0))
 
 
 @triton.jit
