@@ -21,7 +21,14 @@ from torch import Tensor
 
 from rnnopt.optim.arguments import check_numbers
 from rnnopt.optim.safeguard import GROUP_STATE, LAST_SLOPE, LAST_STEP, init_guard_state
-from rnnopt.optim.sharding import flat_shard, known_to_some, like_param, of_shard
+from rnnopt.optim.sharding import (
+    flat_shard,
+    is_sharded,
+    known_to_some,
+    like_param,
+    of_shard,
+    shard_count,
+)
 from rnnopt.rules.protocol import State, UpdateRule
 
 Groups = Sequence[dict[str, Any]]
@@ -91,12 +98,13 @@ def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> 
     states = dict(state_dict["state"])
     for index, param in _pairs(state_dict, groups):
         if index in states:
+            state = _of_whole(states[index], param, rule)
             states[index] = (
-                _flat_parts(states[index], rule)
+                _flat_parts(state, rule)
                 if flat_shard(param)
                 else {
                     name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
-                    for name, leaf in state_dict["state"][index].items()
+                    for name, leaf in state.items()
                 }
             )
     return {**state_dict, "state": states}
@@ -142,6 +150,12 @@ def _loaded(
             fresh = init_state(param) | guard
             loaded[param] = fresh | {k: v.to(fresh[k].device) for k, v in leaves.items()}
     return loaded
+
+
+def _of_whole(state: State, param: Tensor, rule: UpdateRule) -> State:
+    """A state with the sums of the whole parameter in place of this shard's equal shares."""
+    summed = getattr(rule, "summed", ()) if is_sharded(param) else ()
+    return state | {name: state[name] * shard_count(param) for name in summed if name in state}
 
 
 def _of_tensor(rule: UpdateRule, state: State) -> State:
@@ -272,6 +286,8 @@ def _own(leaf: Tensor, name: str, param: Tensor, rule: UpdateRule, expected: Ten
         leaf = of_shard(leaf, param, expected.shape[:-1])
     elif hasattr(leaf, "full_tensor"):
         leaf = leaf.full_tensor()
+    if name in getattr(rule, "summed", ()) and is_sharded(param):
+        leaf = leaf / shard_count(param)
     return leaf.detach().to(expected.device, copy=True, memory_format=torch.contiguous_format)
 
 

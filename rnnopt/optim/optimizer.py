@@ -42,6 +42,7 @@ from rnnopt.optim.sharding import (
     local,
     local_gradient,
     on_shards,
+    share_out,
     sum_over_shards,
     whole,
 )
@@ -267,6 +268,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 state = _plain_step(rule, pieces[i], contexts[i])
                 if counts:
                     self.state[work[i][1]].update(state)
+        summed = getattr(rule, "summed", ())
+        if counts and summed and any(is_sharded(param) for _, param, _ in work):
+            params = [param for _, param, _ in work]
+            share_out([self.state[param] for param in params], params, summed)
         return contexts
 
     def _active_rule(self) -> tuple[UpdateRule, float]:

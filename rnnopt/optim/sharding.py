@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rnnopt.rules.protocol import MatrixTransform
+from rnnopt.rules.protocol import MatrixTransform, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +308,30 @@ def sum_over_shards(
         for row, total in zip(rows, part):
             totals[row] = total
     return totals
+
+
+def share_out(states: Sequence[State], params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Give each shard an equal share of the leaves that are sums over coordinates, in place.
+
+    What is saved is then the same in every process, see `rnnopt.optim.checkpoint`. Communicates
+    where a parameter is sharded, see `sum_over_shards`.
+
+    Args:
+        states: of each parameter, with leaves of this process's shard.
+        params: the parameters.
+        names: of the leaves, 0-d.
+    """
+    rows = [torch.stack([state[name] for name in names]) for state in states]
+    for state, param, total in zip(states, params, sum_over_shards(rows, params)):
+        if is_sharded(param):
+            for name, value in zip(names, cast(Tensor, total)):
+                state[name] = value / shard_count(param)
+
+
+def shard_count(param: Tensor) -> int:
+    """Into how many shards a parameter is divided; 1 if it is not."""
+    sizes = [torch.distributed.get_world_size(group) for group in _shard_groups(param)]
+    return math.prod(sizes)
 
 
 def _shard_groups(param: Tensor) -> list[Any]:

@@ -117,6 +117,8 @@ class TwoLevelLSTM(nn.Module):
     step_size = 1e-3  # the unit of decoupled weight decay
     # Leaves that belong to a tensor as a whole and are not 0-d.
     tensor_state = frozenset(_VECTORS)
+    # Leaves that are sums over coordinates, see `rnnopt.optim.sharding.share_out`.
+    summed = ("slope",)
     last_update = "change"  # the leaf that holds it, see `rnnopt.optim.safeguard.LastStep`
 
     def __init__(
@@ -182,7 +184,7 @@ class TwoLevelLSTM(nn.Module):
 
         - ``m``, ``v``, ``change`` (N,): Adam's moments and the last update.
         - ``cell`` (H, N): the coordinate-wise LSTM's, (0, N) in a matrix wider than `WIDEST`.
-        - ``slope`` 0-d: the last update times the gradient before it, of this shard.
+        - ``slope`` 0-d: the last update times the gradient before it; of a shard its share of it.
         - ``rows``, ``columns`` 0-d: the tensor's shape; 0 rows mark a vector.
         - ``hidden``, ``memory`` (U,): the tensor-wise LSTM's.
         - 0-d each: step count, RMS of the first and last gradient, average of its square, last
