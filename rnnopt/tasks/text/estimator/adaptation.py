@@ -46,7 +46,7 @@ _PIECE = 16  # texts that are run at once: small enough to be of like length
 # Tokens of a step beyond which texts are run a second time for their gradient, since what all of
 # them together keep for it may not fit into memory: 4,096 take about 600 MB in MiniLM.
 _KEPT_TOKENS = 4096
-JUDGED = (2, 3, 5, 10, 20, 40)  # after these steps, and after the last
+JUDGED = (2, 5, 10, 20, 40)  # after these steps, and after the last
 # The rule of two levels was meta-trained on cross-entropy. Its full steps on the loss of pairs go
 # too far: on validation classes a third of them in all weights reaches more than LoRA does.
 _PAIRS_LR = 0.3

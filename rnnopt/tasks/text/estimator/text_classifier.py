@@ -105,7 +105,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         pooling: str = "auto",
         max_length: int | None = None,
         rule: Rule = None,
-        steps: int = 5,
+        steps: int = 10,
         lora_rank: int | None = None,
         seconds: float | None = 30.0,
         class_weight: Literal["balanced"] | None = None,
