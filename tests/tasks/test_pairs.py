@@ -8,11 +8,11 @@ from torch.nn.functional import normalize
 from rnnopt import TextClassifier
 from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator import adaptation
-from rnnopt.tasks.text.estimator.adaptation import BATCH, Adaptation, Plan
+from rnnopt.tasks.text.estimator import steps as stepping
 from rnnopt.tasks.text.estimator.evidence import Labelled
 from rnnopt.tasks.text.estimator.objective.choice import ONE_LABEL, SEVERAL_LABELS
 from rnnopt.tasks.text.estimator.objective.pairs import pair_loss
+from rnnopt.tasks.text.estimator.steps import BATCH, Adaptation, Plan
 
 LABELS = torch.tensor([0, 0, 1, 1, 2])
 
@@ -86,7 +86,7 @@ def test_gradients_are_the_same_where_texts_run_twice(encoder, texts_and_labels,
     texts, labels = texts_and_labels[0][::3], texts_and_labels[1][::3]
     ends = []
     for kept in (10**9, 0):
-        monkeypatch.setattr(adaptation, "_KEPT_TOKENS", kept)
+        monkeypatch.setattr(stepping, "_KEPT_TOKENS", kept)
         loaded, steps = adaptation_of(encoder, texts, labels)
         assert list(steps.run(np.arange(len(texts)), 2)) == [1, 2]
         ends.append((steps.loss, loaded.embed(texts)))
@@ -118,7 +118,7 @@ def test_the_rule_draws_texts_of_a_class_together(encoder, texts_and_labels):
 
 def test_in_small_batches_every_text_has_one_of_its_class():
     labels = np.repeat(np.arange(100), 3)
-    batches = adaptation._batches(np.arange(300), labels, seed=0)
+    batches = stepping._batches(np.arange(300), labels, seed=0)
     seen = [next(batches) for _ in range(2 * (300 // BATCH))]
     alone = [np.mean(np.bincount(labels[batch])[labels[batch]] == 1) for batch in seen]
     assert np.mean(alone) < 0.4  # a third of 3 texts a class is alone; by chance half would be

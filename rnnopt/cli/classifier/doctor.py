@@ -21,12 +21,12 @@ from rnnopt.errors import InputError
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import Plan, make_optimizer
 from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.report import peak_memory
+from rnnopt.tasks.text.estimator.steps import Plan, make_optimizer
 
 _TIMED = 64  # texts of the timed forward pass
 _UNEVEN = 10  # times as many texts of one label as of another, from where on it is worth a word

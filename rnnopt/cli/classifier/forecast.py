@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import JUDGED, Adaptation, Plan, affordable
+from rnnopt.tasks.text.estimator.adaptation import JUDGED, affordable
 from rnnopt.tasks.text.estimator.evidence import MOST_FOLDS, Labelled
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
+from rnnopt.tasks.text.estimator.steps import Adaptation, Plan
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class FitSettings(Settings):
     rule: str | None = option(
         "Rule file of adaptation.", None, metavar="PATH", shown="the rule that ships"
     )
-    steps: int = option("Steps of adaptation at most; 0 for none.", 5, metavar="T")
+    steps: int = option("Steps of adaptation at most; 0 for none.", 10, metavar="T")
     lora_rank: int | None = advanced(
         "Adapt by LoRA of this rank.", None, metavar="R", shown="none: the weights themselves"
     )

@@ -19,8 +19,8 @@ from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
-from rnnopt.tasks.text.estimator.adaptation import Plan, Rule, Verdict, adapt_if_better, ignore
 from rnnopt.tasks.text.estimator.adaptation import Report as ReportTo
+from rnnopt.tasks.text.estimator.adaptation import Verdict, adapt_if_better, ignore
 from rnnopt.tasks.text.estimator.answers import Decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
 from rnnopt.tasks.text.estimator.export import hub
@@ -48,6 +48,7 @@ from rnnopt.tasks.text.estimator.objective.several_labels import (
     middle_thresholds,
 )
 from rnnopt.tasks.text.estimator.report import Report, peak_memory
+from rnnopt.tasks.text.estimator.steps import Plan, Rule
 
 
 class NotFittedInputError(InputError, NotFittedError):  # type: ignore[misc]
@@ -105,7 +106,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         pooling: str = "auto",
         max_length: int | None = None,
         rule: Rule = None,
-        steps: int = 5,
+        steps: int = 10,
         lora_rank: int | None = None,
         seconds: float | None = 30.0,
         class_weight: Literal["balanced"] | None = None,
