@@ -27,7 +27,7 @@ from rnnopt.rules.features import (
     step_scale,
 )
 from rnnopt.rules.lstm import CoordinateLSTM, matrix_output_shifts
-from rnnopt.rules.protocol import MatrixTransform, State
+from rnnopt.rules.protocol import MatrixTransform, State, UpdateRule, advance
 
 # Coordinates in one part of a step, at least: smaller parts would take longer.
 _PART = 1 << 20
@@ -93,6 +93,22 @@ class Piece:
             and self.state["hidden"].dtype == self.state["cell"].dtype
             and all(self.state[name].dtype == torch.float32 for name in _FLOAT32_LEAVES)
         )
+
+
+def plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State:
+    """Step one piece by the rule itself; returns its next state."""
+    param, grad = piece.param, piece.grad
+    if not piece.whole:  # a shard's own shape is not the tensor's
+        param, grad = param.reshape(-1), grad.reshape(-1)
+        if not param.numel() and piece.transform is None:  # the step count is that of all parts
+            return rule(
+                grad, piece.state, param, **({} if context is None else {"context": context})
+            )[1]
+    delta, state = advance(
+        rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
+    )
+    piece.param.add_(delta.view(piece.param.shape))
+    return state
 
 
 class FusedStep:
