@@ -235,20 +235,21 @@ class _TransformedPieces:
         """Transform the directions, all of a shape at once, and write the next parameters."""
         for shape, kept in self._groups.items():
             pieces, before, growth, length = zip(*kept)
-            start = _stacked(before)  # (B, R, C)
-            live = _stacked([piece.state["v"] for piece in pieces]).view(-1, *shape) > 0
-            finite = _stacked([piece.grad for piece in pieces]).isfinite()
-            left = _stacked([piece.param.detach() for piece in pieces])  # minus the direction
-            transformed = self._rule.transform_matrix(torch.where(live & finite, left, 0))
+            start = stacked(before)  # (B, R, C)
+            dead = stacked([piece.state["v"] for piece in pieces]).view(-1, *shape) <= 0
+            lost = ~stacked([piece.grad for piece in pieces]).isfinite()
+            # in place: of a matrix of millions of coordinates every copy counts
+            left = stacked([piece.param.detach() for piece in pieces])  # minus the direction
+            end = self._rule.transform_matrix(left.masked_fill_(dead | lost, 0))
             growths, lengths = (
                 torch.stack([piece.lr * each for piece, each in zip(pieces, values)]).view(-1, 1, 1)
                 for values in (growth, length)
             )
-            change = torch.where(live, growths * start + lengths * transformed, 0)
-            decays = [_decay(self._rule, piece) for piece in pieces]
-            if any(decays):
-                change -= torch.stack([d * old for d, old in zip(decays, before)])
-            end = torch.where(finite, start + change, start)
+            end.mul_(lengths).addcmul_(start, growths).masked_fill_(dead, 0)
+            for piece, row, old in zip(pieces, end, before):
+                if decay := _decay(self._rule, piece):
+                    row.sub_(old, alpha=decay)
+            end.masked_fill_(lost, 0).add_(start)
             torch._foreach_copy_([piece.param.detach() for piece in pieces], list(end.unbind()))
 
     def restore(self) -> None:
@@ -258,7 +259,7 @@ class _TransformedPieces:
                 piece.param.detach().copy_(before)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack`, which copies also a single tensor, without that copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 

@@ -23,6 +23,7 @@ from rnnopt.optim.kernels.fused import (
     Measured,
     Piece,
     parts_by_size,
+    stacked,
     unwatched,
 )
 from rnnopt.rules.tensor_features import FLOOR, Sums
@@ -129,19 +130,20 @@ class TwoLevelStep(FusedStep):
         extra: dict[int, Tensor] = {}
         for shape, own in groups.items():
             grad = torch.stack([grads[i].detach().reshape(-1) for i in own])
-            finite = grad.isfinite()
-            grad = torch.where(finite, grad, 0).clamp(-BOUND, BOUND)
+            lost = ~grad.isfinite()
+            # in place: of a matrix of millions of coordinates every copy counts
+            grad.masked_fill_(lost, 0).clamp_(-BOUND, BOUND)
             m, v, steps = (
-                torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
+                stacked([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
             )
-            *_, adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)
-            adam, size = torch.where(finite, adam, 0), (-1, *shape)
+            adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)[-1]
+            adam, size = adam.masked_fill_(lost, 0), (-1, *shape)
             for weight, direction in (
                 (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
             ):  # fmt: skip
                 turned = self._two_level.transform_matrix(direction.view(size)).flatten(1)
-                for i, values in zip(own, turned * weight[own].unsqueeze(1)):
-                    extra[i] = extra[i] + values if i in extra else values
+                for i, values in zip(own, turned.mul_(weight[own].unsqueeze(1))):
+                    extra[i] = extra[i].add_(values) if i in extra else values
         return {i: values.contiguous() for i, values in extra.items()}
 
     def _keep(
