@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,3 +76,9 @@ def minilm() -> Path | None:
     if found is None or not found.submodule_search_locations:
         return None
     return Path(found.submodule_search_locations[0]) / "model"
+
+
+def checkpointing():
+    """What this release of transformers calls gradient checkpointing."""
+    names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    return next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)

@@ -101,6 +101,7 @@ def same_as_one_process(
     train(whole, alone)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "lr=300.0 multiplies")
         optimizer = LearnedOptimizer(shared.parameters(), RULES[name](), lr=lr, fused=fused)
     assert type(optimizer.rule) is type(alone.rule)
     train(shared, optimizer, part=mine())

@@ -17,6 +17,8 @@ from rnnopt.rules.protocol import UpdateRule
 
 # A smaller multiplier is a learning rate that was left over from another optimizer.
 LEAST_LR = 0.01
+# A larger one ruins a model, and the safeguard only ends it.
+MOST_LR = 10.0
 
 
 def resolve_rule(rule: UpdateRule | str | os.PathLike[str]) -> UpdateRule:
@@ -83,13 +85,15 @@ def check_group(group: dict[str, Any]) -> None:
         TypeError: a parameter is complex or integer, or lr or weight_decay is no number.
 
     Warns:
-        UserWarning: lr looks like the learning rate of another optimizer.
+        UserWarning: lr looks like the learning rate of another optimizer, or is far too large.
     """
     check_numbers(group)
-    if 0 < as_number("lr", group["lr"]) < LEAST_LR:
+    lr = as_number("lr", group["lr"])
+    if 0 < lr < LEAST_LR or lr > MOST_LR:
+        end = "next to nothing is learned" if lr < 1 else "steps are so long that they ruin a model"
         warnings.warn(
             f"lr={group['lr']} multiplies the learned step, 1.0 is as meta-trained, and "
-            "with this one next to nothing is learned; leave lr out",
+            f"with this one {end}; leave lr out",
             stacklevel=5,
         )
     if len(set(group["params"])) < len(group["params"]):

@@ -22,7 +22,7 @@ from rnnopt.optim.arguments import (
 from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
-from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, unwatched
+from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, plain_step, unwatched
 from rnnopt.optim.parts import refuse_mixed_tensors, warn_of_parts, watch
 from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
@@ -51,7 +51,6 @@ from rnnopt.rules.protocol import (
     MatrixRule,
     State,
     UpdateRule,
-    advance,
     matrix_transform,
     statistics_of,
 )
@@ -265,7 +264,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             cast(FusedStep, kernel).step(found, context, batch, around)
         for i in plain:
             with around([i]):
-                state = _plain_step(rule, pieces[i], contexts[i])
+                state = plain_step(rule, pieces[i], contexts[i])
                 if counts:
                     self.state[work[i][1]].update(state)
         summed = getattr(rule, "summed", ())
@@ -274,13 +273,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             share_out([self.state[param] for param in params], params, summed)
         return contexts
 
-    def _active_rule(self) -> tuple[UpdateRule, float]:
-        """The rule that steps now, and the guard's multiplier of its lr."""
+    def _active_rule(self) -> tuple[UpdateRule, Callable[[float], float]]:
+        """The rule that steps now, and what a group's lr becomes for it."""
         if not self.undone or not isinstance(self.rule, GuardedRule):
-            return self.rule, 1.0
+            return self.rule, float
         if self._fallback is None:
             self._fallback = self.rule.fallback()
-        return self._fallback, 0.5 ** (self.undone - 1)
+        # a larger lr may be what has ruined the model
+        return self._fallback, lambda lr: min(lr, 1.0) * 0.5 ** (self.undone - 1)
 
     def _state_of(self, param: Tensor) -> State:
         """A parameter's state, initialised if it has none."""
@@ -296,7 +296,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         param: Tensor,
         grad: Tensor,
-        multiplier: float,
+        multiplier: Callable[[float], float],
     ) -> Piece:
         """This process's shard of a parameter, with all that a step needs."""
         state = {
@@ -306,7 +306,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         }
         return Piece(
             local(param), local_gradient(grad, param), state,
-            multiplier * as_number("lr", group["lr"]),
+            multiplier(as_number("lr", group["lr"])),
             as_number("weight_decay", group["weight_decay"]),
             on_shards(matrix_transform(rule, whole(param)), param), not is_sharded(param),
         )  # fmt: skip
@@ -355,22 +355,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """What deepcopy and pickle keep; torch would leave out the attributes of this class."""
         kept = ("rule", "fused", "guard", "_fallback", "_has_gradient")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-
-def _plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State:
-    """Step one piece by the rule itself; returns its next state."""
-    param, grad = piece.param, piece.grad
-    if not piece.whole:  # a shard's own shape is not the tensor's
-        param, grad = param.reshape(-1), grad.reshape(-1)
-        if not param.numel() and piece.transform is None:  # the step count is that of all parts
-            return rule(
-                grad, piece.state, param, **({} if context is None else {"context": context})
-            )[1]
-    delta, state = advance(
-        rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
-    )
-    piece.param.add_(delta.view(piece.param.shape))
-    return state
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, Any], Tensor]]:

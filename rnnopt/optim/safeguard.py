@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -31,11 +31,24 @@ _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
 _CHUNK = 1 << 18
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
-# its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
-GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
+# its minimum; the rise that was bearable there, for a `ScaleFreeRule`; whether the last batch was
+# skipped; the norms of the first gradient and of the largest one stepped by.
+GROUP_STATE = {
+    "undone": 0,
+    "loss_rise": 0.0,
+    "bearable_rise": 0.0,
+    "skipped": False,
+    "first_gradient": 0.0,
+    "largest_gradient": 0.0,
+}
 # A gradient so many times larger than any before is an accident of one batch: Adam's second moment
 # would remember it for thousands of steps. Between batches norms differ tenfold at most.
 _OUTLIER = 1000.0
+_BATCHES = 10.0
+# Where steps are far too long, the gradient after one may be nearly orthogonal to it, and the
+# trapezoid sees a fall. But the gradient of a quadratic loss grows as the square root of the loss:
+# where it is a hundred times as large as the first one, the loss has exploded.
+_GROWTH = 100.0
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -171,14 +184,21 @@ def check_last_step(
     # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined = _is_ruined(total, work, states, rule, peers)
+    ruined, bearable = _is_ruined(total, norm, group, work, states, rule, peers)
     if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
         skipped, total = True, group["loss_rise"]
+    first = group["first_gradient"] or norm
+    if group["skipped"]:
+        first = max(first, norm)
+    if not (ruined or skipped) and 0 < _GROWTH * first < norm:
+        ruined, first = True, norm / _BATCHES
     if not (ruined or skipped):
         largest = max(largest, norm)
     for group in groups:
         group["largest_gradient"] = largest
+        group["first_gradient"] = first
         group["loss_rise"] = 0.0 if ruined else total
+        group["bearable_rise"] = bearable
         group["undone"] += ruined
         group["skipped"] = skipped
     if ruined:
@@ -189,19 +209,34 @@ def check_last_step(
 
 
 def _is_ruined(
-    rise: float, work: Work, states: Sequence[State], rule: UpdateRule, peers: Peers
-) -> bool:
-    """Whether the loss has risen too far above its minimum."""
+    rise: float,
+    norm: float,
+    group: Mapping[str, Any],
+    work: Work,
+    states: Sequence[State],
+    rule: UpdateRule,
+    peers: Peers,
+) -> tuple[bool, float]:
+    """Whether the loss has risen too far above its minimum, and how far it may rise.
+
+    For a `ScaleFreeRule` that is decided at the minimum: while the loss explodes, so do the
+    decreases that steps promise.
+    """
     if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
-        return rise > MAX_RISE
-    if rise <= peers.largest(float(rule.largest_rise(states)) if states else 0.0):
-        return False
+        return rise > MAX_RISE, group["bearable_rise"]
+    bearable = peers.largest(float(rule.largest_rise(states)) if states else 0.0)
+    if rise > 0 and group["bearable_rise"]:
+        bearable = group["bearable_rise"]
+    if rise <= bearable or 0 < norm <= _BATCHES * group["largest_gradient"]:
+        return rise > bearable, bearable
+    # such a gradient may be that of another batch after very small ones
     rows = [
         statistics_of(rule, local(param), local_gradient(grad, param), state)
         for (_, param, grad), state in zip(work, states)
     ]
     sums = sum_over_shards(rows, [param for _, param, _ in work])
-    return rise > float(rule.promised(peers.rows(cast(list[Tensor], sums))))
+    bearable = max(bearable, float(rule.promised(peers.rows(cast(list[Tensor], sums)))))
+    return rise > bearable, bearable
 
 
 @torch.no_grad()
@@ -227,7 +262,7 @@ class LastStep:
         finite: whether the gradient is known to be finite in every coordinate.
         update: the leaf in which the rule keeps its last update, if it keeps it; no copy is needed
             then.
-        multiplier: of the groups' lr in this step.
+        rate: what a group's lr becomes in this step.
     """
 
     def __init__(
@@ -236,10 +271,10 @@ class LastStep:
         states: Sequence[State],
         finite: bool,
         update: str | None = None,
-        multiplier: float = 1.0,
+        rate: Callable[[float], float] = float,
     ) -> None:
         self._work, self._states, self._finite = work, states, finite
-        self._update, self._multiplier = update, multiplier
+        self._update, self._rate = update, rate
         # all in order: processes may step their parts in another order, and this may communicate
         self._grads = [local_gradient(grad, param) for _, param, grad in work]
         self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
@@ -266,7 +301,7 @@ class LastStep:
             The slope along it, 0-d.
         """
         (group, _, _), state, slopes = self._work[row], self._states[row], []
-        lr = self._multiplier * as_number("lr", group["lr"])
+        lr = self._rate(as_number("lr", group["lr"]))
         leaves = self._grads[row].reshape(-1), state[leaf], state[LAST_STEP]
         for grad, update, kept in zip(*(torch.split(x, _CHUNK) for x in leaves)):
             step = lr * update

@@ -80,10 +80,8 @@ def mixes_tensors(param: Tensor) -> bool:
 
 def flat_shard(tensor: Tensor) -> FlatShard | None:
     """Where this part lies in its parameter, if FSDP1 has made it."""
-    found: FlatShard | None = None
-    if len(_flat_shards):
-        found = _flat_shards.get(tensor)  # type: ignore[no-untyped-call]
-    return found
+    known = cast(dict[Tensor, FlatShard | None], _flat_shards)  # its methods have no types
+    return known.get(tensor) if len(known) else None
 
 
 @_disable_dynamo
@@ -94,6 +92,7 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     gradient is an empty one then. Every process that holds parts has to call this for the same
     parameters in the same order.
     """
+    find_flat_shards(params)  # FSDP1 may have come after the optimizer
     found = [param.grad for param in params]
     for group, rows in _flat_groups(params).items():
         have = torch.tensor([found[row] is not None for row in rows], dtype=torch.int32)

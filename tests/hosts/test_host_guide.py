@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import checkpointing
 
 from rnnopt import SGD, LearnedOptimizer
 
@@ -126,13 +127,14 @@ def test_gradient_checkpointing_takes_the_same_steps(names):
     wanted(**names["batch"]).loss.backward()
     run(by_hand, names)
     model = names["model"]
-    assert model.is_activation_checkpointing and model.training
+    assert getattr(model, f"is_{checkpointing()}") and model.training
     model(**names["batch"]).loss.backward()
     for (name, param), other in zip(model.named_parameters(), wanted.parameters()):
         if other.grad is not None:
             assert torch.allclose(param.grad, other.grad, atol=1e-6), name
+    by_trainer = by_trainer.replace("activation_checkpointing", checkpointing())
     run(by_trainer.replace("max_steps=10", "max_steps=1, use_cpu=True"), names)
-    assert names["settings"]["args"].activation_checkpointing
+    assert getattr(names["settings"]["args"], checkpointing())
 
 
 def test_bfloat16_steps_almost_as_float32(names):

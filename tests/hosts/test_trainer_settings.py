@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoders import TEXTS
+from encoders import TEXTS, checkpointing
 from rule_table import random_lstm
 
 from rnnopt import SGD, LearnedOptimizer, trainer_settings
@@ -105,10 +105,10 @@ def test_without_it_the_loss_has_another_scale(model, tokenizer, tmp_path):
 
 def test_gradient_checkpointing_takes_the_same_steps(model, tokenizer, tmp_path):
     before, wanted = plain_loop(model, tokenizer, SGD(0.5))
-    options = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
+    options = {"per_device_train_batch_size": 8, checkpointing(): True}
     settings = trainer_settings(model, arguments(tmp_path, **options), SGD(0.5))
     found = by_trainer(settings, tokenizer)
-    assert settings["model"].is_activation_checkpointing
+    assert getattr(settings["model"], f"is_{checkpointing()}")
     assert distance(found, wanted) < 0.01 * distance(before, wanted)
 
 

@@ -43,6 +43,7 @@ def adapt(encoder, texts, rule, factor, lr):
     return losses, reached, first
 
 
+@pytest.mark.filterwarnings("ignore:lr=30.0 multiplies")
 @pytest.mark.parametrize(("lr", "undone"), [(1.0, False), (30.0, True)])
 def test_the_rule_of_two_levels_and_its_guard_bear_any_factor(encoder, texts, rule, lr, undone):
     losses, reached, first = adapt(encoder, texts, rule, 1.0, lr)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from rnnopt import SGD, Adam, InputError, LearnedOptimizer, save_rule
+from rnnopt.optim.safeguard import GROUP_STATE
 from rnnopt.rules.files import (
     SHIPPED_RULE,
 )
@@ -178,7 +179,7 @@ def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
     ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
     with pytest.raises(
         ValueError,
-        match=r"no \['largest_gradient', 'loss_rise', 'skipped', 'undone'\].*of a Learned",
+        match=r"no \['bearable_rise', .*'loss_rise', 'skipped', 'undone'\].*of a Learned",
     ):
         ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
     assert ours.param_groups[0]["lr"] == 0.5
@@ -204,8 +205,14 @@ def test_the_rule_is_the_object_that_was_given_and_not_in_param_groups():
     rule = random_lstm()
     optimizer = LearnedOptimizer(model().parameters(), rule)
     assert optimizer.rule is rule
-    counts = "undone", "loss_rise", "skipped", "largest_gradient"  # plain values
-    assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *counts}
+    assert set(optimizer.param_groups[0]) == {"params", "lr", "weight_decay", *GROUP_STATE}
+    assert all(isinstance(value, float | int) for value in GROUP_STATE.values())
+
+
+@pytest.mark.parametrize(("lr", "end"), [(0.001, "next to nothing"), (60.0, "ruin a model")])
+def test_a_rate_that_can_not_be_meant_is_warned_of(lr, end):
+    with pytest.warns(UserWarning, match=f"lr={lr} multiplies the learned step.*{end}"):
+        LearnedOptimizer(model().parameters(), random_lstm(), lr=lr)
 
 
 def test_a_step_leaves_no_graph_and_no_gradient_on_the_rule():

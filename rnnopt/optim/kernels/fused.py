@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rnnopt.rules.protocol import MatrixTransform, State
+from rnnopt.rules.protocol import MatrixTransform, State, UpdateRule, advance
 
 # Coordinates in one part of a step, at least: smaller parts would take longer.
 _PART = 1 << 20
@@ -57,6 +57,22 @@ class Piece:
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of the parameter and of its gradient."""
         return self.param.dtype, self.grad.dtype
+
+
+def plain_step(rule: UpdateRule, piece: Piece, context: Tensor | None) -> State:
+    """Step one piece by the rule itself; returns its next state."""
+    param, grad = piece.param, piece.grad
+    if not piece.whole:  # a shard's own shape is not the tensor's
+        param, grad = param.reshape(-1), grad.reshape(-1)
+        if not param.numel() and piece.transform is None:  # the step count is that of all parts
+            return rule(
+                grad, piece.state, param, **({} if context is None else {"context": context})
+            )[1]
+    delta, state = advance(
+        rule, param, grad, piece.state, piece.lr, piece.weight_decay, context, piece.transform
+    )
+    piece.param.add_(delta.view(piece.param.shape))
+    return state
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,11 @@ class FusedStep(Protocol):
             around: a context for each part of the step.
         """
         ...
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which copies also a single tensor, without that copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def parts_by_size(pieces: Sequence[Piece]) -> list[slice]:

@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from rnnopt.optim.kernels.fused import (
     Measured,
     Piece,
     parts_by_size,
+    stacked,
     unwatched,
 )
 from rnnopt.rules.tensor_features import FLOOR, Sums
@@ -211,22 +212,21 @@ def orthogonal_directions(
             groups.setdefault(tuple(piece.param.shape), []).append(i)
     extra: dict[int, Tensor] = {}
     for shape, own in groups.items():
-        m, v, steps = (
-            torch.stack([pieces[i].state[name] for i in own]) for name in ("m", "v", "step")
-        )
+        m, v, steps = (stacked([pieces[i].state[name] for i in own]) for name in ("m", "v", "step"))
         grad = torch.stack([grads[i].detach().reshape(-1) for i in own]).to(m.dtype)
-        finite = grad.isfinite()
-        grad = torch.where(finite, grad, 0).clamp(-BOUND, BOUND)
-        *_, adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)
-        total = torch.zeros_like(grad)
+        lost = ~grad.isfinite()
+        # in place: of a matrix of millions of coordinates every copy counts
+        grad.masked_fill_(lost, 0).clamp_(-BOUND, BOUND)
+        adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)[-1].masked_fill_(lost, 0)
+        total: Tensor | None = None
         for weights, direction in (
-            (decisions.orthogonal_adam, torch.where(finite, adam, 0)),
-            (decisions.orthogonal_gradient, grad),
-        ):
+            (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
+        ):  # fmt: skip
             turned = rule.transform_matrix(direction.view(-1, *shape)).flatten(1)
             # stacked, since an index from the host would make it wait for a GPU
-            total += turned * torch.stack([weights[i] for i in own]).unsqueeze(1)
-        extra.update(zip(own, total.unbind()))
+            turned.mul_(torch.stack([weights[i] for i in own]).unsqueeze(1))
+            total = turned if total is None else total.add_(turned)
+        extra.update(zip(own, cast(Tensor, total).contiguous().unbind()))
     return extra
 
 
