@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,12 @@ Ratings = tuple[Tensor, Tensor]  # items (B,), ratings (B,)
 Users = dict[str, list[Ratings]]  # the ratings of each user, for each part
 
 
-def read_ratings(path: Path) -> pd.DataFrame:
-    """A table of ratings with the columns userId, movieId and rating."""
+def read_ratings(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """A table of ratings with the columns userId, movieId and rating, or further ones.
+
+    Raises:
+        InputError: the file can't be read, a column is missing, or a row is not complete.
+    """
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path)
@@ -60,10 +64,10 @@ def read_ratings(path: Path) -> pd.DataFrame:
             table = pyreadr.read_r(str(path))["movielens"]
     except (OSError, KeyError, ValueError, zlib.error) as error:
         raise rnnopt.InputError(
-            f"{path}: {error}; name a CSV file with the columns {', '.join(COLUMNS)}, or the .rda "
+            f"{path}: {error}; name a CSV file with the columns {', '.join(columns)}, or the .rda "
             "or .rdb file of the R package dslabs"
         ) from error
-    return checked(path, table)
+    return checked(path, table, columns)
 
 
 def _from_lazy_load(path: Path) -> pd.DataFrame:
@@ -86,9 +90,9 @@ def _from_lazy_load(path: Path) -> pd.DataFrame:
     raise KeyError(f"there is no table with the columns {', '.join(COLUMNS)}")
 
 
-def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def checked(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The columns that are used, if every row is a rating of an item by a user."""
-    for column in COLUMNS:
+    for column in columns:
         if column not in table:
             raise rnnopt.InputError(
                 f"{path} has the columns {', '.join(map(str, table.columns))}: {column!r} is "
@@ -97,8 +101,8 @@ def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         empty = table[column].isna()
         if empty.any():
             raise rnnopt.InputError(
-                f"{path}: row {int(empty.argmax()) + 1} has no {column}: every rating needs a "
-                "user, an item and a number; remove the row or complete it"
+                f"{path}: row {int(empty.argmax()) + 1} has no {column}: every rating needs "
+                f"{', '.join(columns)}; remove the row or complete it"
             )
     rating = pd.to_numeric(table["rating"], errors="coerce")
     if not np.isfinite(rating).all():
@@ -107,7 +111,7 @@ def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
             f"{path}: row {row + 1} has the rating {table['rating'][row]!r}: it must be a finite "
             "number; correct or remove it"
         )
-    return table.loc[:, list(COLUMNS)].assign(rating=rating.astype(float))
+    return table.loc[:, list(columns)].assign(rating=rating.astype(float))
 
 
 class User(nn.Module):
@@ -242,7 +246,7 @@ def by_ridge(penalty: float, learner: rnnopt.Learner, task: Rated) -> dict[str, 
 
 
 def users_of(table: pd.DataFrame, seed: int) -> tuple[Users, list[int]]:
-    """The ratings of the users of each part, with items by number, and what each number stands for.
+    """The ratings of the users of each part, and the movieId of each of their numbers of items.
 
     Raises:
         InputError: too few users have rated enough.
