@@ -28,7 +28,8 @@ MORE = {
     **recommendation.MORE,
     "encoder": {"required": True, "help": "a folder of transformers' own"},
 }
-BATCH = 1024  # ratings of a step of pretraining
+BATCH = 512  # ratings of a step of pretraining
+STEPS = 1000
 SHRINKAGE = 5  # ratings of the mean that every item has beside its own
 PENALTY = 0.02  # of the mean square of the two vectors of a rating, against the squared error
 
@@ -88,10 +89,10 @@ def make_model(texts: Tensor, users: list[Ratings], options: Options) -> User:
         towers = Towers(texts, biases, len(users), options.more["factors"])
 
         def loss(drawn: random.Random) -> Tensor:
-            rows = torch.tensor([drawn.randrange(len(items)) for _ in range(BATCH)])
+            rows = torch.tensor(drawn.choices(range(len(items)), k=BATCH))
             return towers.loss(owners[rows], items[rows], ratings[rows])
 
-        pretrain(towers, loss, 3 if options.small else 600, 1e-2, options.seed)
+        pretrain(towers, loss, 3 if options.small else STEPS, 1e-2, options.seed)
         with torch.no_grad():
             scale = towers.vectors.std(dim=0)
             return {
@@ -100,7 +101,7 @@ def make_model(texts: Tensor, users: list[Ratings], options: Options) -> User:
             }
 
     facts = {"ratings": len(ratings), "sum": float(ratings.sum()), "users": len(users)}
-    facts |= {"seed": options.seed, "small": options.small, **options.more}
+    facts |= {"seed": options.seed, "steps": 3 if options.small else STEPS, **options.more}
     values = kept(options.output, "towers-model", facts, make)
     net = User(values["vectors"], biases)
     net.load_state_dict({"vector": values["vector"]}, strict=False)

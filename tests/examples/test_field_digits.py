@@ -79,24 +79,46 @@ def test_the_loss_is_the_mean_over_strings_of_nats_a_word_and_gradients_reach_ev
     assert loss.item() == pytest.approx(sum(alone) / 2, rel=0.05)
 
 
-def test_a_run_is_on_speakers_who_were_not_heard(tmp_path, recordings, monkeypatch, capsys):
+@pytest.fixture
+def few(monkeypatch):
+    """Recordings of a task, as few as those of the fixture `recordings`."""
     monkeypatch.setattr(digits, "TRAIN_SHOTS", (1,))
     monkeypatch.setattr(digits, "QUERY", 2)
-    seen = []
-    made = digits.Episode.__init__
 
-    def noted(self, recordings, speaker, words, *rest):
-        seen.append((speaker, rest[-2], bool(rest[-1])))
-        made(self, recordings, speaker, words, *rest)
-        assert len(self.seen.labels) == 4 and len(self.asked.labels) == 8
 
-    monkeypatch.setattr(digits.Episode, "__init__", noted)
+def options(recordings, tmp_path):
     more = {"rate": RATE, "test_speakers": 1, "shots": [1]}
-    digits.main(field.Options(recordings, tmp_path, 1, 2, small=True, more=more))
+    return field.Options(recordings, tmp_path, 1, 2, small=True, more=more)
+
+
+def test_tasks_are_of_speakers_whom_their_network_has_not_heard(tmp_path, recordings, few):
+    heard = []
+    made = digits.pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            digits, "pretrained", lambda found, speakers, *rest: (
+                heard.append(list(speakers)) or made(found, speakers, *rest)
+            )
+        )  # fmt: skip
+        found = digits.make_field(options(recordings, tmp_path))
+    assert heard == [["s3", "s4"], ["s2", "s4"], ["s2", "s3"], ["s2", "s3", "s4"]]
+    values = found.learner.initial_values
+    for part, own in (("train", True), ("validation", False), ("test", False)):
+        task = found.task(part, 3, True)
+        assert bool(task.start) == own
+        assert len(task.seen.labels) == 4 and len(task.asked.labels) == 8
+        found.learner.begin(task, 0)
+        assert values["head.weight"].equal(found.learner.module.head.weight) != own
+        scores = task.scores(found.learner.module)
+        assert scores["WER"] >= 0 and scores["loss"] > 0
+        again = found.task(part, 3, True)
+        assert again.seen.mel.equal(task.seen.mel) and again.asked.words == task.asked.words
+
+
+@pytest.mark.slow
+def test_a_run_reports_the_word_error_rate(tmp_path, recordings, few, capsys):
+    digits.main(options(recordings, tmp_path))
     assert "WER after" in capsys.readouterr().out
-    assert {speaker for speaker, scored, _ in seen if scored} == {"s0", "s1"}
-    assert all(own for speaker, scored, own in seen if not scored and speaker != "s1")
-    assert not any(own for speaker, _, own in seen if speaker in ("s0", "s1"))
 
 
 def test_a_recording_in_stereo_ends_the_command_with_2(tmp_path, exit_code, capsys):

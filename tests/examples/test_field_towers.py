@@ -37,7 +37,8 @@ def options(path, tmp_path, encoder, small=True):
     return field.Options(path, tmp_path, meta_steps=1, episodes=2, small=small, more=more)
 
 
-def test_towers_learn_from_texts_what_a_user_likes(table, tmp_path):
+def test_towers_learn_from_texts_what_a_user_likes(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(towers, "STEPS", 300)
     users, items = recommendation.users_of(table, 0)
     texts = torch.randn(len(items), 3, generator=torch.Generator().manual_seed(0))
     texts[:, 0] = torch.tensor([(-1.0) ** (item // 7) for item in items])
@@ -51,6 +52,25 @@ def test_towers_learn_from_texts_what_a_user_likes(table, tmp_path):
     assert np.mean(errors[0.3]) < 0.5 * np.mean(errors[np.inf])
 
 
+def test_items_are_read_by_title_and_genres(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(recommendation, "SUPPORT", (5,))
+    seen = []
+    encode = towers.encode
+    monkeypatch.setattr(towers, "encode", lambda texts, name: seen.extend(texts) or
+                        encode(texts, name))  # fmt: skip
+    table.to_csv(tmp_path / "ratings.csv", index=False)
+    encoder = tiny_bert(tmp_path / "encoder")
+    made = towers.make_field(options(tmp_path / "ratings.csv", tmp_path, encoder))
+    assert len(seen) == ITEMS and "Film 3. Drama, War" in seen
+    assert list(made.settings) == ["5-ratings"]
+    task = made.task("test", 0, True)
+    made.learner.begin(task, 0)
+    assert {"loss", "rmse", "ndcg", "auc"} <= task.scores(made.learner.module).keys()
+    for name, method in made.direct.items():
+        assert method(made.learner, made.settings["5-ratings"]("test", 0, True))["rmse"] < 5, name
+
+
+@pytest.mark.slow
 def test_a_run_writes_a_table_for_each_number_of_ratings(table, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recommendation, "SUPPORT", (5,))
     table.to_csv(tmp_path / "ratings.csv", index=False)
