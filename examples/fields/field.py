@@ -35,6 +35,7 @@ NAMES = {
     "two-level": "rule of two levels",
     "field": "rule of two levels, meta-trained here",
     "joint": "rule of two levels, meta-trained on other fields",
+    "all": "rule of two levels, meta-trained on all fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "adam-default": "Adam, default rate",
@@ -193,7 +194,9 @@ def unadapted(learner: rnnopt.Learner, task: rnnopt.Task) -> dict[str, float]:
     return task.scores(learner.module)
 
 
-def honest_comparison(field: Field, options: Options, setting: str = "") -> Compared:
+def honest_comparison(
+    field: Field, options: Options, setting: str = "", prefix: str = ""
+) -> Compared:
     """Compare the rules with the field's optimizers, and write table, figures and picture.
 
     The rules that ship have nothing set. The rule "field" begins with the one of two levels and is
@@ -204,10 +207,11 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
         field: the field.
         options: the options of the command.
         setting: one of the field's settings, which is added to the name of the files.
+        prefix: what the names of table, figures and picture begin with.
 
     Returns:
-        The comparison. The output folder has its figures (``<name>.json``), its table
-        (``<name>.md``) and its picture (``<name>.png``).
+        The comparison. The output folder has its figures (``<prefix><name>.json``), its table
+        (``.md``) and its picture (``.png``).
     """
     facts = {**field.facts, "field": field.name, "seed": options.seed, "small": options.small}
     facts["start"] = fingerprint(field.learner.initial_values)
@@ -245,7 +249,7 @@ def honest_comparison(field: Field, options: Options, setting: str = "") -> Comp
             journal=options.output / f"{name}-{digest(facts)}.jsonl",
             progress=lambda done, planned: bar.at(done, planned),
         )
-    _write(name, " ".join(filter(None, (field.title, setting))), options, compared)
+    _write(f"{prefix}{name}", " ".join(filter(None, (field.title, setting))), options, compared)
     return compared
 
 

@@ -1,30 +1,45 @@
-"""Many fields, one rule: meta-train on all fields but one, and compare on the one left out.
+"""Many fields, one rule: meta-train on all fields, on all but one, and on each alone.
 
-    python examples/fields/joint.py --data DATA --output out
+    python examples/fields/joint.py --data DATA --encoder MINILM --output out
 
-DATA has the folders of `FIELDS`. For each field in turn, the rule of two levels is meta-trained on
-the training tasks of the other fields, which take turns, and becomes a row of that field's own
-comparison. With the same `--output` as the fields' own commands, everything that these have done is
-used again. Several minutes a field on two cores, where the fields' own commands have run.
+DATA has the folders and files of `FIELDS`; symbolic links will do. The rule of two levels is
+meta-trained on the training tasks of all fields, which take turns, for each field on those of the
+others, and for each field on its own. All of these rules get as many meta-steps of as many tasks,
+and all become rows of each field's own comparison. With the same `--output` as the fields' own
+commands, what these have done is used again. Prints a table of all fields. About 15 minutes.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 
-from field import Field, Options, command, digest, honest_comparison
+from field import NAMES, Field, Options, command, digest, honest_comparison
 
 import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import rule_baseline
+from rnnopt.evaluation.compare import Compared
 from rnnopt.rules.files import TWO_LEVEL_RULE, SavedRule, rule_name
-from rnnopt.storage.files import fingerprint
+from rnnopt.storage.files import fingerprint, write_atomically
 
-FIELDS = {"translation": "multi30k", "dialogue": "daily_dialogue"}  # module: folder of its data
-MORE = {"fields": {"default": list(FIELDS), "nargs": "+", "help": "of those here [%(default)s]"}}
+FIELDS = {  # module: its data in DATA
+    "translation": "multi30k",
+    "dialogue": "daily_dialogue",
+    "selection": "daily_dialogue",
+    "speech": "spoken_digits/recordings.zip",
+    "digits": "spoken_digits/recordings.zip",
+    "recommendation": "Rdata.rdb",
+}
+DEFAULT = ["selection", "digits", "recommendation"]
+RULES = ("two-level", "field", "joint", "all")  # columns of the table
+MORE = {
+    "fields": {"default": DEFAULT, "nargs": "+", "help": f"of {', '.join(FIELDS)} [%(default)s]"},
+    "encoder": {"help": "of selection: a folder of transformers'"},
+}
 
 
 class Mixed(rnnopt.TaskSource):
@@ -42,31 +57,31 @@ class Mixed(rnnopt.TaskSource):
         return self._sources[number % len(self._sources)].learner
 
 
-def joint_rule(others: Sequence[Field], options: Options) -> SavedRule:
+def joint_rule(fields: Sequence[Field], options: Options) -> SavedRule:
     """The rule of two levels after meta-training on several fields, kept as a rule file."""
     rule = rnnopt.load_rule(TWO_LEVEL_RULE)
     about = {
-        "fields": {f.name: fingerprint(f.learner.initial_values) for f in others},
-        "facts": [dict(f.facts) for f in others],
+        "fields": {f.name: fingerprint(f.learner.initial_values) for f in fields},
+        "facts": [dict(f.facts) for f in fields],
         "meta_steps": options.meta_steps, "seed": options.seed, "from": rule_name(rule),
     }  # fmt: skip
-    names = "-".join(f.name for f in others)
+    names = "-".join(f.name for f in fields)
     file = options.output / f"joint-{names}-{digest(about)}.safetensors"
     if file.exists():
         return rnnopt.load_rule(file)
-    train = Mixed([f.source("train", False) for f in others])
+    train = Mixed([f.source("train", False) for f in fields])
     with progress_bar(f"meta-train: {names}", options.meta_steps) as bar:
         found = rnnopt.meta_train(
             train.learner,
             train,
-            validation=Mixed([f.source("validation", False) for f in others]),
+            validation=Mixed([f.source("validation", False) for f in fields]),
             rule=rule.requires_grad_(True).train(),
             steps=2 if options.small else 5,
             meta_steps=options.meta_steps,
             meta_lr=1e-3,
-            tasks_per_meta_step=max(2, len(others)),
-            validate_every=max(1, options.meta_steps // 5),
-            validation_tasks=len(others) if options.small else 6,
+            tasks_per_meta_step=2,
+            validate_every=max(1, options.meta_steps // 3),
+            validation_tasks=len(fields) if options.small else 6,
             seed=options.seed,
             report=lambda record: bar.at(record["meta_step"]),
         )
@@ -74,8 +89,32 @@ def joint_rule(others: Sequence[Field], options: Options) -> SavedRule:
     return rnnopt.load_rule(file)
 
 
-def main(options: Options) -> None:
-    """Make all fields; leave each out in turn."""
+def summary(found: Mapping[tuple[str, str], tuple[Field, Compared]]) -> str:
+    """Markdown tables of all fields: each rule minus AdamW at its best rate, paired.
+
+    Args:
+        found: the comparisons, by field and setting. The first table is of the loss, the second of
+            the first metric of each field.
+    """
+    tables = []
+    for title in ("loss", "metric"):
+        columns = [NAMES[rule].replace("rule of two levels", "").strip(", ") for rule in RULES]
+        head = ["field", "steps", *(name or "as it ships" for name in columns), "on all - on it"]
+        lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+        for (_, setting), (field, compared) in found.items():
+            name = "loss" if title == "loss" else next(iter(field.metrics), "loss")
+            pairs = [compared.paired(rule, "adamw")[name] for rule in RULES]
+            pairs.append(compared.paired("all", "field")[name])
+            for budget in pairs[0]:
+                cells = (f"{p[budget]['mean']:+.3f} ± {p[budget]['ci95']:.3f}" for p in pairs)
+                what = " ".join(filter(None, (field.name, setting, f"({name})")))
+                lines.append(f"| {what} | {budget} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def made_fields(options: Options) -> dict[str, Field]:
+    """The chosen fields, each without rows of other meta-learning, for the same meta-steps."""
     chosen = options.more["fields"]
     if len(chosen) < 2 or not FIELDS.keys() >= set(chosen):
         raise rnnopt.InputError(
@@ -85,16 +124,40 @@ def main(options: Options) -> None:
     made = {}
     for name in chosen:
         module = import_module(name)
-        defaults = {key: about["default"] for key, about in module.MORE.items()}
-        made[name] = module.make_field(
-            replace(options, data=options.data / FIELDS[name], more=defaults)
-        )
-    for name, left_out in made.items():
-        rule = joint_rule([field for other, field in made.items() if other != name], options)
-        field = replace(left_out, usual={**left_out.usual, "joint": rule_baseline(rule)})
+        more = {key: about.get("default") for key, about in module.MORE.items()}
+        if "encoder" in more:
+            more["encoder"] = options.more.get("encoder")
+            if more["encoder"] is None:
+                raise rnnopt.InputError(
+                    f"--fields {' '.join(chosen)}: {name} needs an encoder; name a folder with "
+                    "--encoder, or leave it out of --fields"
+                )
+        field = module.make_field(replace(options, data=options.data / FIELDS[name], more=more))
+        made[name] = replace(field, initial=(), meta_sgd=None, slower=1, steps=5)
+    return made
+
+
+def main(options: Options) -> None:
+    """Make all fields; meta-train on all, and on all but each in turn; compare."""
+    made = made_fields(options)
+    every = rule_baseline(joint_rule(list(made.values()), options))
+    found = {}
+    for name, field in made.items():
+        others = joint_rule([made[other] for other in made if other != name], options)
+        rows = {**field.usual, "joint": rule_baseline(others), "all": every}
         for setting in field.settings or [""]:
-            honest_comparison(field, options, setting)
+            compared = honest_comparison(replace(field, usual=rows), options, setting, "joint-")
+            found[name, setting] = field, compared
+    text = summary(found)
+    if options.small:
+        text = f"These figures mean nothing: they are of --small.\n\n{text}"
+    rule = rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))
+    about = {"options": asdict(options), "two_level": rule, "fields": list(made)}
+    content = json.dumps(about, indent=1, default=str)
+    write_atomically(options.output / "joint.json", content.encode())
+    write_atomically(options.output / "joint.md", text.encode())
+    print(text)
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=60, episodes=24, more=MORE))

@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,15 @@ MORE = {
     "liked": {"default": 4.0, "type": float, "help": "rating from which an item is liked [4]"},
 }
 Ratings = tuple[Tensor, Tensor]  # items (B,), ratings (B,)
+Users = dict[str, list[Ratings]]  # the ratings of each user, for each part
 
 
-def read_ratings(path: Path) -> pd.DataFrame:
-    """A table of ratings with the columns userId, movieId and rating."""
+def read_ratings(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """A table of ratings with the columns userId, movieId and rating, or further ones.
+
+    Raises:
+        InputError: the file can't be read, a column is missing, or a row is not complete.
+    """
     try:
         if path.suffix == ".csv":
             table = pd.read_csv(path)
@@ -59,10 +64,10 @@ def read_ratings(path: Path) -> pd.DataFrame:
             table = pyreadr.read_r(str(path))["movielens"]
     except (OSError, KeyError, ValueError, zlib.error) as error:
         raise rnnopt.InputError(
-            f"{path}: {error}; name a CSV file with the columns {', '.join(COLUMNS)}, or the .rda "
+            f"{path}: {error}; name a CSV file with the columns {', '.join(columns)}, or the .rda "
             "or .rdb file of the R package dslabs"
         ) from error
-    return checked(path, table)
+    return checked(path, table, columns)
 
 
 def _from_lazy_load(path: Path) -> pd.DataFrame:
@@ -85,9 +90,9 @@ def _from_lazy_load(path: Path) -> pd.DataFrame:
     raise KeyError(f"there is no table with the columns {', '.join(COLUMNS)}")
 
 
-def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def checked(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The columns that are used, if every row is a rating of an item by a user."""
-    for column in COLUMNS:
+    for column in columns:
         if column not in table:
             raise rnnopt.InputError(
                 f"{path} has the columns {', '.join(map(str, table.columns))}: {column!r} is "
@@ -96,8 +101,8 @@ def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         empty = table[column].isna()
         if empty.any():
             raise rnnopt.InputError(
-                f"{path}: row {int(empty.argmax()) + 1} has no {column}: every rating needs a "
-                "user, an item and a number; remove the row or complete it"
+                f"{path}: row {int(empty.argmax()) + 1} has no {column}: every rating needs "
+                f"{', '.join(columns)}; remove the row or complete it"
             )
     rating = pd.to_numeric(table["rating"], errors="coerce")
     if not np.isfinite(rating).all():
@@ -106,7 +111,7 @@ def checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
             f"{path}: row {row + 1} has the rating {table['rating'][row]!r}: it must be a finite "
             "number; correct or remove it"
         )
-    return table.loc[:, list(COLUMNS)].assign(rating=rating.astype(float))
+    return table.loc[:, list(columns)].assign(rating=rating.astype(float))
 
 
 class User(nn.Module):
@@ -240,8 +245,12 @@ def by_ridge(penalty: float, learner: rnnopt.Learner, task: Rated) -> dict[str, 
     return task.judged(net.biases[task.asked[0]] + found) | {"loss": loss}
 
 
-def users_of(table: pd.DataFrame, seed: int) -> tuple[dict[str, list[Ratings]], int]:
-    """The ratings of the users of each part, and the number of items."""
+def users_of(table: pd.DataFrame, seed: int) -> tuple[Users, list[int]]:
+    """The ratings of the users of each part, and the movieId of each of their numbers of items.
+
+    Raises:
+        InputError: too few users have rated enough.
+    """
     items = {item: number for number, item in enumerate(table["movieId"].unique())}
     everyone = [
         (
@@ -258,7 +267,7 @@ def users_of(table: pd.DataFrame, seed: int) -> tuple[dict[str, list[Ratings]], 
     order = np.random.default_rng(seed).permutation(len(everyone))
     ends = np.cumsum([int(share * len(order)) for share in SHARES.values()])
     groups = zip(SHARES, np.split(order, ends))
-    return {name: [everyone[i] for i in group] for name, group in groups}, len(items)
+    return {name: [everyone[i] for i in group] for name, group in groups}, list(items)
 
 
 def make_model(users: list[Ratings], items: int, options: Options) -> User:
@@ -281,11 +290,17 @@ def make_model(users: list[Ratings], items: int, options: Options) -> User:
     return net
 
 
-def main(options: Options) -> None:
-    """Read, pretrain, meta-train, compare."""
-    users, items = users_of(read_ratings(options.data), options.seed)
-    net = make_model(users["pretraining"], items, options)
-    liked = options.more["liked"]
+def field_of(name: str, title: str, net: User, users: Users, options: Options) -> Field:
+    """The field of a model, whose penalty of ridge regression is chosen for each number of ratings.
+
+    Args:
+        name: of the field.
+        title: above its tables.
+        net: the model of the mean user.
+        users: see `users_of`.
+        options: of the command.
+    """
+    learner, higher = rnnopt.Learner(net), rnnopt.Metric(higher_is_better=True)
 
     def task(support: int | None, part: str, number: int, scored: bool) -> Rated:
         drawn = random.Random(f"{options.seed} {part} {number}")
@@ -293,36 +308,51 @@ def main(options: Options) -> None:
         size = support or drawn.choice(SUPPORT)
         rows = torch.tensor(drawn.sample(range(len(rated)), min(size + JUDGED, len(rated))))
         seen, asked = rows[:size], rows[size:]
+        liked = options.more["liked"]
         return Rated((rated[seen], ratings[seen]), (rated[asked], ratings[asked]), liked, scored)
 
-    learner = rnnopt.Learner(net)
-    higher = rnnopt.Metric(higher_is_better=True)
-    for size in SUPPORT:
-        penalty = min(
-            PENALTIES,
-            key=lambda at: sum(
-                by_ridge(at, learner, task(size, "validation", number, True))["rmse"]
-                for number in range(len(users["validation"]))
+    def error(size: int, penalty: float) -> float:
+        tasks = (task(size, "validation", i, True) for i in range(len(users["validation"])))
+        return sum(by_ridge(penalty, learner, one)["rmse"] for one in tasks)
+
+    best = {size: min(PENALTIES, key=functools.partial(error, size)) for size in SUPPORT}
+    return Field(
+        name,
+        title,
+        learner,
+        functools.partial(task, None),
+        metrics={"rmse": rnnopt.Metric(), "ndcg": higher, "auc": higher},
+        usual={"Adam at 0.001": at_default(torch.optim.Adam)},
+        direct={
+            "item mean": functools.partial(by_ridge, np.inf),
+            "ridge regression, best penalty": lambda learner, task: by_ridge(
+                best[len(task.seen[0])], learner, task
             ),
-        )
-        field = Field(
-            "recommendation",
-            "A user whom nobody has seen,",
-            learner,
-            functools.partial(task, None),
-            metrics={"rmse": rnnopt.Metric(), "ndcg": higher, "auc": higher},
-            usual={"Adam at 0.001": at_default(torch.optim.Adam)},
-            direct={
-                "item mean": functools.partial(by_ridge, np.inf),
-                f"ridge regression, penalty {penalty:g}": functools.partial(by_ridge, penalty),
-            },
-            settings={f"{size}-ratings": functools.partial(task, size)},
-            facts={"users": {part: len(group) for part, group in users.items()}, **options.more},
-            budgets=(1, 3, 10),
-            steps=10,
-            meta_sgd=0.1,
-        )
-        honest_comparison(field, options, f"{size}-ratings")
+        },
+        settings={f"{size}-ratings": functools.partial(task, size) for size in SUPPORT},
+        facts={"users": {part: len(group) for part, group in users.items()}, **options.more},
+        budgets=(1, 3, 10),
+        steps=10,
+        meta_sgd=0.1,
+    )
+
+
+def make_field(options: Options) -> Field:
+    """Read the ratings, pretrain the model, and say what a task is.
+
+    Raises:
+        InputError: the ratings can't be used.
+    """
+    users, items = users_of(read_ratings(options.data), options.seed)
+    net = make_model(users["pretraining"], len(items), options)
+    return field_of("recommendation", "A user whom nobody has seen,", net, users, options)
+
+
+def main(options: Options) -> None:
+    """Read, pretrain, meta-train, compare."""
+    field = make_field(options)
+    for setting in field.settings:
+        honest_comparison(field, options, setting)
 
 
 if __name__ == "__main__":

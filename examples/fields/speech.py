@@ -22,7 +22,7 @@ import sys
 import wave
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,20 +98,22 @@ def mel_filters(rate: int, bins: int) -> Tensor:
     return torch.minimum((at - low) / (centre - low), (high - at) / (high - centre)).clamp_min(0)
 
 
-def log_mel(sound: Tensor, rate: int) -> Tensor:
-    """Log-mel features, (MELS, FRAMES), with mean 0 and variance 1 over a recording."""
+def log_mel(sound: Tensor, rate: int, frames: int = FRAMES) -> Tensor:
+    """Log-mel features, (MELS, frames), with mean 0 and variance 1 over a recording."""
     window, hop = round(WINDOW * rate), round(HOP * rate)
-    sound = nn.functional.pad(sound, (0, max(0, hop * FRAMES - len(sound))))[: hop * FRAMES]
+    sound = nn.functional.pad(sound, (0, max(0, hop * frames - len(sound))))[: hop * frames]
     power = torch.stft(
         sound, window, hop, window=torch.hann_window(window), pad_mode="constant",
         return_complex=True,
-    ).abs().square()[:, :FRAMES]  # fmt: skip
+    ).abs().square()[:, :frames]  # fmt: skip
     mel = (mel_filters(rate, len(power)) @ power + 1e-6).log()
     return (mel - mel.mean()) / mel.std().clamp_min(1e-3)
 
 
-def read_recordings(path: Path, rate: int) -> Recordings:
-    """All recordings of a folder or zip file as features."""
+def read_recordings(
+    path: Path, rate: int, made: Callable[[Tensor, int], Tensor] = log_mel
+) -> Recordings:
+    """All recordings of a folder or zip file, as features that `made` makes of the samples."""
     found: Recordings = defaultdict(list)
     for name, content in wav_files(path):
         parts = name.removesuffix(".wav").split("_")
@@ -120,7 +122,7 @@ def read_recordings(path: Path, rate: int) -> Recordings:
                 f"{name}: a file must be named WORD_SPEAKER_NUMBER.wav, such as "
                 "seven_anna_0.wav; rename it"
             )
-        found[parts[1], parts[0]].append(log_mel(samples(name, content, rate), rate))
+        found[parts[1], parts[0]].append(made(samples(name, content, rate), rate))
     if not found:
         raise rnnopt.InputError(f"{path} holds no .wav file; name a folder or zip file that does")
     return found
@@ -212,12 +214,12 @@ def pretrained(
     )  # fmt: skip
 
 
-def compare_on(
+def field_of(
     name: str, title: str, recordings: Recordings, parts: Mapping[str, list[str]],
     words: Mapping[str, list[str]], values: dict[str, Tensor],
     starts: Mapping[str, dict[str, Tensor]], options: Options,
-) -> None:  # fmt: skip
-    """Compare on episodes of the speakers and words of each part, from the network's values."""
+) -> Field:  # fmt: skip
+    """Episodes of the speakers and words of each part, from the network's values."""
     ways = len(words["test"])
     net = KeywordNet(ways)
     net.load_state_dict(values)
@@ -231,7 +233,7 @@ def compare_on(
         shots = shots or drawn.choice(TRAIN_SHOTS)
         return Episode(recordings, speaker, chosen, shots, drawn, scored, start)
 
-    field = Field(
+    return Field(
         name,
         title,
         FromTask(net, head=["head.weight", "head.bias"]),
@@ -246,8 +248,6 @@ def compare_on(
         budgets=(1, 3, 10),
         meta_sgd=0.03,
     )
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
 
 
 def divided(
@@ -273,13 +273,21 @@ def divided(
     return dict(zip(("test", "validation", "train"), names)), words
 
 
-def main(options: Options) -> None:
-    """Read, pretrain, meta-train, compare."""
+def make_field(options: Options, unheard: str = "speaker") -> Field:
+    """Read the recordings, pretrain the networks, and say what a task is.
+
+    Args:
+        options: of the command.
+        unheard: what an episode has that was not heard, "speaker" or "words".
+
+    Raises:
+        InputError: the recordings can't be used.
+    """
     recordings = read_recordings(options.data, options.more["rate"])
     needed = max(*TRAIN_SHOTS, *options.more["shots"]) + QUERY
     parts, words = divided(recordings, options.more["test_speakers"], needed)
     train = parts["train"]
-    if "speaker" in options.more["unheard"]:
+    if unheard == "speaker":
         starts = {  # a training speaker must be new to the network that adapts to him
             speaker: pretrained(recordings, [s for s in train if s != speaker], words, options)
             for speaker in train
@@ -287,24 +295,30 @@ def main(options: Options) -> None:
         values = pretrained(recordings, train, words, options)
         every = dict.fromkeys(parts, words)
         title = f"{len(words)} words of a speaker who was not heard,"
-        compare_on("speech-speaker", title, recordings, parts, every, values, starts, options)
-    if "words" in options.more["unheard"]:
-        if len(words) < 3 * WAYS + 1:
-            raise rnnopt.InputError(
-                f"{len(words)} words: --unheard words needs {3 * WAYS + 1}, {WAYS} for the report, "
-                f"{WAYS} to choose by and the rest to train on; record more, or pass --unheard "
-                "speaker"
-            )
-        of = {
-            "train": words[: -2 * WAYS],
-            "validation": words[-2 * WAYS : -WAYS],
-            "test": words[-WAYS:],
-        }
-        known = pretrained(recordings, train, of["train"], options)
-        body = {name: value for name, value in known.items() if name.startswith("body")}
-        values = {name: torch.zeros_like(v) for name, v in KeywordNet(WAYS).state_dict().items()}
-        title = f"{WAYS} words that were not heard, of a speaker who was not heard either,"
-        compare_on("speech-words", title, recordings, parts, of, values | body, {}, options)
+        return field_of("speech-speaker", title, recordings, parts, every, values, starts, options)
+    if len(words) < 3 * WAYS + 1:
+        raise rnnopt.InputError(
+            f"{len(words)} words: --unheard words needs {3 * WAYS + 1}, {WAYS} for the report, "
+            f"{WAYS} to choose by and the rest to train on; record more, or pass --unheard speaker"
+        )
+    of = {
+        "train": words[: -2 * WAYS],
+        "validation": words[-2 * WAYS : -WAYS],
+        "test": words[-WAYS:],
+    }
+    known = pretrained(recordings, train, of["train"], options)
+    body = {name: value for name, value in known.items() if name.startswith("body")}
+    values = {name: torch.zeros_like(v) for name, v in KeywordNet(WAYS).state_dict().items()}
+    title = f"{WAYS} words that were not heard, of a speaker who was not heard either,"
+    return field_of("speech-words", title, recordings, parts, of, values | body, {}, options)
+
+
+def main(options: Options) -> None:
+    """Read, pretrain, meta-train, compare."""
+    for unheard in options.more["unheard"]:
+        field = make_field(options, unheard)
+        for setting in field.settings:
+            honest_comparison(field, options, setting)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ MORE = {
     "known": {"default": ["de", "fr"], "nargs": "+", "help": "pretrained targets [%(default)s]"},
     "unseen": {"default": "cs", "help": "the target to adapt to [%(default)s]"},
     "pairs": {"default": [64], "nargs": "+", "type": int, "help": "pairs to learn from [64]"},
+    "pretraining_steps": {"default": 1200, "type": int, "help": "[%(default)s]"},
     "prefix": {"default": "", "help": "of the files' names, such as parallel. [none]"},
 }
 WIDTH, LAYERS, TOKENS, LONGEST = 96, 2, 2000, 56  # of the model; LONGEST in tokens
@@ -129,7 +130,7 @@ def make_translator(training: list[dict[str, str]], options: Options) -> Transla
         chosen = [(row[source], row[language]) for row in drawn.sample(training, size)]
         return model(**translator.batch(chosen, f"<{language}>")).loss
 
-    steps = 3 if options.small else 1200
+    steps = 3 if options.small else options.more["pretraining_steps"]
     facts = {"rows": len(training), "known": known, "steps": steps, "seed": options.seed}
     values = kept(
         options.output, "translation-model", {**facts, "config": config.to_diff_dict()},
@@ -143,25 +144,41 @@ def make_translator(training: list[dict[str, str]], options: Options) -> Transla
     return translator
 
 
-def episode(translator: Translator, support: list[Pair], query: list[Pair], scored: bool):
+def translation_scores(found: list[str], query: list[Pair]) -> dict[str, float]:
+    """chrF and BLEU of translations by sacrebleu."""
+    wanted = [[to for _, to in query]]
+    return {
+        "chrF": sacrebleu.corpus_chrf(found, wanted).score,
+        "BLEU": sacrebleu.corpus_bleu(found, wanted).score,
+    }
+
+
+class Episode(rnnopt.Task):
     """Adapt to pairs, and be judged by others."""
-    batches = [
-        translator.batch(support[at : at + BATCH], UNSEEN) for at in range(0, len(support), BATCH)
-    ]
-    judged = translator.batch(query, UNSEEN)
 
-    def metrics(module: nn.Module) -> dict[str, float]:
-        found, wanted = translator.translate(module, judged), [[to for _, to in query]]
-        return {
-            "chrF": sacrebleu.corpus_chrf(found, wanted).score,
-            "BLEU": sacrebleu.corpus_bleu(found, wanted).score,
-        }
+    def __init__(
+        self, translator: Translator, support: list[Pair], query: list[Pair], scored: bool
+    ) -> None:
+        batches = [
+            translator.batch(support[at : at + BATCH], UNSEEN)
+            for at in range(0, len(support), BATCH)
+        ]
+        judged, self.query = translator.batch(query, UNSEEN), query
 
-    return rnnopt.Task(
-        lambda net, step: net(**batches[step % len(batches)]).loss,
-        lambda net, step: net(**judged).loss,
-        metrics=metrics if scored else None,
-    )
+        def metrics(module: nn.Module) -> dict[str, float]:
+            return translation_scores(translator.translate(module, judged), query)
+
+        super().__init__(
+            lambda net, step: net(**batches[step % len(batches)]).loss,
+            lambda net, step: net(**judged).loss,
+            metrics=metrics if scored else None,
+        )
+
+
+def copied(learner: rnnopt.Learner, task: Episode) -> dict[str, float]:
+    """The sources as they are for translations; the loss is that of the model, not adapted."""
+    found = translation_scores([source for source, _ in task.query], task.query)
+    return unadapted(learner, task) | found
 
 
 def make_field(options: Options) -> Field:
@@ -173,17 +190,15 @@ def make_field(options: Options) -> Field:
     training, support, query = (read(options, stem) for stem in ("train", "val", "test"))
     source, known, unseen = (options.more[name] for name in ("source", "known", "unseen"))
     sizes = options.more["pairs"]
-    held = int(len(training) * HELD_OUT)
-    episodes = {
-        "train": training[:held][: held * 3 // 4],
-        "validation": training[:held][held * 3 // 4 :],
-    }
-    for name, found in {**episodes, "val": support}.items():
-        needed = max(sizes) + (QUERY if name != "val" else 0)
-        if len(found) < needed:
+    needed = max(sizes) + QUERY
+    held = max(int(len(training) * HELD_OUT), 2 * needed)
+    cut = held - max(held - held * 3 // 4, needed)
+    episodes = {"train": training[:cut], "validation": training[cut:held]}
+    for name, found, least in (("train", training, 2 * held), ("val", support, max(sizes))):
+        if len(found) < least:
             raise rnnopt.InputError(
-                f"--pairs {max(sizes)}: {name} has {len(found)} rows for episodes, and needs "
-                f"{needed}; give more rows, or lower --pairs"
+                f"--pairs {max(sizes)}: {name} has {len(found)} rows, and needs {least}; give more "
+                "rows, or lower --pairs"
             )
     translator = make_translator(training[held:], options)
     module = translator.model
@@ -202,7 +217,7 @@ def make_field(options: Options) -> Field:
             chosen = drawn.sample(episodes[part], min(size + QUERY, len(episodes[part])))
             pairs = [(row[source], row[to].translate(letters)) for row in chosen]
             first, second = pairs[QUERY:], pairs[:QUERY]
-        return episode(translator, first, second, scored)
+        return Episode(translator, first, second, scored)
 
     higher = rnnopt.Metric(higher_is_better=True)
     return Field(
@@ -215,7 +230,7 @@ def make_field(options: Options) -> Field:
             "adafactor-default": at_default(torch.optim.Adafactor),
             "adamw-default": BASELINES["adamw-default"],
         },
-        direct={"none": unadapted},
+        direct={"none": unadapted, "source copied": copied},
         meta_sgd=0.1,
         slower=3,
         settings={f"{size}-pairs": functools.partial(task, size) for size in sizes},

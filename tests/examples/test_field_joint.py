@@ -1,6 +1,7 @@
 """One rule for many fields: whose turn it is, and what is left out."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,35 @@ def test_fields_that_can_not_be_mixed_exit_with_2(exit_code, capsys, tmp_path, c
     words = ("--data", tmp_path, "--output", tmp_path / "out", "--fields", *chosen)
     assert exit_code(joint, *words) == 2
     assert f"--fields {' '.join(chosen)}: needs at least two of" in capsys.readouterr().err
+
+
+def test_a_field_that_needs_an_encoder_asks_for_it(exit_code, capsys, tmp_path):
+    words = ("--data", tmp_path, "--output", tmp_path / "out", "--fields", "selection", "digits")
+    assert exit_code(joint, *words) == 2
+    assert "selection needs an encoder; name a folder with --encoder" in capsys.readouterr().err
+
+
+def test_a_field_is_compared_with_rules_of_all_of_the_others_and_its_own(tmp_path, monkeypatch):
+    seen = []
+    made = {name: lines(name, width, seen) for name, width in (("thin", 2), ("wide", 4))}
+    monkeypatch.setattr(joint, "made_fields", lambda options: made)
+    learned = []
+    made_rule = joint.joint_rule
+    monkeypatch.setattr(
+        joint,
+        "joint_rule",
+        lambda fields, options: (
+            learned.append([f.name for f in fields]) or made_rule(fields, options)
+        ),
+    )
+    options = field.Options(Path(), tmp_path, meta_steps=1, episodes=2, small=True)
+    joint.main(options)
+    assert learned == [["thin", "wide"], ["wide"], ["thin"]]
+    figures = json.loads((tmp_path / "joint-thin.json").read_text())
+    assert {"two-level", "field", "joint", "all", "adamw", "learned"} <= set(figures["methods"])
+    table = (tmp_path / "joint.md").read_text()
+    assert "mean nothing" in table and "meta-trained on all fields" in table
+    row = next(line for line in table.splitlines() if line.startswith("| wide (loss) | 2 |"))
+    values = json.loads((tmp_path / "joint-wide.json").read_text())["values"]
+    pairs = zip(values["all"]["loss"]["2"], values["field"]["loss"]["2"])
+    assert f"{sum(a - b for a, b in pairs) / 2:+.3f}" in row.split("|")[-2]

@@ -93,8 +93,8 @@ def test_factors_explain_ratings_better_than_item_means(table):
 
 
 def test_no_user_is_in_two_parts(table):
-    parts, count = recommendation.users_of(table, 0)
-    assert count == ITEMS and list(parts) == list(recommendation.SHARES)
+    parts, items = recommendation.users_of(table, 0)
+    assert len(items) == ITEMS and list(parts) == list(recommendation.SHARES)
     every = [tuple(rated.tolist()) for group in parts.values() for rated, _ in group]
     assert len(every) == len(set(every))
 

@@ -82,6 +82,19 @@ def test_what_was_learned_is_translated(data):
     assert translator.translate(translator.model, batch) == ["Drei Mann"]
 
 
+def test_few_rows_leave_enough_to_choose_learning_rates_on(data):
+    """A fifth of 200 rows would leave 10 for validation, and an episode takes 25."""
+    (data / "val.jsonl").write_text((data / "train.jsonl").read_text())
+    made = translation.make_field(options(data, pairs=[22]))
+    task = made.settings["22-pairs"]("validation", 0, True)
+    assert len(task.query) == 3
+    made.learner.begin(task, 0)
+    copied = translation.copied(made.learner, task)
+    assert copied["loss"] == pytest.approx(field.unadapted(made.learner, task)["loss"])
+    task.query = [(to, to) for _, to in task.query]
+    assert translation.copied(made.learner, task)["chrF"] == pytest.approx(100)
+
+
 def test_the_unseen_language_is_not_in_the_model(data):
     """The same model comes of training rows without the language that is adapted to."""
     rows = sentences(60)
@@ -119,7 +132,7 @@ def test_a_pair_without_one_side_exits_with_2(data, exit_code, capsys, change, m
 def test_unequal_columns_and_too_few_rows_exit_with_2(data, exit_code, capsys):
     words = ("--data", data, "--output", data / "out")
     assert exit_code(translation, *words, "--pairs", 500) == 2
-    assert "--pairs 500: train has 30 rows for episodes, and needs 503" in capsys.readouterr().err
+    assert "--pairs 500: train has 200 rows, and needs 2012" in capsys.readouterr().err
     (data / "train.jsonl").unlink()
     (data / "train.tsv").write_text("en\tde\tfr\tcs\na\tb\tc\td\na\tb\tc\n")
     assert exit_code(translation, *words) == 2
