@@ -5,7 +5,7 @@
 DATA holds train, val and test (.jsonl or .jsonl.gz) of different classes. LoRA factors in the top
 layer and an output layer, which begins at the class means, adapt to five classes from five texts
 each, in ten steps. That is done with the whole encoder and with every other layer of it, with each
-of --ranks, with the rule of two levels, the shipped rule, and AdamW at the rate that is best on
+of --ranks, with the shipped rule, and AdamW at the rate that is best on
 validation classes. Each has its state in float32 or bfloat16, and in 8 bits; AdamW of bitsandbytes
 is a further row where that is installed. Afterwards all matrices of the adapted model are rounded
 to 8 bits with a scale for each row. About 10 minutes on two cores.
@@ -35,7 +35,7 @@ import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.data.files import read_corpus
 from rnnopt.evaluation.statistics import interval
-from rnnopt.rules.files import SHIPPED_RULE, TWO_LEVEL_RULE, rule_name
+from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
@@ -180,10 +180,7 @@ def main(options: Options) -> None:
     encoder, ranks = options.more["encoder"], options.more["ranks"]
     encoders = {"whole": encoder, "every other layer": pruned(encoder, options.output / "pruned")}
     rules = {
-        "rule of two levels": lambda params: rnnopt.LearnedOptimizer(params, TWO_LEVEL_RULE),
-        "shipped rule, bfloat16 state": lambda params: rnnopt.LearnedOptimizer(
-            params, SHIPPED_RULE, state_dtype=torch.bfloat16
-        ),
+        "shipped rule": lambda params: rnnopt.LearnedOptimizer(params),
     }
     tuned = {"AdamW": adamw}
     if find_spec("bitsandbytes"):
@@ -289,7 +286,7 @@ def write(rows: list[dict[str, Any]], options: Options) -> None:
     text = "\n".join(lines) + "\n"
     if options.small:
         text = f"These figures mean nothing: they are of --small.\n\n{text}"
-    about = {"options": asdict(options), "two_level": rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))}
+    about = {"options": asdict(options), "rule": rule_name(rnnopt.load_rule(SHIPPED_RULE))}
     content = json.dumps({**about, "rows": rows}, indent=1, default=str)
     write_atomically(options.output / "compression.json", content.encode())
     write_atomically(options.output / "compression.md", text.encode())

@@ -25,17 +25,16 @@ from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import BASELINES, Baseline, rule_baseline
 from rnnopt.evaluation.compare import Compared
 from rnnopt.evaluation.comparison import Direct
-from rnnopt.rules.files import TWO_LEVEL_RULE, rule_name, shipped_rule
+from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.storage.files import fingerprint, read_tensors, save_tensors, write_atomically
 from rnnopt.tasks.start import Start
 
 NAMES = {
     "none": "not adapted",
     "learned": "shipped rule",
-    "two-level": "rule of two levels",
-    "field": "rule of two levels, meta-trained here",
-    "joint": "rule of two levels, meta-trained on other fields",
-    "all": "rule of two levels, meta-trained on all fields",
+    "field": "shipped rule, meta-trained here",
+    "joint": "shipped rule, meta-trained on other fields",
+    "all": "shipped rule, meta-trained on all fields",
     "meta-sgd": "a rate for each tensor, meta-trained here",
     "adamw": "AdamW, best rate",
     "adam-default": "Adam, default rate",
@@ -91,7 +90,7 @@ class Field:
         direct: methods by name that solve a task without steps of an optimizer.
         meta_sgd: the first learning rate of `rnnopt.MetaSGD`, which is meta-trained as a further
             row. None: there is no such row.
-        slower: how many times longer a meta-step of the rule of two levels takes than one of MAML;
+        slower: how many times longer a meta-step of the rule takes than one of MAML;
             it gets so many times fewer, so that each takes as long.
         start: where every method starts, such as the output layer of a text classifier. Those with
             learned initial values start there with these.
@@ -199,8 +198,8 @@ def honest_comparison(
 ) -> Compared:
     """Compare the rules with the field's optimizers, and write table, figures and picture.
 
-    The rules that ship have nothing set. The rule "field" begins with the one of two levels and is
-    meta-trained on the training tasks. AdamW, and gradient descent from learned initial values,
+    The rule that ships has nothing set. The rule "field" begins with it and is meta-trained on the
+    training tasks. AdamW, and gradient descent from learned initial values,
     have the best rate for each number of steps, found on validation tasks.
 
     Args:
@@ -217,8 +216,7 @@ def honest_comparison(
     facts["start"] = fingerprint(field.learner.initial_values)
     learned = {**facts, "meta_steps": options.meta_steps, "steps": field.steps}
     own = dict(field.usual)
-    own["two-level"] = rule_baseline(rnnopt.load_rule(TWO_LEVEL_RULE))
-    rules = {"field": rnnopt.load_rule(TWO_LEVEL_RULE)}
+    rules = {"field": rnnopt.load_rule(SHIPPED_RULE)}
     if field.meta_sgd is not None:
         names = [name for name, _ in field.learner.trainable()]
         rules["meta-sgd"] = rnnopt.MetaSGD(names, field.meta_sgd)
@@ -235,7 +233,7 @@ def honest_comparison(
     name = "-".join(filter(None, (field.name, setting)))
     with progress_bar(f"compare: {name}") as bar:
         compared = rnnopt.compare(
-            rnnopt.load_rule(shipped_rule(field.learner.initial_values.values())),
+            rnnopt.load_rule(SHIPPED_RULE),
             field.learner,
             field.source("test", True, setting),
             tuning=field.source("validation", True, setting),
@@ -301,8 +299,8 @@ def _write(name: str, title: str, options: Options, compared: Compared) -> None:
     text = f"{title}\n\n{compared.table('adamw', NAMES)}"
     if options.small:
         text = f"These figures mean nothing: they are of --small.\n\n{text}"
-    rule = rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))
-    figures = {"options": asdict(options), "two_level": rule, **compared.figures}
+    rule = rule_name(rnnopt.load_rule(SHIPPED_RULE))
+    figures = {"options": asdict(options), "rule": rule, **compared.figures}
     at = options.output / name
     content = json.dumps(figures, indent=1, default=str)
     write_atomically(at.with_name(f"{name}.json"), content.encode())

@@ -2,7 +2,7 @@
 
     python examples/fields/joint.py --data DATA --encoder MINILM --output out
 
-DATA has the folders and files of `FIELDS`; symbolic links will do. The rule of two levels is
+DATA has the folders and files of `FIELDS`; symbolic links will do. The shipped rule is
 meta-trained on the training tasks of all fields, which take turns, for each field on those of the
 others, and for each field on its own. All of these rules get as many meta-steps of as many tasks,
 and all become rows of each field's own comparison. With the same `--output` as the fields' own
@@ -23,7 +23,7 @@ import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import rule_baseline
 from rnnopt.evaluation.compare import Compared
-from rnnopt.rules.files import TWO_LEVEL_RULE, SavedRule, rule_name
+from rnnopt.rules.files import SHIPPED_RULE, SavedRule, rule_name
 from rnnopt.storage.files import fingerprint, write_atomically
 
 FIELDS = {  # module: its data in DATA
@@ -35,7 +35,7 @@ FIELDS = {  # module: its data in DATA
     "recommendation": "Rdata.rdb",
 }
 DEFAULT = ["selection", "digits", "recommendation"]
-RULES = ("two-level", "field", "joint", "all")  # columns of the table
+RULES = ("learned", "field", "joint", "all")  # columns of the table
 MORE = {
     "fields": {"default": DEFAULT, "nargs": "+", "help": f"of {', '.join(FIELDS)} [%(default)s]"},
     "encoder": {"help": "of selection: a folder of transformers'"},
@@ -58,8 +58,8 @@ class Mixed(rnnopt.TaskSource):
 
 
 def joint_rule(fields: Sequence[Field], options: Options) -> SavedRule:
-    """The rule of two levels after meta-training on several fields, kept as a rule file."""
-    rule = rnnopt.load_rule(TWO_LEVEL_RULE)
+    """The shipped rule after meta-training on several fields, kept as a rule file."""
+    rule = rnnopt.load_rule(SHIPPED_RULE)
     about = {
         "fields": {f.name: fingerprint(f.learner.initial_values) for f in fields},
         "facts": [dict(f.facts) for f in fields],
@@ -98,7 +98,7 @@ def summary(found: Mapping[tuple[str, str], tuple[Field, Compared]]) -> str:
     """
     tables = []
     for title in ("loss", "metric"):
-        columns = [NAMES[rule].replace("rule of two levels", "").strip(", ") for rule in RULES]
+        columns = [NAMES[rule].replace("shipped rule", "").strip(", ") for rule in RULES]
         head = ["field", "steps", *(name or "as it ships" for name in columns), "on all - on it"]
         lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
         for (_, setting), (field, compared) in found.items():
@@ -151,8 +151,8 @@ def main(options: Options) -> None:
     text = summary(found)
     if options.small:
         text = f"These figures mean nothing: they are of --small.\n\n{text}"
-    rule = rule_name(rnnopt.load_rule(TWO_LEVEL_RULE))
-    about = {"options": asdict(options), "two_level": rule, "fields": list(made)}
+    rule = rule_name(rnnopt.load_rule(SHIPPED_RULE))
+    about = {"options": asdict(options), "rule": rule, "fields": list(made)}
     content = json.dumps(about, indent=1, default=str)
     write_atomically(options.output / "joint.json", content.encode())
     write_atomically(options.output / "joint.md", text.encode())

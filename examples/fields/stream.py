@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.statistics import interval
-from rnnopt.rules.files import SHIPPED_RULE, TWO_LEVEL_RULE, rule_name
+from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.storage.files import write_atomically
 
 STEPS = 16  # of a domain
@@ -221,7 +221,7 @@ def left_behind(model: Model, stream: Sequence[Domain], seed: int) -> list[dict[
 
 
 def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options) -> Any:
-    """The rule of two levels after meta-training on changes of the training part."""
+    """The shipped rule after meta-training on changes of the training part."""
     before = {
         part: left_behind(model, streams[part].stream(12, f"before {part}"), options.seed)
         for part in ("train", "validation")
@@ -234,7 +234,7 @@ def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options)
 
         return task
 
-    rule = rnnopt.load_rule(TWO_LEVEL_RULE)
+    rule = rnnopt.load_rule(SHIPPED_RULE)
     facts = {"from": rule_name(rule), "meta_steps": options.meta_steps, "small": options.small}
     facts |= {"seed": options.seed, "texts": float(streams["train"].x.sum()), "more": options.more}
     file = options.output / f"stream-rule-{digest(facts)}.safetensors"
@@ -374,8 +374,7 @@ def main(options: Options) -> None:
     tuning = [parts["validation"].stream(changes, f"{options.seed} tuning")]
     rules = {
         "shipped rule": rnnopt.load_rule(SHIPPED_RULE),
-        "rule of two levels": rnnopt.load_rule(TWO_LEVEL_RULE),
-        "rule of two levels, meta-trained here": meta_trained(parts, model, options),
+        "shipped rule, meta-trained here": meta_trained(parts, model, options),
     }
     methods, rates = methods_of(rules), {}
     total = len(methods) + len(TUNED) * (1 + len(RATES))
@@ -397,7 +396,7 @@ def main(options: Options) -> None:
     text = f"{count} streams of {changes} changes each\n\n{text}"
     if options.small:
         text = f"These figures mean nothing: they are of --small.\n\n{text}"
-    about = {"options": asdict(options), "two_level": rule_name(rules["rule of two levels"])}
+    about = {"options": asdict(options), "rule": rule_name(rules["shipped rule"])}
     content = json.dumps({**about, "methods": figures}, indent=1, default=str)
     write_atomically(options.output / "stream.json", content.encode())
     write_atomically(options.output / "stream.md", text.encode())

@@ -157,13 +157,9 @@ def _case(rule: Rule, chance: random.Random, small: bool, huge: bool = False) ->
 
 def _rules() -> dict[str, Rule]:
     from rnnopt import load_rule
-    from rnnopt.rules.files import SHIPPED_HEAD_RULE, SHIPPED_RULE, TWO_LEVEL_RULE
+    from rnnopt.rules.files import SHIPPED_RULE
 
-    return {
-        "default": Rule(lambda: load_rule(SHIPPED_RULE), _lstm_bound),
-        "head": Rule(lambda: load_rule(SHIPPED_HEAD_RULE), _lstm_bound),
-        "two levels": Rule(lambda: load_rule(TWO_LEVEL_RULE), _two_level_bound),
-    }
+    return {"shipped rule": Rule(lambda: load_rule(SHIPPED_RULE), _bound)}
 
 
 # Adam's direction is at most (1 - beta1) / sqrt(1 - beta2) and its kin for moments of 6 steps:
@@ -171,20 +167,7 @@ def _rules() -> dict[str, Rule]:
 _ADAM = 3.2
 
 
-def _lstm_bound(rule: Any, rms: float, count: int, total: int) -> float:
-    """Growth of at most e - 1, and step_scale <= 1 / 8 times the directions' weights."""
-    weights = {name: leaf.abs().sum(-1) for name, leaf in rule.named_parameters() if leaf.ndim}
-    reach = rule.output_bias.abs() + weights["output_context"]
-    if rule.hidden_size:
-        reach = reach + weights["output_weight"]
-    s, k, a = reach.tolist()
-    factor = math.exp(4.0 * math.tanh(s / 4.0))
-    # orthogonalised directions are at most twice as long
-    length = 2 * factor * ((2 + k) * _ADAM + (1 + a) * 1.01)
-    return float((math.e - 1) * rms + rule.initial_decrease / 8 * length)
-
-
-def _two_level_bound(rule: Any, rms: float, count: int, total: int) -> float:
+def _bound(rule: Any, rms: float, count: int, total: int) -> float:
     """Growth of at most e - 1, and base_rates times exp(4) times the directions' weights."""
     from rnnopt.rules.tensor_features import FIRST_DISTANCE
 

@@ -24,14 +24,12 @@ def part(material: Material, folder: Path, seed: int, small: bool) -> dict[str, 
         there is one, and what went wrong.
     """
     steps, tasks = (300, 10) if small else (10_000, 200)
-    figures = {}
-    for rule in ("default", "two levels"):
-        figures[f"drifting task, {rule}"] = _in_child(_drift, folder, rule, steps, seed, small)
-    for name in ("default", "two levels"):
-        figures[f"tasks in a row, {name}"] = _in_child(
-            _tasks, folder, name, tasks, seed, small, material.encoder, material.data
-        )
-    return figures
+    return {
+        "drifting task": _in_child(_drift, folder, steps, seed, small),
+        "tasks in a row": _in_child(
+            _tasks, folder, tasks, seed, small, material.encoder, material.data
+        ),
+    }
 
 
 def resident() -> float:
@@ -41,12 +39,12 @@ def resident() -> float:
 
 
 def _in_child(
-    work: Any, folder: Path, rule: str, count: int, seed: int, small: bool, *more: object
+    work: Any, folder: Path, count: int, seed: int, small: bool, *more: object
 ) -> dict[str, Any]:
-    report = folder / f"{work.__name__}-{rule}"
+    report = folder / work.__name__
 
     def go() -> int:
-        report.write_text(json.dumps(work(rule, count, seed, *more)))
+        report.write_text(json.dumps(work(count, seed, *more)))
         return 0
 
     ended = Child(go).wait(3600)
@@ -63,19 +61,13 @@ def _in_child(
     }  # fmt: skip
 
 
-def _rule(name: str) -> Any:
-    from rnnopt.rules.files import TWO_LEVEL_RULE
-
-    return TWO_LEVEL_RULE if name == "two levels" else None
-
-
-def _drift(rule: str, steps: int, seed: int) -> tuple[float, float, float]:
+def _drift(steps: int, seed: int) -> tuple[float, float, float]:
     """Classes whose border turns round once in 2,500 steps; the accuracy of the last 500 steps."""
     from rnnopt import LearnedOptimizer
 
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2))
-    optimizer = LearnedOptimizer(net.parameters(), _rule(rule))
+    optimizer = LearnedOptimizer(net.parameters())
     early, right = 0.0, []
     for step in range(steps):
         angle = torch.tensor(step * 2 * torch.pi / 2500)
@@ -92,9 +84,7 @@ def _drift(rule: str, steps: int, seed: int) -> tuple[float, float, float]:
     return early, resident(), sum(right) / len(right)
 
 
-def _tasks(
-    rule: str, tasks: int, seed: int, encoder: Path, data: Path
-) -> tuple[float, float, float]:
+def _tasks(tasks: int, seed: int, encoder: Path, data: Path) -> tuple[float, float, float]:
     """Ten steps of LoRA on two classes each; the mean accuracy on what was trained on."""
     from rnnopt import LearnedOptimizer
     from rnnopt.data.files import read_corpus
@@ -112,7 +102,7 @@ def _tasks(
         classifier.reset(2, task)
         batch = LabelledTexts.read(classifier, [t for t, _ in rows], [y for _, y in rows])
         params = [param for _, param in classifier.trainable()]
-        optimizer = LearnedOptimizer(params, _rule(rule))
+        optimizer = LearnedOptimizer(params)
         for _ in range(10):
             optimizer.zero_grad()
             batch.loss(classifier, classifier.model).backward()

@@ -46,7 +46,7 @@ def options(folder, **changes):
 
 def test_every_method_is_a_row_and_a_second_run_repeats_nothing(tmp_path, capsys):
     first = fields.honest_comparison(lines(), options(tmp_path)).figures
-    methods = {"learned", "adamw", "Adam", "two-level", "field", "maml", "reptile"}
+    methods = {"learned", "adamw", "Adam", "field", "maml", "reptile"}
     assert first["methods"].keys() == methods
     table = (tmp_path / "lines.md").read_text()
     assert capsys.readouterr().out.strip() == table.strip()

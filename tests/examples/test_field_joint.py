@@ -92,7 +92,7 @@ def test_a_field_is_compared_with_rules_of_all_of_the_others_and_its_own(tmp_pat
     joint.main(options)
     assert learned == [["thin", "wide"], ["wide"], ["thin"]]
     figures = json.loads((tmp_path / "joint-thin.json").read_text())
-    assert {"two-level", "field", "joint", "all", "adamw", "learned"} <= set(figures["methods"])
+    assert {"field", "joint", "all", "adamw", "learned"} <= set(figures["methods"])
     table = (tmp_path / "joint.md").read_text()
     assert "mean nothing" in table and "meta-trained on all fields" in table
     row = next(line for line in table.splitlines() if line.startswith("| wide (loss) | 2 |"))
