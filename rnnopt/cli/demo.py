@@ -26,7 +26,7 @@ from rnnopt.evaluation.comparison import Comparison, default_budgets
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.plot import plot_comparison
 from rnnopt.evaluation.report.tables import comparison_table, show
-from rnnopt.meta.settings import MetaTrainSettings, UnrollSettings
+from rnnopt.meta.settings import SHIPPED, LearnedSettings, MetaTrainSettings, UnrollSettings
 from rnnopt.meta.training import MetaTraining
 from rnnopt.rules.classical import SGD
 from rnnopt.rules.files import SavedRule
@@ -38,7 +38,7 @@ from rnnopt.tasks.text.tasks import TextTasks
 
 WAYS, SHOTS, QUERIES, STEPS = 5, 5, 8, 10
 MAX_LENGTH = 32  # tokens: a docstring's first words tell most
-META_STEPS, META_LR = 60, 1e-2
+META_STEPS, META_LR = 16, 2e-3
 EPISODES, TUNING_EPISODES = 30, 6
 
 
@@ -152,7 +152,13 @@ def _meta_train(train: TextTasks, validation: TextTasks, folder: Path, seed: int
     training = MetaTraining(
         train,
         validation,
-        MetaTrainSettings(META_STEPS, UnrollSettings(STEPS), meta_lr=META_LR, seed=seed),
+        MetaTrainSettings(
+            META_STEPS,
+            UnrollSettings(STEPS),
+            meta_lr=META_LR,
+            learned=LearnedSettings(origin=SHIPPED),
+            seed=seed,
+        ),
         folder,
         facts={"data": "stdlib"},
         training={"classes": class_sketches(train.sampler.corpus)},
