@@ -83,7 +83,13 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    draw(points(read(options.results)), options.picture)
+    sets = points(read(options.results))
+    if not sets:
+        parser.error(
+            f"{options.results} has no set with two numbers of labels by the method rnnopt; run "
+            "benchmark_practitioner.py with --shots 5 10"
+        )
+    draw(sets, options.picture)
     print(f"wrote {options.picture}")
 
 

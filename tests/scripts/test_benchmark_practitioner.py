@@ -45,3 +45,29 @@ def test_every_method_has_its_row_and_a_stopped_run_goes_on(run, texts, encoder,
         assert any(f"| trec28, 10 classes | 2 | {method} | 0." in line for line in others)
     assert lines[-1].startswith("| mean | | | | nearest mean ")
     assert others[:-1] == [*lines[-7:-1], *others[6:-1]]
+
+
+def test_the_picture_is_the_same_for_the_same_results(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("plot_practitioner")
+    results, pictures = tmp_path / "results.jsonl", [tmp_path / name for name in ("a.svg", "b.svg")]
+
+    def call(picture):
+        monkeypatch.setattr(sys, "argv", ["plot_practitioner.py", str(results), str(picture)])
+        module.main()
+
+    lines = [
+        {"cell": ["trec28", shots, method, seed], "ways": 10, "accuracy": 0.5 + shots / 40}
+        for shots in (1, 5, 10)
+        for method in ("logistic", "rnnopt")
+        for seed in range(1 + (shots > 1))  # a single draw has no interval
+    ]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    with pytest.raises(SystemExit):
+        call(pictures[0])
+    assert "run benchmark_practitioner.py with --shots 5 10" in capsys.readouterr().err
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for picture in pictures:
+        call(picture)
+    first, second = (picture.read_text() for picture in pictures)
+    assert first == second and "trec28, 10 classes" in first and "TextClassifier" in first
