@@ -31,9 +31,9 @@ ABOUT = {
     "gradients": (
         "Gradients of any kind",
         "Random tensors of 1 to 1,000,003 coordinates in float32, bfloat16 and float16, with and "
-        "without the kernel, and one of 100,000,000; gradients at scales from 1e-30 to 1e30, zero, "
-        "with NaN and "
-        "infinities, sparse rows, jumps, flipped signs, denormals and outliers. *Right*: no step "
+        "without the kernel, and one of 100,000,000; gradients at scales from 1e-30 "
+        "to 1e30, zero, with NaN and infinities, sparse rows, jumps, flipped signs, denormals and "
+        "outliers. *Right*: no step "
         "beyond the rule's bound, no number in parameters or memory that is not finite, and a "
         "plain gradient at the end moves something. Bounds follow from the rules' weights and are "
         "not tight.",
