@@ -91,7 +91,10 @@ def _from_lazy_load(path: Path) -> pd.DataFrame:
 
 
 def checked(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The columns that are used, if every row is a rating of an item by a user."""
+    """The columns that are used, if every row is a rating of an item by a user.
+
+    Columns beside those of `COLUMNS` may have empty cells.
+    """
     for column in columns:
         if column not in table:
             raise rnnopt.InputError(
@@ -99,10 +102,10 @@ def checked(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> pd.DataF
                 "missing; name it so in the first line"
             )
         empty = table[column].isna()
-        if empty.any():
+        if column in COLUMNS and empty.any():
             raise rnnopt.InputError(
                 f"{path}: row {int(empty.argmax()) + 1} has no {column}: every rating needs "
-                f"{', '.join(columns)}; remove the row or complete it"
+                f"{', '.join(COLUMNS)}; remove the row or complete it"
             )
     rating = pd.to_numeric(table["rating"], errors="coerce")
     if not np.isfinite(rating).all():

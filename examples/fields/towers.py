@@ -63,7 +63,7 @@ class Towers(nn.Module):
 
 def item_vectors(table: pd.DataFrame, items: list[int], options: Options) -> Tensor:
     """The encoder's vectors (N, W) of title and genres, less their mean, of variance 1."""
-    first = table.drop_duplicates("movieId").set_index("movieId").loc[items]
+    first = table.drop_duplicates("movieId").set_index("movieId").loc[items].fillna("")
     genres = first["genres"].str.replace("|", ", ")
     texts = [f"{title}. {kind}" for title, kind in zip(first["title"], genres)]
     encoder = options.more["encoder"]

@@ -58,10 +58,12 @@ def test_items_are_read_by_title_and_genres(table, tmp_path, monkeypatch):
     encode = towers.encode
     monkeypatch.setattr(towers, "encode", lambda texts, name: seen.extend(texts) or
                         encode(texts, name))  # fmt: skip
-    table.to_csv(tmp_path / "ratings.csv", index=False)
+    known = table.assign(title=table["title"].where(table["movieId"] != 7 * 5))
+    known.to_csv(tmp_path / "ratings.csv", index=False)
     encoder = tiny_bert(tmp_path / "encoder")
     made = towers.make_field(options(tmp_path / "ratings.csv", tmp_path, encoder))
     assert len(seen) == ITEMS and "Film 3. Drama, War" in seen
+    assert ". Drama, War" in seen  # an item without a title has its genres
     assert list(made.settings) == ["5-ratings"]
     task = made.task("test", 0, True)
     made.learner.begin(task, 0)
