@@ -98,7 +98,7 @@ def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> 
     states = dict(state_dict["state"])
     for index, param in _pairs(state_dict, groups):
         if index in states:
-            state = _of_whole(states[index], param, rule)
+            state = _of_whole(state_dict["state"][index], param, rule)
             states[index] = (
                 _flat_parts(state, rule)
                 if flat_shard(param)

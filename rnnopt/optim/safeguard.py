@@ -31,24 +31,11 @@ _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
 _CHUNK = 1 << 18
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
-# its minimum; the rise that was bearable there, for a `ScaleFreeRule`; whether the last batch was
-# skipped; the norms of the first gradient and of the largest one stepped by.
-GROUP_STATE = {
-    "undone": 0,
-    "loss_rise": 0.0,
-    "bearable_rise": 0.0,
-    "skipped": False,
-    "first_gradient": 0.0,
-    "largest_gradient": 0.0,
-}
+# its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
+GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
 # A gradient so many times larger than any before is an accident of one batch: Adam's second moment
 # would remember it for thousands of steps. Between batches norms differ tenfold at most.
 _OUTLIER = 1000.0
-_BATCHES = 10.0
-# Where steps are far too long, the gradient after one may be nearly orthogonal to it, and the
-# trapezoid sees a fall. But the gradient of a quadratic loss grows as the square root of the loss:
-# where it is a hundred times as large as the first one, the loss has exploded.
-_GROWTH = 100.0
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -184,21 +171,14 @@ def check_last_step(
     # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined, bearable = _is_ruined(total, norm, group, work, states, rule, peers)
+    ruined = _is_ruined(total, work, states, rule, peers)
     if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
         skipped, total = True, group["loss_rise"]
-    first = group["first_gradient"] or norm
-    if group["skipped"]:
-        first = max(first, norm)
-    if not (ruined or skipped) and 0 < _GROWTH * first < norm:
-        ruined, first = True, norm / _BATCHES
     if not (ruined or skipped):
         largest = max(largest, norm)
     for group in groups:
         group["largest_gradient"] = largest
-        group["first_gradient"] = first
         group["loss_rise"] = 0.0 if ruined else total
-        group["bearable_rise"] = bearable
         group["undone"] += ruined
         group["skipped"] = skipped
     if ruined:
@@ -209,34 +189,19 @@ def check_last_step(
 
 
 def _is_ruined(
-    rise: float,
-    norm: float,
-    group: Mapping[str, Any],
-    work: Work,
-    states: Sequence[State],
-    rule: UpdateRule,
-    peers: Peers,
-) -> tuple[bool, float]:
-    """Whether the loss has risen too far above its minimum, and how far it may rise.
-
-    For a `ScaleFreeRule` that is decided at the minimum: while the loss explodes, so do the
-    decreases that steps promise.
-    """
+    rise: float, work: Work, states: Sequence[State], rule: UpdateRule, peers: Peers
+) -> bool:
+    """Whether the loss has risen too far above its minimum."""
     if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
-        return rise > MAX_RISE, group["bearable_rise"]
-    bearable = peers.largest(float(rule.largest_rise(states)) if states else 0.0)
-    if rise > 0 and group["bearable_rise"]:
-        bearable = group["bearable_rise"]
-    if rise <= bearable or 0 < norm <= _BATCHES * group["largest_gradient"]:
-        return rise > bearable, bearable
-    # such a gradient may be that of another batch after very small ones
+        return rise > MAX_RISE
+    if rise <= peers.largest(float(rule.largest_rise(states)) if states else 0.0):
+        return False
     rows = [
         statistics_of(rule, local(param), local_gradient(grad, param), state)
         for (_, param, grad), state in zip(work, states)
     ]
     sums = sum_over_shards(rows, [param for _, param, _ in work])
-    bearable = max(bearable, float(rule.promised(peers.rows(cast(list[Tensor], sums)))))
-    return rise > bearable, bearable
+    return rise > float(rule.promised(peers.rows(cast(list[Tensor], sums))))
 
 
 @torch.no_grad()
