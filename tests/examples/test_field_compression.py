@@ -82,7 +82,7 @@ def test_a_run_has_every_encoder_rank_and_method(tmp_path, monkeypatch, capsys):
     sizes = {row["encoder"]: row["model"] for row in rows}
     assert sizes["every other layer"] < sizes["whole"]
     state = {row["method"]: row["state"] for row in rows}
-    assert 0 < state["shipped rule, 8-bit state"] < state["shipped rule, bfloat16 state"]
+    assert 0 < state["shipped rule, 8-bit state"] < state["shipped rule"]
     assert (tmp_path / "compression.png").stat().st_size > 0
 
 

@@ -279,7 +279,7 @@ def test_the_core_cells_of_a_pack_make_a_table(script, pack, monkeypatch, tmp_pa
     rule, figures = tmp_path / "rule.safetensors", tmp_path / "figures.jsonl"
     script("rnnopt.rules.files").save_rule(TwoLevelLSTM(), rule, {})
     words = [str(rule), "--encoder", str(pack / "encoder"), "--cache", str(pack)]
-    words += ["--cells", "core", "--split", "test", "--episodes", "3", "--steps", "40"]
+    words += ["--cells", "core", "--split", "test", "--episodes", "3", "--steps", "40", "--free"]
     evaluate.main([*words, "--output", str(figures)])
     capsys.readouterr()
     table.main([str(figures)])
