@@ -179,7 +179,7 @@ def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
     ours = LearnedOptimizer(net.parameters(), random_lstm(), lr=0.5)
     with pytest.raises(
         ValueError,
-        match=r"no \['bearable_rise', .*'loss_rise', 'skipped', 'undone'\].*of a Learned",
+        match=r"no \['largest_gradient', 'loss_rise', 'skipped', 'undone'\].*of a Learned",
     ):
         ours.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
     assert ours.param_groups[0]["lr"] == 0.5
