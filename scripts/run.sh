@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up and run on a machine that has only Python 3.11 or newer and git.
-#   bash scripts/run.sh demo     meta-train and compare on the embedded default, 3 to 4 minutes
+#   bash scripts/run.sh demo     meta-train and compare on the embedded default, 2 to 3 minutes
 #   bash scripts/run.sh tests    lint, types and the default test suite, offline, below 5 minutes
 #   bash scripts/run.sh docs     the documentation, built strictly into build/site, a minute
 #   bash scripts/run.sh versions lowest    the tests with the lowest versions that setup.cfg allows
