@@ -85,14 +85,14 @@ class _Call:
     def __init__(
         self, rule: UpdateRule, states: Sequence[State], groups: Sequence[dict[str, Any]]
     ) -> None:
-        self._rule = rule
+        self.rule = rule
         self._numbers = [(float(g["lr"]), float(g["weight_decay"])) for g in groups]
         self._names = [tuple(state) for state in states]
         self.leaves = [name for names in self._names for name in names]
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The updates, and then the leaves of the next states, in the order of `leaves`."""
-        count, rule = len(self._names), self._rule
+        count, rule = len(self._names), self.rule
         params, grads, rest = given[:count], given[count : 2 * count], iter(given[2 * count :])
         states = [{name: next(rest) for name in names} for names in self._names]
         sums = [statistics_of(rule, *each) for each in zip(params, grads, states)]
@@ -131,7 +131,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, learned: frozenset[str], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        weights = len(list(cast(nn.Module, call._rule).parameters()))
+        weights = len(list(cast(nn.Module, call.rule).parameters()))
         given, ctx.weights = tensors[: len(tensors) - weights], tensors[len(tensors) - weights :]
         ctx.call = call
         ctx.save_for_backward(*given)

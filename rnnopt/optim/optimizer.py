@@ -82,12 +82,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             that a kernel does not support (by dtype, device or memory layout) are stepped by the
             plain rule beside it.
         guard: None guards every rule that has a fallback, see `rnnopt.optim.safeguard`: if the
-            loss rises by a nat, the step that caused it is undone and the fallback takes over (for
-            the shipped rules Adam with their step sizes), with half the step each further time;
-            see `undone`. It costs 2 bytes per coordinate, a copy of the trained parameters during
-            the step, and one synchronisation with the device per step. The loss has to be a mean
-            in nats, and clipped gradients hide a rise. False never guards; True requires a rule
-            that has a fallback. `apply`, and with it an unroll, has no guard.
+            loss rises too far, the step that caused it is undone and the fallback takes over (for
+            the shipped rule Adam at its base rates), with half the step each further time; see
+            `undone`. It costs 2 bytes per coordinate and one synchronisation with the device per
+            step, and with a rule that does not keep its last update a copy of the trained
+            parameters during the step. Clipped gradients hide a rise. False never guards; True
+            requires a rule that has a fallback. `apply`, and with it an unroll, has no guard.
 
     Raises:
         ValueError: lr or weight_decay is negative or not finite.
