@@ -35,6 +35,7 @@ def test_reading_files_loads_no_heavy_library():
     assert not (HEAVY | {"pandas"}) & loaded
 
 
+@pytest.mark.slow
 def test_the_test_above_can_fail():
     assert "higher" in modules_after_importing("rnnopt.meta.differentiable")
     assert "transformers" in modules_after_importing("rnnopt.tasks.text.classifier")

@@ -209,6 +209,7 @@ def test_the_command_loads_its_libraries_when_it_runs():
     assert not HEAVY & loaded("import rnnopt.cli.main")
 
 
+@pytest.mark.slow
 def test_the_test_above_can_fail():
     assert {"transformers", "rich"} <= loaded("import rnnopt.cli.meta_train")
 
