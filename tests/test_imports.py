@@ -186,6 +186,7 @@ def test_the_house_is_small():
         assert len([file for file in room.glob("*.py") if file.name != "__init__.py"]) <= 9, room
 
 
+@pytest.mark.slow
 def test_higher_is_imported_without_a_warning_when_it_is_compiled_afresh(tmp_path):
     """higher 0.2.1 has invalid escapes, which Python reports when there is no bytecode."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}

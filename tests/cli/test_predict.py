@@ -82,6 +82,7 @@ def test_a_file_of_texts(name, model, known, texts, tmp_path, capsys):
     assert np.allclose(found, known.predict_proba(wanted), atol=1e-6)
 
 
+@pytest.mark.slow  # 13 s
 def test_standard_input_is_answered_as_it_comes(model, known):
     """The first answer is there before the second line is."""
     code = "import sys; from rnnopt.cli.main import main; sys.exit(main())"

@@ -75,6 +75,7 @@ def test_every_example_is_tested():
     assert {name for name in names - helpers if name not in tested} == set()
 
 
+@pytest.mark.slow  # 22 s
 def test_the_notebook_runs():
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
