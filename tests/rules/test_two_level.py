@@ -1,6 +1,7 @@
 """The rule of two levels: what defines it, each as a property."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
 from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 from rnnopt.rules.tensor_features import FIRST_DISTANCE
-from rnnopt.rules.two_level import WIDEST, TwoLevelLSTM
+from rnnopt.rules.two_level import WIDEST, Decisions, TwoLevelLSTM
 
 SHAPES = [(6, 20), (6,), (70, 80), (3, 20)]
 
@@ -221,3 +222,19 @@ def test_an_empty_parameter_does_not_disturb_the_others():
             param.grad = torch.ones_like(param)
         optimizer.step()
     assert torch.isfinite(params[1]).all() and (params[1] != 1).all()
+
+
+def test_normalised_directions_fade_with_the_gradient():
+    """At a hundredth of the gradients before; at half of them a step is as long as ever."""
+    rule = TwoLevelLSTM().requires_grad_(False)
+    with torch.no_grad():
+        rule.output.bias[Decisions._fields.index("adam")] = -1  # leaves g / RMS(g) alone
+        rule.output.bias[Decisions._fields.index("gradient")] = 1
+    param = torch.randn(50)
+    grad = torch.randn(50)
+    for share, length in ((0.6, 1.0), (0.01, 0.01 / 0.5 / math.sqrt((3 + 1e-4) / 4))):
+        state = rule.init_state(param)
+        for size in (1.0, 1.0, 1.0, share):
+            update, state = rule(size * grad, state, param)
+        rate = FIRST_DISTANCE / math.sqrt(50)
+        assert update.square().mean().sqrt() == pytest.approx(length * rate, rel=1e-3)
