@@ -1,7 +1,6 @@
 """The same on a CUDA device; run with ``-m gpu`` where there is one."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -36,21 +35,6 @@ def test_the_device_does_not_matter(make):
     train(twin, LearnedOptimizer(twin.parameters(), make(), lr=0.1))  # the rule stays on the CPU
     for ours, theirs in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_without_a_safeguard_does_not_wait_for_the_gpu(fused):
-    net, rule = nn.Linear(4, 4).cuda(), random_lstm().cuda()
-    optimizer = LearnedOptimizer(net.parameters(), rule, fused=fused, guard=False)
-    train(net, optimizer, 1)
-    net(torch.ones(1, 4, device="cuda")).sum().backward()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -85,14 +85,15 @@ class _Call:
     def __init__(
         self, rule: UpdateRule, states: Sequence[State], groups: Sequence[dict[str, Any]]
     ) -> None:
-        self.rule = rule
+        self._rule = rule
         self._numbers = [(float(g["lr"]), float(g["weight_decay"])) for g in groups]
         self._names = [tuple(state) for state in states]
         self.leaves = [name for names in self._names for name in names]
+        self.size = 2 * len(states) + len(self.leaves)  # how many tensors it is given
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The updates, and then the leaves of the next states, in the order of `leaves`."""
-        count, rule = len(self._names), self.rule
+        count, rule = len(self._names), self._rule
         params, grads, rest = given[:count], given[count : 2 * count], iter(given[2 * count :])
         states = [{name: next(rest) for name in names} for names in self._names]
         sums = [statistics_of(rule, *each) for each in zip(params, grads, states)]
@@ -111,17 +112,12 @@ class _Call:
 
 def _learned_leaves(rule: UpdateRule) -> frozenset[str]:
     """Names of the leaves that depend on the rule's weights, found by two steps of a vector."""
-    param = torch.ones(2, device=_device_of(rule))
+    param = torch.ones(2, device=next(cast(nn.Module, rule).parameters()).device)
     state = rule.init_state(param)
     with torch.enable_grad():
         for _ in range(2):
             _, state = rule(param, state, param)
     return frozenset(name for name, leaf in state.items() if leaf.requires_grad)
-
-
-def _device_of(rule: UpdateRule) -> torch.device:
-    weights = cast(nn.Module, rule).parameters()
-    return next(weights).device
 
 
 class _Recomputed(torch.autograd.Function):
@@ -131,8 +127,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, learned: frozenset[str], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        weights = len(list(cast(nn.Module, call.rule).parameters()))
-        given, ctx.weights = tensors[: len(tensors) - weights], tensors[len(tensors) - weights :]
+        given, ctx.weights = tensors[: call.size], tensors[call.size :]
         ctx.call = call
         ctx.save_for_backward(*given)
         results = call(given)

@@ -57,7 +57,7 @@ def adapt_and_judge(
             torch.cuda.synchronize(learner.device)
         seconds += time.perf_counter() - started
         if step in budgets:
-            with _evaluation_point(optimizer):
+            with evaluation_point(optimizer):
                 scores[step] = task.scores(learner.module)
     return Adaptation(scores, seconds / max(budgets), getattr(optimizer, "undone", 0))
 
@@ -75,7 +75,7 @@ def check_budgets(budgets: Collection[int]) -> None:
 
 
 @contextmanager
-def _evaluation_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def evaluation_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Switch an optimizer that has a separate evaluation point to it, and back.
 
     Schedule-Free optimizers (Defazio et al. 2024, arXiv:2405.15682) take gradients at one point and

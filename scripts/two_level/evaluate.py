@@ -29,7 +29,7 @@ import multiprocessing
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.statistics import interval
 from rnnopt.rules.files import rule_fingerprint
 from rnnopt.rules.two_level import Decisions
+from rnnopt.tasks.adaptation import evaluation_point
 
 JUDGED = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40)  # numbers of steps
 SHOWN = (0, 1, 2, 3, 5, 10, 20, 40)  # those in the tables
@@ -153,22 +154,11 @@ def adapt_by(make: Callable[[list[Tensor]], torch.optim.Optimizer], tasks: TaskB
             optimizer.step()
         if step not in JUDGED:
             continue
-        with torch.no_grad(), shown(optimizer):
+        with torch.no_grad(), evaluation_point(optimizer):
             logits = tasks.query_logits(params)
         losses.append(query_losses(logits, tasks.query_labels)[0])
         accuracies.append((logits.argmax(-1) == tasks.query_labels).float().mean(1))
     return torch.stack(losses), torch.stack(accuracies)
-
-
-@contextmanager
-def shown(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Schedule-Free AdamW's average in place of the point whose gradients it takes."""
-    switch = hasattr(optimizer, "eval")
-    if switch:
-        optimizer.eval()  # type: ignore[attr-defined]
-    yield
-    if switch:
-        optimizer.train()  # type: ignore[attr-defined]
 
 
 def free(name: str, params: list[Tensor]) -> torch.optim.Optimizer:

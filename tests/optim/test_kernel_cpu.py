@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_twins import assert_equal, params_of
 from rule_table import random_lstm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,10 +40,6 @@ def twins(shapes, rule=None, **options):
     )
 
 
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
-
-
 def walk(optimizers, steps=20, scale=1e-3, spoil=lambda grad, step: None):
     """Feed all of them the same gradients."""
     generator = torch.Generator().manual_seed(2)
@@ -59,14 +56,6 @@ def walk(optimizers, steps=20, scale=1e-3, spoil=lambda grad, step: None):
 def assert_same(fused, plain, atol):
     for ours, theirs in zip(params_of(fused), params_of(plain)):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=atol)
-
-
-def assert_equal(fused, plain):
-    for ours, theirs in zip(params_of(fused), params_of(plain)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-        for name, leaf in plain.state[theirs].items():
-            tolerance = {"rtol": 2e-2} if name == "last_step" else {"rtol": 1e-4}  # bfloat16
-            torch.testing.assert_close(fused.state[ours][name], leaf, atol=2e-4, **tolerance)
 
 
 @needs_compiler

@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from kernel_twins import assert_equal, params_of
 from rule_table import random_lstm
 
 from rnnopt import LearnedOptimizer
@@ -100,10 +101,6 @@ def twins(device, units=2, shapes=SHAPES, dtype=torch.float32, **options):
     return fused, LearnedOptimizer(theirs, copy.deepcopy(rule), fused=False, **options)
 
 
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
-
-
 def walk(optimizers, steps=3, scale=0.1, spoil=lambda grad, step: None):
     """Feed all of them the same gradients."""
     generator = torch.Generator().manual_seed(1)
@@ -116,14 +113,6 @@ def walk(optimizers, steps=3, scale=0.1, spoil=lambda grad, step: None):
                 param.grad = grad.to(param.device, param.dtype)
         for optimizer in optimizers:
             optimizer.step()
-
-
-def assert_equal(fused, plain):
-    for ours, theirs in zip(params_of(fused), params_of(plain)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-        for name, leaf in plain.state[theirs].items():
-            tolerance = {"rtol": 2e-2} if name == "last_step" else {"rtol": 1e-4}  # bfloat16
-            torch.testing.assert_close(fused.state[ours][name], leaf, atol=2e-4, **tolerance)
 
 
 @everywhere

@@ -71,8 +71,6 @@ class TritonStep(FusedStep):
         two_level: the rule; the step runs on its device.
     """
 
-    dtypes = tuple(TYPES)
-
     def __init__(self, two_level: TwoLevelLSTM) -> None:
         self._two_level = two_level
         # kept, since looking up a module's weight takes longer than all checks of a tensor
@@ -102,7 +100,7 @@ class TritonStep(FusedStep):
         rule, device = self._two_level, self._device
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
         counts = tuple(piece.param.numel() for piece in pieces)
-        types = [TYPES[dtype] for dtype in pieces[0].dtypes[:2]]
+        types = [TYPES[dtype] for dtype in pieces[0].dtypes]
         with _current(device):
             sizes = [
                 count if len(piece.state["cell"]) else 0 for piece, count in zip(pieces, counts)

@@ -20,6 +20,7 @@ from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.rules.two_level import TwoLevelLSTM
+from rnnopt.tasks.adaptation import evaluation_point
 from rnnopt.tasks.text.encoder.layers import train_layers
 from rnnopt.tasks.text.encoder.loading import seeded
 from rnnopt.tasks.text.encoder.lora import add_lora
@@ -91,13 +92,6 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
     return optimizer
 
 
-def _averaged(optimizer: torch.optim.Optimizer, on: bool) -> None:
-    """Show the averaged values of an optimizer that keeps some, as Schedule-Free does."""
-    switch = getattr(optimizer, "eval" if on else "train", None)
-    if callable(switch):
-        switch()
-
-
 class Adaptation:
     """Steps of an encoder on pairs of labelled texts.
 
@@ -150,14 +144,12 @@ class Adaptation:
         """
         optimizer = self._begin()
         batches = _batches(rows, self._data.labels, self._plan.seed)
-        _averaged(optimizer, on=False)
         for step in range(1, steps + 1):
             if self._end is not None and time.monotonic() > self._end:
                 raise OutOfTimeError
             self._step(optimizer, next(batches))
-            _averaged(optimizer, on=True)
-            yield step
-            _averaged(optimizer, on=False)
+            with evaluation_point(optimizer):
+                yield step
 
     def embedded(self, rows: np.ndarray) -> Labelled:
         """Some of the texts, as the encoder stands."""
@@ -168,7 +160,6 @@ class Adaptation:
         """How long a step takes, forward and backward pass included."""
         optimizer = self._begin()
         rows = next(_batches(np.arange(len(self._texts)), self._data.labels, self._plan.seed))
-        _averaged(optimizer, on=False)
         took = []
         for _ in range(2):  # the first pass also allocates
             started = time.perf_counter()
@@ -189,7 +180,10 @@ class Adaptation:
 
     def _begin(self) -> torch.optim.Optimizer:
         self._restore()
-        return make_optimizer(self._trained, self._plan.rule)
+        optimizer = make_optimizer(self._trained, self._plan.rule)
+        if callable(switch := getattr(optimizer, "train", None)):  # see `evaluation_point`
+            switch()
+        return optimizer
 
     @torch.no_grad()
     def _restore(self) -> None:
