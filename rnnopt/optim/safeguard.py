@@ -29,7 +29,7 @@ MAX_RISE = 1.0
 LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
 _STEP_DTYPE = torch.bfloat16
 # Coordinates that are converted at once: a copy of a whole tensor would take much memory.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
 # its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
 GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}

@@ -124,11 +124,6 @@ class FusedStep(Protocol):
         ...
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, which copies also a single tensor, without that copy."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
 def parts_by_size(pieces: Sequence[Piece]) -> list[slice]:
     """Parts of at least `_PART` coordinates, and not many more than `_MOST_PARTS` of them."""
     sizes = [piece.param.numel() for piece in pieces]

@@ -20,8 +20,9 @@ typedef struct {
     const float *grad;
     float *m, *v, *change;
     float *cell;        /* (H, count); null in a tensor without coordinate-wise LSTMs */
-    float *direction;   /* of the coordinate-wise LSTM, (count), from the first pass to the second */
-    const float *extra; /* added to the step, (count); or null */
+    /* of the coordinate-wise LSTM, (count), from the first pass to the second; the caller adds what
+     * else is added to the step; or null */
+    float *direction;
     int64_t count;
     float gate_shift[3 * HIDDEN + 1];
     float m_correction, v_correction; /* 1 / (1 - beta^t) */
@@ -155,8 +156,7 @@ INLINE vec step_lanes(const Rule *rule, const Tensor *t, int64_t at, int count) 
         return splat(0.0f);
     }
     vec step = t->adam * s.adam + t->gradient * s.grad + t->last * s.change;
-    if (HIDDEN && t->cell) step += t->of_cell * load(t->direction + at, count);
-    if (t->extra) step += load(t->extra + at, count);
+    if (t->direction) step += t->of_cell * load(t->direction + at, count);
     vec update = (vec)((bits)(t->growth * s.param - t->rate * step) & s.live);
     vec after = s.start + (t->lr * update - t->decay * s.start);
     store(t->param + at, pick(s.finite, after, s.start), count);

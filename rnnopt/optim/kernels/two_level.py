@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +23,16 @@ from rnnopt.optim.kernels.fused import (
     Measured,
     Piece,
     parts_by_size,
-    stacked,
     unwatched,
 )
+from rnnopt.optim.kernels.narrow import narrow_matrices
 from rnnopt.rules.tensor_features import FLOOR, Sums
-from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM, advanced_moments
+from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
 
 SOURCE = Path(__file__).with_name("two_level.c")
 # Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
 ADDED = [i for i, name in enumerate(Sums._fields) if name != "slope"]
-_POINTERS = ("param", "grad", "m", "v", "change", "cell", "direction", "extra")
+_POINTERS = ("param", "grad", "m", "v", "change", "cell", "direction")
 _NUMBERS = (
     "m_correction", "v_correction", "last_rate", "begun", "last_rms", "growth", "rate", "adam",
     "gradient", "last", "of_cell", "lr", "decay",
@@ -70,7 +70,11 @@ class TwoLevelStep(FusedStep):
         """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
         directions = [
-            torch.empty(piece.param.numel() if len(piece.state["cell"]) else 0) for piece in pieces
+            torch.empty(piece.param.numel())
+            if len(piece.state["cell"])
+            # of those that have no LSTMs the kernel writes none
+            else torch.zeros(0 if piece.transform is None else piece.param.numel())
+            for piece in pieces
         ]
         rule, tensors = self._rule_record(), self._table(pieces, grads, directions)
         blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
@@ -95,16 +99,19 @@ class TwoLevelStep(FusedStep):
         around: Around = unwatched,
     ) -> None:  # fmt: skip
         """See `FusedStep.step`; the context is (P, K)."""
-        pieces, (rule, tensors, blocks, grads, _) = measured.pieces, measured.kept
+        pieces, (rule, tensors, blocks, grads, directions) = measured.pieces, measured.kept
         decisions = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
         tensors["growth"] = torch.expm1(decisions.growth).numpy()
         for name in ("rate", "adam", "gradient", "last"):
             tensors[name] = getattr(decisions, name).numpy()
         tensors["of_cell"] = decisions.cell.numpy()
-        # kept alive until the step is done
-        extra = orthogonal_directions(self._two_level, pieces, grads, decisions)
-        for i, values in extra.items():
-            tensors["pointers"][i, _POINTERS.index("extra")] = values.data_ptr()
+        for matrices in narrow_matrices(pieces):
+            own = [directions[i] for i in matrices.rows]
+            torch._foreach_mul_(own, tensors["of_cell"][matrices.rows].tolist())
+            tensors["of_cell"][matrices.rows] = 1
+            wide = [matrices.wide(direction) for direction in own]
+            for place, values in matrices.added(pieces, grads, decisions):
+                torch._foreach_add_([matrix[:, place] for matrix in wide], values.unbind())
         slopes = np.zeros(len(blocks))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks, slopes)]
         for part in parts_by_size(pieces):
@@ -132,7 +139,7 @@ class TwoLevelStep(FusedStep):
                 piece.param.data_ptr(), grad.data_ptr(),
                 *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
                 piece.state["cell"].data_ptr() if len(piece.state["cell"]) else 0,
-                direction.data_ptr(), 0,
+                direction.data_ptr(),
             ]
             for piece, grad, direction in zip(pieces, grads, directions)
         ]  # fmt: skip
@@ -190,44 +197,6 @@ def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str
         "begun": (rms > 0).to(rms.dtype),
         "last_rms": torch.log(rms + FLOOR),
     }
-
-
-def orthogonal_directions(
-    rule: TwoLevelLSTM, pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
-) -> dict[int, Tensor]:
-    """What orthogonalised directions add to the step of matrices, all of a shape at once.
-
-    Args:
-        rule: the rule.
-        pieces: P of them, before the step.
-        grads: their gradients.
-        decisions: (P,) each.
-
-    Returns:
-        By the index of the piece (N,) each, contiguous, in the dtype of the state.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, piece in enumerate(pieces):
-        if piece.transform is not None and piece.param.numel():
-            groups.setdefault(tuple(piece.param.shape), []).append(i)
-    extra: dict[int, Tensor] = {}
-    for shape, own in groups.items():
-        m, v, steps = (stacked([pieces[i].state[name] for i in own]) for name in ("m", "v", "step"))
-        grad = torch.stack([grads[i].detach().reshape(-1) for i in own]).to(m.dtype)
-        lost = ~grad.isfinite()
-        # in place: of a matrix of millions of coordinates every copy counts
-        grad.masked_fill_(lost, 0).clamp_(-BOUND, BOUND)
-        adam = advanced_moments(grad, m, v, steps.unsqueeze(1) + 1)[-1].masked_fill_(lost, 0)
-        total: Tensor | None = None
-        for weights, direction in (
-            (decisions.orthogonal_adam, adam), (decisions.orthogonal_gradient, grad)
-        ):  # fmt: skip
-            turned = rule.transform_matrix(direction.view(-1, *shape)).flatten(1)
-            # stacked, since an index from the host would make it wait for a GPU
-            turned.mul_(torch.stack([weights[i] for i in own]).unsqueeze(1))
-            total = turned if total is None else total.add_(turned)
-        extra.update(zip(own, cast(Tensor, total).contiguous().unbind()))
-    return extra
 
 
 def keep_leaves(

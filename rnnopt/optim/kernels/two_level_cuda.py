@@ -20,11 +20,8 @@ import torch
 from torch import Tensor
 
 from rnnopt.optim.kernels.fused import Around, FusedStep, Measured, Piece, unwatched
-from rnnopt.optim.kernels.two_level import (
-    keep_leaves,
-    numbers_before_step,
-    orthogonal_directions,
-)
+from rnnopt.optim.kernels.narrow import narrow_matrices
+from rnnopt.optim.kernels.two_level import keep_leaves, numbers_before_step
 from rnnopt.optim.kernels.two_level_triton import (
     SUMS,
     TYPES,
@@ -128,7 +125,7 @@ class TritonStep(FusedStep):
         table, numbers, counts, types, grads, _ = measured.kept
         d = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
         with _current(table.device):
-            extra = orthogonal_directions(rule, pieces, grads, d)  # alive to the last launch
+            extra = _orthogonal_directions(pieces, grads, d)  # alive to the last launch
             if extra:
                 pointers = [extra[i].data_ptr() if i in extra else 0 for i in range(len(pieces))]
                 table[:, _EXTRA] = _to_device(np.array(pointers), table.device)
@@ -141,6 +138,24 @@ class TritonStep(FusedStep):
         keep_leaves(rule, pieces, context, slopes)
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
+
+
+def _orthogonal_directions(
+    pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
+) -> dict[int, Tensor]:
+    """What orthogonalised directions add to the step of matrices.
+
+    Returns:
+        By the index of the piece (N,) each.
+    """
+    extra: dict[int, Tensor] = {}
+    for matrices in narrow_matrices(pieces):
+        like = pieces[matrices.rows[0]].state["m"]
+        found = like.new_empty(len(matrices.rows), len(like))
+        for place, values in matrices.added(pieces, grads, decisions):
+            matrices.wide(found)[..., place].copy_(values)
+        extra.update(zip(matrices.rows, found.unbind()))
+    return extra
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
