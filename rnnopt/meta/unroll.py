@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rnnopt.errors import InputError
 from rnnopt.meta.memory import used_bytes, warn_if_too_large
@@ -76,7 +77,9 @@ def unroll(
     if not any(True for _ in trainable(optimizer)):
         raise InputError("no parameter of the optimizer has requires_grad: nothing to adapt")
     if settings.order == 2:
-        return _through_higher(model, optimizer, support_loss, query_loss, settings)
+        # torch's fused attention has no second derivative, and its plain one has
+        with sdpa_kernel(SDPBackend.MATH):
+            return _through_higher(model, optimizer, support_loss, query_loss, settings)
     tensors = [param for _, param in trainable(optimizer)]
     initial = [param.detach().clone() for param in tensors]
     try:

@@ -8,7 +8,7 @@ import torch
 from encoders import TEXTS, tiny_bert
 from rule_table import RULES, random_lstm
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from rnnopt import InputError, LearnedOptimizer, TwoLevelLSTM
 from rnnopt.meta import memory as memory_module
@@ -159,6 +159,41 @@ def test_second_order_is_the_same_through_slices_of_containers():
     )
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
+
+
+class Attention(nn.Module):
+    """Attention over the rows of a batch: torch's function, whose kernels have no second derivative
+    on a CPU, or its formula."""
+
+    def __init__(self, fused):
+        super().__init__()
+        # a bias of keys would have a gradient of rounding errors alone
+        self.fused, self.project = fused, nn.Linear(4, 12, bias=False)
+
+    def forward(self, inputs):
+        q, k, v = self.project(inputs).view(1, 1, -1, 12).chunk(3, -1)
+        if self.fused:
+            return scaled_dot_product_attention(q, k, v)[0, 0]
+        return (torch.softmax(q @ k.mT / 2, -1) @ v)[0, 0]
+
+
+def test_second_order_goes_through_fused_attention():
+    inputs, labels = torch.randn(8, 4), torch.randint(4, (8,))
+    fused, plain = Attention(fused=True), Attention(fused=False)
+    fused.load_state_dict(plain.state_dict())
+    rule = random_lstm()
+    found, expected = (
+        meta_gradient(
+            net,
+            rule,
+            lambda module, step: cross_entropy(module(inputs), labels),
+            lambda module, step: cross_entropy(module(-inputs), labels),
+            UnrollSettings(steps=2, order=2),
+        )[1]
+        for net in (fused, plain)
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_first_order_equals_the_graph_of_detached_gradients():
