@@ -21,7 +21,7 @@ FRAMES = ("tell me about the {}", "i want a {} today", "my {} please")
 # entries of results that differ between two runs of the same command
 _VOLATILE = {
     "seconds", "time", "seconds_per_step", "starts", "versions", "elapsed", "output", "json",
-    "until", "resume", "meta_seconds", "seconds_per_task",
+    "until", "resume", "meta_seconds", "seconds_per_task", "memory",
 }  # fmt: skip
 
 
