@@ -30,21 +30,36 @@ def orthogonalized(direction: Tensor, floor: float) -> Tensor:
         (..., R, C); zeros for zeros.
     """
     tall = direction.shape[-2] > direction.shape[-1]
-    gram = gram_matrix(direction.mT if tall else direction)
-    factor = orthogonalizing_factor(gram, floor).to(direction.dtype)
-    return direction @ factor if tall else factor @ direction
+    wide = direction.mT if tall else direction
+    if direction.dtype == torch.float64 or direction.device.type == "mps":  # nothing is wider
+        found = _iterated(wide, floor)
+    else:
+        factor = orthogonalizing_factor(gram_matrix(wide), floor)
+        parts = torch.split(wide, _CHUNK, -1)
+        found = torch.cat([(factor @ part.double()).to(wide.dtype) for part in parts], -1)
+    return found.mT if tall else found
+
+
+def _iterated(wide: Tensor, floor: float) -> Tensor:
+    """The iterations of the matrix itself, for what has no wider dtype: (..., r, C) -> (..., r, C).
+
+    Products of rows hold squares of singular values, and take twice the digits.
+    """
+    square = (wide * wide).sum(dim=(-2, -1), keepdim=True) + floor
+    x = wide / torch.sqrt(square)
+    for a, b, c in ITERATIONS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    norm = (x * x).sum(dim=(-2, -1), keepdim=True) + floor
+    return x * torch.sqrt(square / norm)
 
 
 def gram_matrix(wide: Tensor) -> Tensor:
-    """Inner products of the rows, (..., r, C) -> (..., r, r).
-
-    In float64 where the device has it, since squares of small singular values are lost otherwise.
-    """
-    dtype = wide.dtype if wide.device.type == "mps" else torch.float64
-    parts = (part.to(dtype) for part in torch.split(wide, _CHUNK, -1))
-    gram = torch.zeros((), dtype=dtype, device=wide.device)
-    for part in parts:
-        gram = gram + part @ part.mT
+    """Inner products of the rows, (..., r, C) -> (..., r, r), float64."""
+    gram = torch.zeros((), dtype=torch.float64, device=wide.device)
+    for part in torch.split(wide, _CHUNK, -1):
+        rows = part.double()
+        gram = gram + rows @ rows.mT
     return gram
 
 
@@ -59,7 +74,7 @@ def orthogonalizing_factor(gram: Tensor, floor: float) -> Tensor:
         floor: added to squared norms.
 
     Returns:
-        A symmetric matrix.
+        A symmetric matrix, float64.
     """
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -55,9 +55,26 @@ def test_a_matrix_in_parts_is_the_matrix(shape, monkeypatch):
     torch.testing.assert_close(orthogonalized(direction, FLOOR), at_once)
 
 
+def test_a_matrix_of_low_rank_is_as_exact_as_one_of_full_rank():
+    torch.manual_seed(0)
+    direction = torch.randn(8, 2) @ torch.randn(2, 384)
+    expected = as_published(direction.double())
+    assert (orthogonalized(direction, FLOOR) - expected).norm() < 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
 def test_first_and_second_derivatives_are_exact(shape):
     torch.manual_seed(0)
     direction = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: orthogonalized(x, FLOOR), direction)
     assert torch.autograd.gradgradcheck(lambda x: orthogonalized(x, FLOOR), direction)
+    single = direction.detach().float().requires_grad_()
+    slopes = [
+        torch.autograd.grad(orthogonalized(x, FLOOR)[0].sum(), x, create_graph=True)[0]
+        for x in (direction, single)
+    ]
+    seconds = [
+        torch.autograd.grad(s.square().sum(), x)[0] for s, x in zip(slopes, (direction, single))
+    ]
+    for double, found in (slopes, seconds):
+        torch.testing.assert_close(found.double(), double, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from rnnopt.rules.tensor_features import ROOT_FLOOR
 from rnnopt.rules.two_level import BOUND, Decisions, advanced_moments
 
 # Coordinates of all matrices of a shape that are worked on at once.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,19 @@ class NarrowMatrices:
         step = torch.stack([pieces[i].state["step"] for i in self.rows])[:, None, None] + 1
         width = max(1, _CHUNK // (min(self.shape) * len(self.rows)))
         places = [slice(at, at + width) for at in range(0, max(self.shape), width)]
-        gram = torch.zeros((), device=step.device)
+        gram = torch.zeros((), dtype=torch.float64, device=step.device)
         for place in places:
             directions = _directions(sources, step, place)
             gram = gram + gram_matrix(directions)
         both = decisions.orthogonal_adam, decisions.orthogonal_gradient
         # stacked, since an index from the host would make it wait for a GPU
         weights = torch.stack([x[i] for x in both for i in self.rows]).view(2, -1, 1, 1)
-        factors = (orthogonalizing_factor(gram, ROOT_FLOOR) * weights).to(step.dtype)
+        factors = orthogonalizing_factor(gram, ROOT_FLOOR) * weights
         for place in places:
             if len(places) > 1:  # a single one is at hand
                 directions = _directions(sources, step, place)
-            yield place, torch.baddbmm(factors[0] @ directions[0], factors[1], directions[1])
+            adam, grad = directions.double()
+            yield place, torch.baddbmm(factors[0] @ adam, factors[1], grad).to(step.dtype)
 
 
 def narrow_matrices(pieces: Sequence[Piece]) -> list[NarrowMatrices]:
