@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tasks import WORDS, TaskBatch, query_losses
+from tasks import WORDS, TaskBatch
 from torch import Tensor
 
 from rnnopt.rules.protocol import State
@@ -156,8 +156,8 @@ def unroll(
     meta = list(rule.parameters())
     total, terms = [torch.zeros_like(x) for x in meta], list[Tensor]()
     with torch.no_grad():
-        lowest = query_losses(logits := tasks.query_logits(params), tasks.query_labels)[0]
-    losses, accuracies = [lowest], [_accuracy(logits, tasks)]
+        lowest, _, correct = tasks.query_losses(params)
+    losses, accuracies = [lowest], [correct]
     for at, weight in enumerate(weights):
         attached = order == 2 and params[0].requires_grad
         leaves = params if attached else [x.detach().requires_grad_() for x in params]
@@ -168,12 +168,11 @@ def unroll(
         updates, states = step(rule, tasks, seen, grads, states)
         params = [param + update for param, update in zip(params, updates)]
         if weight > 0:
-            logits = tasks.query_logits(params)
-            plain, best = query_losses(logits, tasks.query_labels)
+            plain, best, correct = tasks.query_losses(params)
             terms.append(weight * _meta_loss(plain, best, lowest, tasks.spec.ways))
             lowest = torch.minimum(lowest, plain.detach())
             losses.append(plain.detach())
-            accuracies.append(_accuracy(logits, tasks))
+            accuracies.append(correct)
         last = at + 1 == len(weights)
         if terms and (last or (at + 1) % segment == 0):
             found = torch.autograd.grad(torch.stack(terms).sum(), meta, allow_unused=True)
@@ -184,7 +183,7 @@ def unroll(
 
 
 def adapt(
-    rule: TrainedRule, tasks: TaskBatch, judged: Sequence[int] | None = None
+    rule: TrainedRule, tasks: TaskBatch, judged: Sequence[int] | None = None, lr: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Query losses and accuracies after these numbers of steps, (judged, B) each.
 
@@ -192,6 +191,7 @@ def adapt(
         rule: to adapt by.
         tasks: the tasks.
         judged: numbers of steps, from 0; None means all.
+        lr: a factor on the updates, as that of `rnnopt.LearnedOptimizer`.
     """
     params, states = list(tasks.start), initial_states(rule, tasks)
     losses, accuracies = [], []
@@ -202,12 +202,12 @@ def adapt(
                 with torch.enable_grad():
                     grads = _gradients(tasks, leaves, create_graph=False)
                 updates, states = step(rule, tasks, params, grads, states)
-                params = [param + update for param, update in zip(params, updates)]
+                params = [param + lr * update for param, update in zip(params, updates)]
             if judged is not None and at not in judged:
                 continue
-            logits = tasks.query_logits(params)
-            losses.append(query_losses(logits, tasks.query_labels)[0])
-            accuracies.append(_accuracy(logits, tasks))
+            loss, _, correct = tasks.query_losses(params)
+            losses.append(loss)
+            accuracies.append(correct)
     return torch.stack(losses), torch.stack(accuracies)
 
 
@@ -226,6 +226,3 @@ def _meta_loss(plain: Tensor, best: Tensor, lowest: Tensor, ways: int) -> Tensor
     loss = loss / math.log(ways)
     return torch.where(loss > 1, 1 + torch.log(loss.clamp(min=1)), loss).mean()
 
-
-def _accuracy(logits: Tensor, tasks: TaskBatch) -> Tensor:
-    return (logits.argmax(-1) == tasks.query_labels).float().mean(1).detach()
