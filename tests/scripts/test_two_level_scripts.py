@@ -346,7 +346,7 @@ def test_processes_share_batches_by_their_cost(script, training, monkeypatch):
 def test_a_rise_above_the_lowest_loss_so_far_is_paid_for(script):
     unroll = script("unroll")
     loss, lower = torch.tensor([0.5]), torch.tensor([0.3])
-    even = unroll._meta_loss(loss, loss, loss, 3)
-    risen = unroll._meta_loss(loss, loss, lower, 3)
+    even = unroll.meta_loss_of(loss, loss, loss, 3)
+    risen = unroll.meta_loss_of(loss, loss, lower, 3)
     assert float(even) == pytest.approx(0.5 / math.log(3))
     assert float(risen - even) == pytest.approx(unroll.ABOVE_LOWEST * 0.2 / math.log(3))
