@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnnopt.data.corpus import readable, text_key
+from rnnopt.data.corpus import dropped_words, readable, text_key
 from rnnopt.data.files import _rows, _value  # of the same room: values are read alike
 from rnnopt.errors import InputError
 
@@ -31,7 +31,7 @@ class SeveralLabels:
         given = sum(map(len, self.labels))
         return (
             f"{len(self.texts)} texts, {len(classes)} labels, {given / len(self.texts):.2f} labels "
-            f"a text, {self.dropped} duplicates dropped"
+            f"a text{dropped_words(self.dropped)}"
         )
 
 

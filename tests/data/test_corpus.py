@@ -114,6 +114,10 @@ def test_merge_appends_and_adds_up_what_was_dropped() -> None:
 def test_summary_counts_texts_classes_domains_and_duplicates() -> None:
     corpus = Corpus(("t", "u", "v"), ("a", "b", "a"), ("x", "x", "y"), dropped=4)
     assert summary(corpus) == "3 texts, 3 classes, 2 domains, 4 duplicates dropped"
+    assert summary(Corpus(("t",), ("a",), ("x",), dropped=1)) == (
+        "1 text, 1 class, 1 duplicate dropped"
+    )
+    assert summary(corpus.take([0, 1])) == "2 texts, 2 classes"
 
 
 def test_fingerprint_is_of_the_contents() -> None:

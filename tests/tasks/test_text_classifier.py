@@ -347,7 +347,7 @@ def test_a_rule_that_does_harm_leaves_the_encoder_as_it_is_to_the_bit(encoder, f
 def test_the_report_says_what_was_kept_and_why(fitted, adapted):
     assert str(adapted.report_).startswith(f"kept {adapted.report_.kept}: has accuracy ")
     assert "logistic regression" in str(fitted.report_) or "class means" in str(fitted.report_)
-    assert "12 texts, 3 classes with 4 to 4 texts" in str(fitted.report_)
+    assert "12 texts, 3 classes with 4 texts each" in str(fitted.report_)
 
 
 def test_any_torch_optimizer_can_adapt(encoder, few, tmp_path):
@@ -558,6 +558,9 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
         (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),
+        (["a", "b"], ["x", "x\0"], r"label 1 is 'x\\x00', with .* null character .* delete"),
+        (["a", "b"], ["x", "\ud800"], "label 1 is .*half a surrogate pair.* delete"),
+        (["a", "b"], [["x"], ["\ud800"]], "label 1 is .*half a surrogate pair.* delete"),
     ],
 )
 def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
@@ -575,7 +578,13 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
         ({"class_weight": "some"}, "class_weight is 'some'; use None or 'balanced'"),
         ({"abstain_below": 2}, "abstain_below is 2; it is a probability, between 0 and 1"),
         ({"pooling": "sum"}, "pooling is 'sum'; use one of auto, mean, cls, max, last"),
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"max_length": 0}, "max_length is 0; it must be an integer of at least 1"),
+        ({"max_length": "5"}, "max_length is '5'; it must be an integer"),
+        ({"seconds": "5"}, "seconds is '5'; it must be at least 0"),
+        ({"abstain": "5"}, "abstain is '5'; it is the share"),
+        ({"abstain_below": "5"}, "abstain_below is '5'; it is a probability"),
+        ({"encoder": None}, "encoder is None; give a folder that save_pretrained wrote, or a"),
+        ({"rule": 1e-3}, "rule is 0.001; give an rnnopt.UpdateRule, the path of a rule file, a"),
         ({"device": "none"}, "device is 'none', and torch can't use it; give 'cpu' or 'auto'"),
         ({"encoder": "no/such folder"}, "there is no folder no/such folder; give a folder"),
         ({"rule": "no.safetensors"}, "no.safetensors"),
@@ -584,6 +593,23 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
 def test_settings_that_can_not_be_used(setting, message, encoder, few):
     with pytest.raises(InputError, match=message):
         TextClassifier(**{"encoder": encoder, "seconds": None, **setting}).fit(*few)
+
+
+def test_settings_may_be_numbers_of_numpy(encoder, few, tmp_path):
+    """A grid of scikit-learn's often is an array."""
+    numbers = {"steps": np.int64(1), "lora_rank": np.int64(2), "random_state": np.int64(3)}
+    classifier = TextClassifier(encoder, seconds=None, abstain=np.float32(0.5), **numbers)
+    classifier.fit(*few).save(tmp_path / "saved")
+    loaded = TextClassifier.load(tmp_path / "saved").get_params()
+    assert {name: loaded[name] for name in numbers} == numbers and loaded["abstain"] == 0.5
+
+
+def test_a_score_needs_texts_and_labels_of_the_same_kind(fitted):
+    with pytest.raises(InputError, match="there are 0 texts to judge by; give at least one"):
+        fitted.score([], [])
+    with pytest.raises(InputError, match="the labels are integers, and the classifier's are str"):
+        fitted.score(["a"], [1])
+    assert fitted.score(["a"], ["sport"]) == 0
 
 
 def test_an_encoder_without_a_tokenizer(encoder, few, tmp_path):

@@ -25,7 +25,7 @@ from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
-from rnnopt.tasks.text.estimator.report import peak_memory
+from rnnopt.tasks.text.estimator.report import peak_memory, spread
 from rnnopt.tasks.text.estimator.steps import Plan, make_optimizer
 
 _TIMED = 64  # texts of the timed forward pass
@@ -120,7 +120,7 @@ def _data(settings: Doctor, found: LabelledTexts) -> Labels:
     if labels.several:
         check_for_several_labels(unfitted(settings).get_params(deep=False))
     counts = objective_of(labels.places).counts(labels.places)
-    print(f"ok       data: {found.summary}; {counts.min()} to {counts.max()} texts a label")
+    print(f"ok       data: {found.summary}; {spread(counts.min(), counts.max())} a label")
     if settings.abstain is not None and counts.max() == 1:
         raise InputError(
             f"--abstain is {settings.abstain}, and every label has one text, so that none can be "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rnnopt.data.corpus import counted
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.evidence import (
@@ -136,7 +137,7 @@ def _cross_validate(
     logits = {step: np.concatenate(rows) for step, rows in found.items()}
     sound = {step: rows for step, rows in logits.items() if np.isfinite(rows).all()}
     judged = [
-        Judged.of(f"{step} {_steps(step)} of adaptation", rows, labels, weights)
+        Judged.of(f"{counted(step, 'step')} of adaptation", rows, labels, weights)
         for step, rows in sound.items()
     ]
     for step, one in zip([0, *sound], [beginning, *judged]):
@@ -205,7 +206,3 @@ def affordable(most: int, plan: Plan, step: float) -> int:
 def _figures(evidence: Evidence) -> str:
     what = "accuracy" if evidence.micro_f1 is None else "micro F1"
     return f"has {what} {evidence.quality:.3f} and log loss {evidence.log_loss:.3f}"
-
-
-def _steps(count: int) -> str:
-    return "step" if count == 1 else "steps"

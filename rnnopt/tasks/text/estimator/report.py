@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rnnopt.data.corpus import counted
 from rnnopt.tasks.text.estimator.evidence import Evidence
 
 
@@ -73,8 +74,8 @@ class Report:
             )
         return (
             f"kept {self.kept}: {self.reason}\n{more}"
-            f"{self.texts} texts, {self.classes} classes with {self.fewest} to {self.most} texts; "
-            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
+            f"{self.texts} texts, {self.classes} classes with {spread(self.fewest, self.most)} each"
+            f"; {self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -86,6 +87,11 @@ class Report:
         """The inverse of `facts`."""
         tried = tuple(Evidence(**evidence) for evidence in facts["tried"])
         return cls(**{**facts, "tried": tried})
+
+
+def spread(fewest: int, most: int) -> str:
+    """How many texts classes have, in words."""
+    return counted(most, "text") if fewest == most else f"{fewest} to {most} texts"
 
 
 def peak_memory() -> int | None:
@@ -142,7 +148,7 @@ head on its vectors, and `classifier.json` the labels.
 | pooling | {report.pooling} |
 | kept | {report.kept} |
 | why | {report.reason} |
-| fitted on | {report.texts} texts, {report.fewest} to {report.most} a class |
+| fitted on | {report.texts} texts, {spread(report.fewest, report.most)} a class |
 | fingerprint of the data | {report.data} |
 | on texts held out in cross-validation | {judged} |
 | temperature of the probabilities | {report.temperature:.3g} |

@@ -33,6 +33,7 @@ from rnnopt.tasks.text.estimator.inputs.labelled import (
     check_several,
     check_texts,
     fingerprint,
+    kind_of,
     known_labels,
     read_labels,
     text_hashes,
@@ -41,6 +42,7 @@ from rnnopt.tasks.text.estimator.inputs.settings import (
     check_abstention,
     check_for_several_labels,
     check_settings,
+    with_numbers,
 )
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.objective.several_labels import (
@@ -148,20 +150,22 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             InputError: texts, labels, the encoder or a setting can't be used.
         """
         started = time.perf_counter()
-        check_settings(self.get_params(deep=False))
+        settings = with_numbers(self.get_params(deep=False))
+        check_settings(settings)
         texts = check_texts(texts)
         named = read_labels(labels, len(texts))
         if named.several:
-            check_for_several_labels(self.get_params(deep=False))
+            check_for_several_labels(settings)
         encoder = SentenceEncoder.load(
             self.encoder, self.torch_device(), self.pooling, self.max_length
         )
         weights = weights_of(named.places, self.class_weight)
         data = Labelled(encoder.embed(texts).double().numpy(), named.places, weights)
-        start = choose_start(data, self.random_state)
+        start = choose_start(data, settings["random_state"])
         if self.abstain is not None:
             floor_of(start.judged, self.abstain)  # before anything that takes long
-        plan = Plan(self.rule, self.steps, self.lora_rank, self.seconds, self.random_state)
+        names = "rule", "steps", "lora_rank", "seconds", "random_state"
+        plan = Plan(*(settings[name] for name in names))
         verdict = adapt_if_better(encoder, texts, data, start, plan, report)
         judged = verdict.judged or start.judged
         temperature = judged.evidence.temperature if judged else start.temperature
@@ -226,16 +230,24 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
 
         Args:
             X: texts, under scikit-learn's name.
-            y: their labels.
+            y: their labels; one that `fit` has not seen is no answer's.
             sample_weight: (B,); None weighs all alike.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: no text, or texts or labels that can't be used.
         """
         answers = self.predict(X)
+        if not len(answers):
+            raise InputError("there are 0 texts to judge by; give at least one")
         if isinstance(answers, list):
-            right = [
-                found == row for found, row in zip(answers, check_several(list(y), len(answers)))
-            ]
+            wanted: Any = check_several(list(y), len(answers))
+            right = [found == row for found, row in zip(answers, wanted)]
         else:
-            right = answers == check_labels(y, len(answers))
+            wanted = check_labels(y, len(answers))
+            if (given := kind_of(wanted)) != (known := kind_of(self.classes_)):
+                raise InputError(f"the labels are {given}, and the classifier's are {known}")
+            right = answers == wanted
         return float(np.average(right, weights=sample_weight))
 
     def evaluate(self, texts: Sequence[str], labels: Sequence[Any]) -> Figures:
