@@ -251,6 +251,17 @@ def honest_comparison(
     return compared
 
 
+def main_of(make_field: Callable[[Options], Field]) -> Callable[[Options], None]:
+    """The `main` of a field, for `command`: an `honest_comparison` on each of its settings."""
+
+    def main(options: Options) -> None:
+        field = make_field(options)
+        for setting in field.settings:
+            honest_comparison(field, options, setting)
+
+    return main
+
+
 def _meta_trained(
     field: Field, options: Options, facts: Mapping[str, Any], method: str, rule: Any
 ) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from field import Field, Options, command, digest, honest_comparison, unadapted
+from field import Field, Options, command, digest, main_of, unadapted
 from language import find
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -205,12 +205,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=60, episodes=16, more=MORE))

@@ -20,7 +20,7 @@ import dialogue
 import torch
 import transformers
 from dialogue import Dialogue, pools
-from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
+from field import Field, Options, at_default, command, kept, main_of, unadapted
 from language import pretrain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -203,12 +203,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Encode, pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=60, episodes=24, more=MORE))

@@ -33,7 +33,6 @@ from rnnopt.rules.files import RULE_FILE, read_training
 from rnnopt.storage.provenance import write_provenance
 from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.requirement import NOT_MET
-from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
@@ -151,7 +150,7 @@ def _training(
             **task_facts,
             "settings": asdict(plan),
             "classes": {
-                **_seen_before(settings, plan.learned, train.classifier, corpora[1]),
+                **_seen_before(settings, plan.learned, corpora[1]),
                 **class_sketches(corpora[0]),
             },
             "validation_classes": class_sketches(corpora[1]),
@@ -162,7 +161,7 @@ def _training(
 
 
 def _seen_before(
-    settings: MetaTrain, learned: LearnedSettings, classifier: Classifier, validation: Corpus
+    settings: MetaTrain, learned: LearnedSettings, validation: Corpus
 ) -> dict[str, Any]:
     """The classes that the rule of --from was made with, none of which may choose the new one."""
     origin = learned.origin_path

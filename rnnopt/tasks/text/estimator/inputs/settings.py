@@ -48,7 +48,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
     seconds = settings["seconds"]
-    if seconds is not None and not (isinstance(seconds, Real) and 0 <= seconds < math.inf):
+    if seconds is not None and not (isinstance(seconds, Real) and 0 <= float(seconds) < math.inf):
         raise InputError(f"seconds is {seconds!r}; it must be at least 0, or None for no bound")
     check_abstention(settings)
 
@@ -60,9 +60,9 @@ def check_abstention(settings: Mapping[str, Any]) -> None:
         InputError: one is out of range.
     """
     least, share = settings["abstain_below"], settings["abstain"]
-    if least is not None and not (isinstance(least, Real) and 0 <= least <= 1):
+    if least is not None and not (isinstance(least, Real) and 0 <= float(least) <= 1):
         raise InputError(f"abstain_below is {least!r}; it is a probability, between 0 and 1")
-    if share is not None and not (isinstance(share, Real) and 0 <= share < 1):
+    if share is not None and not (isinstance(share, Real) and 0 <= float(share) < 1):
         raise InputError(
             f"abstain is {share!r}; it is the share of texts of the known classes that may stay "
             "without an answer, at least 0 and below 1, and 0.05 is usual"
