@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rnnopt.errors import InputError
-from rnnopt.meta.memory import used_bytes, warn_if_too_large
 from rnnopt.meta.rule_graph import RuleGraph
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.optim.optimizer import LearnedOptimizer, trainable
 from rnnopt.rules.protocol import State, UpdateRule
+from rnnopt.storage.memory import used_bytes, warn_if_too_large
 from rnnopt.tasks.protocol import LossFunction
 
 

@@ -161,10 +161,6 @@ class Start:
         """The head, before its temperature."""
         return self.make(data.embeddings, data.labels, data.weights)
 
-    def head(self, data: Labelled) -> LinearHead:
-        """The head, with probabilities at its temperature."""
-        return self.fit(data).cooled(self.temperature)
-
 
 def choose_start(data: Labelled, seed: int) -> Start:
     """Logistic regression or class means, by the log loss of texts held out.

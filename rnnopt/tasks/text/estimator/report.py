@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,16 +91,6 @@ class Report:
 def spread(fewest: int, most: int) -> str:
     """How many texts classes have, in words."""
     return counted(most, "text") if fewest == most else f"{fewest} to {most} texts"
-
-
-def peak_memory() -> int | None:
-    """Bytes that this process has held at most so far; None where the system doesn't tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def card(report: Report, classes: list[str], versions: dict[str, str], name: str = "FOLDER") -> str:

@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 
 from rnnopt.errors import InputError
+from rnnopt.storage.memory import peak_bytes
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
@@ -49,7 +50,7 @@ from rnnopt.tasks.text.estimator.objective.several_labels import (
     best_thresholds,
     middle_thresholds,
 )
-from rnnopt.tasks.text.estimator.report import Report, peak_memory
+from rnnopt.tasks.text.estimator.report import Report
 from rnnopt.tasks.text.estimator.steps import Plan, Rule
 
 
@@ -374,7 +375,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             data=data,
             micro_f1=evidence.micro_f1 if evidence else None,
             macro_f1=evidence.macro_f1 if evidence else None,
-            memory=peak_memory(),
+            memory=peak_bytes(torch.device("cpu")),
         )
 
     def torch_device(self) -> torch.device:
