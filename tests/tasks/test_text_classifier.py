@@ -531,9 +531,9 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1 and 2; fit the"):
+    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
-    path.write_text('{"format": 1}')
+    path.write_text('{"format": 2}')
     with pytest.raises(InputError, match="do not hold what they should"):
         TextClassifier.load(tmp_path / "saved")
 
