@@ -320,8 +320,7 @@ def table(runs: Mapping[str, Run], rates: Mapping[str, float]) -> tuple[str, dic
     for name in runs:
         paired = figures[name]["minus AdamW, best rate"]
         cells = [
-            with_interval(paired[column], digits, signed=True)
-            for column, digits in columns.items()
+            with_interval(paired[column], digits, signed=True) for column, digits in columns.items()
         ]
         if name != "AdamW, best rate":
             lines.append(f"| *{name} - AdamW, best rate, paired* | {' | '.join(cells)} |")

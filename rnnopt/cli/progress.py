@@ -48,7 +48,8 @@ class Bar:
         self._progress.update(self._task, completed=done, total=self._total, note=note)
         if self._progress.disable and time.monotonic() - self._told > _SILENCE:
             self._told = time.monotonic()
-            print(f"{self._unit} {done} of {self._total} {note}".rstrip(), file=sys.stderr)
+            of = "" if self._total is None else f" of {self._total}"
+            print(f"{self._unit} {done}{of} {note}".rstrip(), file=sys.stderr)
 
     def advance(self, total: int | None = None, note: str = "") -> None:
         """Show that one more is done; see `at`."""

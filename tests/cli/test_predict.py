@@ -66,6 +66,16 @@ def test_fit_says_what_it_did_and_why(csv_file, encoder, tmp_path, capsys):
     assert "has something in it, and nothing is overwritten; choose another folder" in line
 
 
+def test_fit_shows_its_steps(csv_file, encoder, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Bar, "advance", lambda bar, note: notes.append(note))
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--device", "cpu", "--seconds", 999
+    assert run(*words, "--steps", 1, "--output", tmp_path / "saved") == 0
+    assert [note.split(",")[0] for note in notes][:5] == [
+        f"adapting to fold {fold}" for fold in range(1, 6)
+    ]
+
+
 @pytest.mark.parametrize("name", ["texts.csv", "texts.jsonl"])
 def test_a_file_of_texts(name, model, known, texts, tmp_path, capsys):
     wanted = [text for text, _ in texts][:30] * 2  # repeated rows have their answers, too

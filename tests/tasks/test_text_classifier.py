@@ -151,6 +151,20 @@ def test_a_text_that_is_unlikely_to_belong_anywhere_gets_no_label(fitted, few):
     assert [answer is None for answer in answers] == (best < np.median(best)).tolist()
 
 
+def test_a_class_weighs_as_much_as_is_said(encoder, few, tmp_path):
+    weights = weights_of(np.array([0, 0, 1, 2]), {"b": 6}, ["a", "b", "c"])
+    assert np.allclose(weights, np.array([1, 1, 6, 1]) / 2.25)
+    plain, heavy = (
+        TextClassifier(encoder, steps=0, class_weight=given, device="cpu").fit(*few)
+        for given in (None, {"food": 50.0})
+    )
+    shares = [one.predict_proba(few[0])[:, 0].mean() for one in (plain, heavy)]
+    assert shares[1] > shares[0]
+    heavy.save(tmp_path / "heavy")
+    loaded = TextClassifier.load(tmp_path / "heavy")
+    assert np.array_equal(loaded.predict_proba(few[0]), heavy.predict_proba(few[0]))
+
+
 def test_balanced_classes_count_alike():
     labels = np.array([0] * 6 + [1] * 2)
     assert weights_of(labels, "balanced").tolist() == [8 / 12] * 6 + [8 / 4] * 2
@@ -575,7 +589,10 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
         ({"steps": 1.5}, "steps is 1.5; it must be an integer"),
         ({"lora_rank": 0}, "lora_rank is 0; it must be an integer of at least 1"),
         ({"seconds": -1}, "seconds is -1; it must be at least 0, or None"),
-        ({"class_weight": "some"}, "class_weight is 'some'; use None or 'balanced'"),
+        ({"class_weight": "some"}, "class_weight is 'some'; use None, 'balanced', or a positive"),
+        ({"class_weight": {}}, "class_weight is {}; use None, 'balanced', or a positive number"),
+        ({"class_weight": {"food": -1}}, "class_weight is {'food': -1}; use None, 'balanced', or"),
+        ({"class_weight": {"x": 1}}, "class_weight names 'x', which is none of the 3 labels"),
         ({"abstain_below": 2}, "abstain_below is 2; it is a probability, between 0 and 1"),
         ({"pooling": "sum"}, "pooling is 'sum'; use one of auto, mean, cls, max, last"),
         ({"max_length": 0}, "max_length is 0; it must be an integer of at least 1"),

@@ -22,7 +22,7 @@ def run(settings: Fit) -> None:
             raise InputError(f"--output and --onnx are both {folder}; choose two folders")
     found = read_labelled(settings.data, settings)
     print(found.summary)
-    with progress_bar("step") as bar:
+    with progress_bar("fitting, step") as bar:
         classifier = unfitted(settings).fit(
             found.texts, found.labels, report=lambda record: _show(record, bar)
         )

@@ -30,7 +30,7 @@ from rnnopt.tasks.text.estimator.steps import Adaptation, OutOfTimeError, Plan
 
 JUDGED = (2, 5, 10, 20, 40)  # after these steps, and after the last
 
-Report = Callable[[dict[str, Any]], None]
+Callback = Callable[[dict[str, Any]], None]
 
 
 def ignore(record: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Verdict:
 
 def adapt_if_better(
     encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, start: Start, plan: Plan,
-    report: Report = ignore,
+    report: Callback = ignore,
 ) -> Verdict:  # fmt: skip
     """Adapt if texts that were held out speak for it; else leave the encoder as it is.
 
@@ -117,7 +117,7 @@ def adapt_if_better(
 
 
 def _cross_validate(
-    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Report
+    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Callback
 ) -> Verdict:
     """The verdict but for the head."""
     folds = _affordable(adaptation, data, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,8 +20,7 @@ from rnnopt.storage.memory import peak_bytes
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
-from rnnopt.tasks.text.estimator.adaptation import Report as ReportTo
-from rnnopt.tasks.text.estimator.adaptation import Verdict, adapt_if_better, ignore
+from rnnopt.tasks.text.estimator.adaptation import Callback, Verdict, adapt_if_better, ignore
 from rnnopt.tasks.text.estimator.answers import Decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
 from rnnopt.tasks.text.estimator.export import hub
@@ -85,8 +84,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             which takes less memory and is less accurate.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
             adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
-        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Where a
-            text may have several labels it has to be None.
+        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Or a
+            weight for each label, of which those that are left out weigh 1. Where a text may have
+            several labels it has to be None.
         abstain: share of texts of the known classes that may stay without an answer, such as 0.05.
             `predict` then answers None where the largest logit is lower than that of all but this
             share of the texts held out. None always answers.
@@ -112,7 +112,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         steps: int = 10,
         lora_rank: int | None = None,
         seconds: float | None = 30.0,
-        class_weight: Literal["balanced"] | None = None,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
         abstain: float | None = None,
         abstain_below: float | None = None,
         device: str = "auto",
@@ -132,7 +132,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         self.random_state = random_state
 
     def fit(
-        self, texts: Sequence[str], labels: Sequence[Any], *, report: ReportTo = ignore
+        self, texts: Sequence[str], labels: Sequence[Any], *, report: Callback = ignore
     ) -> Self:
         """Learn from labelled texts.
 
@@ -160,7 +160,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         encoder = SentenceEncoder.load(
             self.encoder, self.torch_device(), self.pooling, self.max_length
         )
-        weights = weights_of(named.places, self.class_weight)
+        weights = weights_of(named.places, self.class_weight, named.classes.tolist())
         data = Labelled(encoder.embed(texts).double().numpy(), named.places, weights)
         start = choose_start(data, settings["random_state"])
         if self.abstain is not None:

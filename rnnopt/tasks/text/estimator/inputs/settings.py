@@ -39,8 +39,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"rule is {rule!r}; give an rnnopt.UpdateRule, the path of a rule file, a function "
             "that makes a torch.optim.Optimizer of parameters, or None for the rule that ships"
         )
-    if settings["class_weight"] not in (None, "balanced"):
-        raise InputError(f"class_weight is {settings['class_weight']!r}; use None or 'balanced'")
+    weight = settings["class_weight"]
+    given = weight.values() if isinstance(weight, Mapping) else ()
+    if not (given or weight in (None, "balanced")) or not all(map(_is_positive, given)):
+        raise InputError(
+            f"class_weight is {weight!r}; use None, 'balanced', or a positive number for each label"
+        )
     for name, least in _INTEGERS:
         value = settings[name]
         if value is None and name in _OPTIONAL:
@@ -51,6 +55,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if seconds is not None and not (isinstance(seconds, Real) and 0 <= float(seconds) < math.inf):
         raise InputError(f"seconds is {seconds!r}; it must be at least 0, or None for no bound")
     check_abstention(settings)
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, Real) and 0 < float(number) < math.inf
 
 
 def check_abstention(settings: Mapping[str, Any]) -> None:
