@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from field import Field, Options, command, digest, main_of, unadapted
 from language import find
+from multitask import MultitaskSettings, MultitaskTraining
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, log_loss
@@ -35,7 +36,6 @@ from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.frozen import judge_frozen
-from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TEXT_METRICS, TextTask, TextTasks
 
