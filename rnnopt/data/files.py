@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rnnopt.data.corpus import ClassKey, Corpus, listed, readable, text_key
+from rnnopt.data.corpus import ClassKey, Corpus, counted, listed, readable, text_key
 from rnnopt.data.delimited import table_rows
 from rnnopt.errors import InputError
 
@@ -135,8 +135,8 @@ def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -
         label, lines = next(iter(united.items()))
         (one, first), (other, second) = list(lines.items())[:2]
         warnings.warn(
-            f"{path}: {len(united)} labels are written in several ways that look alike, such as "
-            f"{one!a} in line {first} and {other!a} in line {second}; they count as one "
+            f"{path}: {counted(len(united), 'label')} in several spellings that look alike, such "
+            f"as {one!a} in line {first} and {other!a} in line {second}; they count as one "
             f"label, {label!r}",
             stacklevel=3,
         )
@@ -150,7 +150,7 @@ def _warn_of_conflicts(
         lost = sorted({label for *_, label in conflicts} - set(kept))
         gone = f"; no text is left of label {listed(map(repr, lost))}" if lost else ""
         warnings.warn(
-            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
+            f"{path}: {counted(len(conflicts), 'text')} again under another label, such as in line "
             f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept{gone}",
             stacklevel=3,
         )
