@@ -10,7 +10,7 @@ from typing import Any
 
 from rnnopt.cli.progress import progress_bar, waiting
 from rnnopt.cli.settings.commands import MetaTrain
-from rnnopt.cli.settings.files import SETTINGS_FILE, as_options, chosen, write_settings
+from rnnopt.cli.settings.files import SETTINGS_FILE, chosen, write_settings
 from rnnopt.cli.settings.loading import (
     choose_device,
     episode_sampler,
@@ -53,7 +53,9 @@ def run(settings: MetaTrain) -> int:
             return 0
         folder, data = training.folder.path, describe(splits)
         write_settings(folder / SETTINGS_FILE, settings)
-        write_provenance(folder, as_options(settings), data, training.progress.meta_step)
+        write_provenance(
+            folder, settings.command, vars(settings), data, training.progress.meta_step
+        )
         show("\n".join([sources_table(data), *overlap_lines(data)]))
         _watch(training)
     return NOT_MET if settings.until is not None and not training.met else 0

@@ -572,6 +572,11 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
         (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),
+        (
+            ["a", "b"],
+            [-1, 2**63],
+            "label 1 is 9223372036854775808, of more than 64 bits; give labels as",
+        ),
         (["a", "b"], ["x", "x\0"], r"label 1 is 'x\\x00', with .* null character .* delete"),
         (["a", "b"], ["x", "\ud800"], "label 1 is .*half a surrogate pair.* delete"),
         (["a", "b"], [["x"], ["\ud800"]], "label 1 is .*half a surrogate pair.* delete"),

@@ -204,6 +204,8 @@ def check_labels(labels: Any, count: int) -> np.ndarray:
             )
         if isinstance(label, str):
             _check_name(i, label)
+        elif not -(2**63) <= label < 2**63:  # numpy would make floats or objects of them
+            raise InputError(f"label {i} is {label}, of more than 64 bits; give labels as strings")
     return np.array(found)
 
 
