@@ -21,14 +21,12 @@ from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
 from rnnopt.tasks.text.estimator.adaptation import Callback, Verdict, adapt_if_better, ignore
-from rnnopt.tasks.text.estimator.answers import Decision, floor_of
+from rnnopt.tasks.text.estimator.answers import Decision, choose_decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
 from rnnopt.tasks.text.estimator.export import hub
 from rnnopt.tasks.text.estimator.export.exports import Exports
 from rnnopt.tasks.text.estimator.figures import Figures
-from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.inputs.labelled import (
-    Labels,
     check_labels,
     check_several,
     check_texts,
@@ -45,10 +43,6 @@ from rnnopt.tasks.text.estimator.inputs.settings import (
     with_numbers,
 )
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
-from rnnopt.tasks.text.estimator.objective.several_labels import (
-    best_thresholds,
-    middle_thresholds,
-)
 from rnnopt.tasks.text.estimator.report import Report
 from rnnopt.tasks.text.estimator.steps import Plan, Rule
 
@@ -171,7 +165,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         judged = verdict.judged or start.judged
         temperature = judged.evidence.temperature if judged else start.temperature
         head = (verdict.head or start.fit(data)).cooled(temperature)
-        decision = self._decision(named, start, verdict, head, data)
+        decision = choose_decision(named, judged, head.logits(data.embeddings), self.abstain)
         found = self._report(
             encoder, start, verdict, named.places, fingerprint(texts, named.named), started
         )
@@ -334,22 +328,6 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
                 "saved one with TextClassifier.load(folder)"
             )
         return self._state
-
-    def _decision(
-        self, named: Labels, start: Start, verdict: Verdict, head: LinearHead, data: Labelled
-    ) -> Decision:
-        """Thresholds or a floor, by the texts held out."""
-        judged = verdict.judged or start.judged
-        if self.abstain is not None:
-            return Decision(named.classes, floor=floor_of(judged, self.abstain))
-        if not named.several:
-            return Decision(named.classes)
-        objective = objective_of(named.places)
-        if judged is None:
-            chances = objective.probabilities(head.logits(data.embeddings))
-            return Decision(named.classes, middle_thresholds(chances, data.labels))
-        chances = objective.probabilities(judged.logits)
-        return Decision(named.classes, best_thresholds(chances, judged.labels))
 
     def _report(
         self, encoder: SentenceEncoder, start: Start, verdict: Verdict, places: np.ndarray,
