@@ -163,6 +163,7 @@ def test_a_class_weighs_as_much_as_is_said(encoder, few, tmp_path):
     heavy.save(tmp_path / "heavy")
     loaded = TextClassifier.load(tmp_path / "heavy")
     assert np.array_equal(loaded.predict_proba(few[0]), heavy.predict_proba(few[0]))
+    assert loaded.class_weight == {"food": 50.0}
 
 
 def test_balanced_classes_count_alike():

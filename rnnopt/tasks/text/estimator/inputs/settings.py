@@ -99,8 +99,12 @@ def with_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a folder keeps: those that are JSON, without encoder and device."""
     kinds = bool | int | float | str
-    return {
+    kept: dict[str, Any] = {
         name: value
         for name, value in with_numbers(settings).items()
         if name not in ("encoder", "device") and (value is None or isinstance(value, kinds))
     }
+    weight = settings["class_weight"]
+    if isinstance(weight, Mapping) and all(isinstance(label, str) for label in weight):
+        kept["class_weight"] = {label: float(number) for label, number in weight.items()}
+    return kept
