@@ -1,4 +1,4 @@
-"""Print the lowest versions that setup.cfg allows, as constraints for pip: `torch==2.5`.
+"""Print the lowest versions that setup.cfg allows, as constraints for pip: `torch==2.9`.
 
     python scripts/bounds.py > lowest.txt
 
