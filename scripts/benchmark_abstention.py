@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 from rnnopt import TextClassifier
 from rnnopt.data.files import read_corpus
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.tasks.text.estimator.evidence import Labelled, choose_start
 from rnnopt.tasks.text.estimator.heads import log_softmax
 
@@ -113,8 +113,8 @@ def main() -> None:
                     ]
                 )  # fmt: skip
         for name, rows in found.items():
-            shown = [interval(column) for column in np.array(rows).T]
-            cells = " | ".join(f"{one['mean']:.3f} ± {one['ci95']:.3f}" for one in shown)
+            columns = np.array(rows).T
+            cells = " | ".join(with_interval(interval(column)) for column in columns)
             print(f"| {ways} | {shots} | {name} | {cells} |", flush=True)
 
 

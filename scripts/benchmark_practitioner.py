@@ -43,7 +43,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rnnopt import TextClassifier
 from rnnopt.data.files import read_corpus
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.figures import Figures
 from rnnopt.tasks.text.estimator.heads import log_softmax
@@ -191,8 +191,7 @@ def show(values: list[float], digits: int) -> str:
     """Mean and 95 % interval; of one value itself, of none nothing."""
     if len(values) < 2:
         return "".join(f"{value:.{digits}f}" for value in values)
-    found = interval(np.array(values))
-    return f"{found['mean']:.{digits}f} ± {found['ci95']:.{digits}f}"
+    return with_interval(interval(np.array(values)), digits)
 
 
 def table(lines: list[dict[str, Any]], say: Callable[[str], None] = print) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from rnnopt import TextClassifier
 from rnnopt.data.files import read_corpus
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.tasks.text.estimator.figures import Figures
 
 SETS = {"clinc150": 10, "stackoverflow20": 6}  # and how many of the test classes
@@ -91,8 +91,8 @@ def main() -> None:
                     ]
                 )  # fmt: skip
         for kind, lines in found.items():
-            shown = [interval(column) for column in np.array(lines).T]
-            cells = " | ".join(f"{one['mean']:.3f} ± {one['ci95']:.3f}" for one in shown)
+            columns = np.array(lines).T
+            cells = " | ".join(with_interval(interval(column)) for column in columns)
             print(f"| {name}, {SETS[name]} labels | {count} | {kind} | {cells} |", flush=True)
 
 

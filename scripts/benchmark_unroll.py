@@ -40,9 +40,9 @@ from benchmark import (
 
 from rnnopt import LearnedOptimizer
 from rnnopt.meta.differentiable import higher
-from rnnopt.meta.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
+from rnnopt.storage.memory import forget_peak, free_bytes, peak_bytes, used_bytes
 from rnnopt.tasks.text.classifier import Tune
 
 OURS, FIRST, SECOND = "ours", "higher, first order", "higher, second order"
@@ -114,7 +114,7 @@ def peak(work: Workload, config: Config) -> dict[str, float]:
     run = meta_step(work, config)
     work.forward_backward()
     device = torch.device(config.device)
-    loading = peak_bytes(device)
+    loading = peak_bytes(device) or 0
     forget_peak(device)
     baseline = used_bytes(device) or 0
     started = time.perf_counter()
@@ -122,7 +122,7 @@ def peak(work: Workload, config: Config) -> dict[str, float]:
     if config.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    largest = peak_bytes(device)
+    largest = peak_bytes(device) or 0
     return {
         "process": max(loading, largest),
         "baseline": baseline,

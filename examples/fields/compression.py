@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoTokenizer
 import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.data.files import read_corpus
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.storage.files import write_atomically
 from rnnopt.tasks.episodes import EpisodeSampler
@@ -276,8 +276,8 @@ def write(rows: list[dict[str, Any]], options: Options) -> None:
             and all(one[key] == row[key] for key in ("encoder", "rank"))
         )
         figures = [np.array(row[column]) for column in COLUMNS]
-        shown = [interval(figures[0]), interval(figures[0] - other["accuracy"])]
-        cells = [f"{one['mean']:.3f} ± {one['ci95']:.3f}" for one in (*shown, interval(figures[1]))]
+        shown = [figures[0], figures[0] - other["accuracy"], figures[1]]
+        cells = [with_interval(interval(one)) for one in shown]
         sizes = f"{row['state']:,} | {row['adapter']:,} | {row['model'] / 1e6:.1f}"
         lines.append(
             f"| {row['encoder']} | {row['rank']} | {row['method']} | {' | '.join(cells)} | {sizes} "

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
+from field import Field, Options, at_default, command, kept, main_of, unadapted
 from language import END, IGNORED, cipher, find, padded, pretrain, rows, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -230,12 +230,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=40, episodes=12, more=MORE))

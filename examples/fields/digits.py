@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import jiwer
 import torch
-from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
+from field import Field, Options, at_default, command, kept, main_of, unadapted
 from language import pretrain
 from speech import (
     HOP,
@@ -220,12 +220,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Read, pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=100, episodes=40, more=MORE))

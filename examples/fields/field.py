@@ -233,7 +233,7 @@ def honest_comparison(
     name = "-".join(filter(None, (field.name, setting)))
     with progress_bar(f"compare: {name}") as bar:
         compared = rnnopt.compare(
-            rnnopt.load_rule(SHIPPED_RULE),
+            None,  # the rule that ships
             field.learner,
             field.source("test", True, setting),
             tuning=field.source("validation", True, setting),
@@ -249,6 +249,17 @@ def honest_comparison(
         )
     _write(f"{prefix}{name}", " ".join(filter(None, (field.title, setting))), options, compared)
     return compared
+
+
+def main_of(make_field: Callable[[Options], Field]) -> Callable[[Options], None]:
+    """The `main` of a field, for `command`: an `honest_comparison` on each of its settings."""
+
+    def main(options: Options) -> None:
+        field = make_field(options)
+        for setting in field.settings:
+            honest_comparison(field, options, setting)
+
+    return main
 
 
 def _meta_trained(

@@ -23,6 +23,7 @@ import rnnopt
 from rnnopt.cli.progress import progress_bar
 from rnnopt.evaluation.baselines import rule_baseline
 from rnnopt.evaluation.compare import Compared
+from rnnopt.evaluation.statistics import with_interval
 from rnnopt.rules.files import SHIPPED_RULE, SavedRule, rule_name
 from rnnopt.storage.files import fingerprint, write_atomically
 
@@ -106,7 +107,7 @@ def summary(found: Mapping[tuple[str, str], tuple[Field, Compared]]) -> str:
             pairs = [compared.paired(rule, "adamw")[name] for rule in RULES]
             pairs.append(compared.paired("all", "field")[name])
             for budget in pairs[0]:
-                cells = (f"{p[budget]['mean']:+.3f} ± {p[budget]['ci95']:.3f}" for p in pairs)
+                cells = (with_interval(pair[budget], signed=True) for pair in pairs)
                 what = " ".join(filter(None, (field.name, setting, f"({name})")))
                 lines.append(f"| {what} | {budget} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from field import Field, Options, command, digest, honest_comparison, unadapted
+from field import Field, Options, command, digest, main_of, unadapted
 from language import find
+from multitask import MultitaskSettings, MultitaskTraining
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, log_loss
@@ -35,7 +36,6 @@ from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.frozen import judge_frozen
-from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TEXT_METRICS, TextTask, TextTasks
 
@@ -205,12 +205,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=60, episodes=16, more=MORE))

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from field import Field, Options, at_default, command, honest_comparison, kept
+from field import Field, Options, at_default, command, kept, main_of
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -351,12 +351,7 @@ def make_field(options: Options) -> Field:
     return field_of("recommendation", "A user whom nobody has seen,", net, users, options)
 
 
-def main(options: Options) -> None:
-    """Read, pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=150, episodes=160, more=MORE))

@@ -20,7 +20,7 @@ import dialogue
 import torch
 import transformers
 from dialogue import Dialogue, pools
-from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
+from field import Field, Options, at_default, command, kept, main_of, unadapted
 from language import pretrain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -117,6 +117,64 @@ def vectors_of(pool: dict[str, list[Dialogue]], options: Options) -> dict[str, T
     return dict(zip(texts, made["x"]))
 
 
+def stacked(vectors: dict[str, Tensor], pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """The vectors of what is said, and of what follows, (pairs, H) each."""
+    said, following = zip(*pairs)
+    return (
+        torch.stack([vectors[text] for text in said]),
+        torch.stack([vectors[text] for text in following]),
+    )
+
+
+def pretrained(vectors: dict[str, Tensor], known: list[Pair], options: Options) -> Towers:
+    """Towers that have learned which of the pairs belong together."""
+    torch.manual_seed(options.seed)
+    towers = Towers(len(next(iter(vectors.values()))))
+
+    def loss(drawn: random.Random) -> Tensor:
+        drawn_pairs = drawn.sample(known, min(2 * BATCH, len(known)))
+        scores = towers(*stacked(vectors, drawn_pairs))
+        return cross_entropy(scores, torch.arange(len(scores)))
+
+    steps = 3 if options.small else 300
+    facts = {"pairs": len(known), "steps": steps, "seed": options.seed, **options.more}
+    towers.load_state_dict(
+        kept(
+            options.output, "selection-model", facts,
+            lambda: pretrain(towers, loss, steps, 1e-3, options.seed),
+        )
+    )  # fmt: skip
+    return towers
+
+
+def episode(
+    vectors: dict[str, Tensor], chosen: list[dialogue.Turns], drawn: random.Random, scored: bool
+) -> rnnopt.Task:
+    """A task of dialogues: the first `QUERY` judge, and the others are learned from."""
+    support = [pair for turns in chosen[QUERY:] for pair in pairs_of(turns)]
+    drawn.shuffle(support)
+    batches = [stacked(vectors, support[at : at + BATCH]) for at in range(0, len(support), BATCH)]
+    said, right = stacked(vectors, [drawn.choice(pairs_of(turns)) for turns in chosen[:QUERY]])
+    wrong = [
+        drawn.sample([i for i in range(QUERY) if i != at], CANDIDATES - 1) for at in range(QUERY)
+    ]
+    candidates = right[torch.tensor([[at, *others] for at, others in enumerate(wrong)])]
+    first = torch.zeros(QUERY, dtype=torch.long)
+
+    def support_loss(net: nn.Module, step: int) -> Tensor:
+        scores = net(*batches[step % len(batches)])
+        return cross_entropy(scores, torch.arange(len(scores)))
+
+    def metrics(net: nn.Module) -> dict[str, float]:
+        return {"recall@1": recall(net(said, candidates))}
+
+    return rnnopt.Task(
+        support_loss,
+        lambda net, step: cross_entropy(net(said, candidates), first),
+        metrics=metrics if scored else None,
+    )
+
+
 def make_field(options: Options) -> Field:
     """Read the data, encode it, pretrain the towers, and say what a task is.
 
@@ -131,64 +189,18 @@ def make_field(options: Options) -> Field:
         if part != "pretrain"
     }
     vectors = vectors_of(pool, options)
-
-    def stacked(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-        said, following = zip(*pairs)
-        return (
-            torch.stack([vectors[text] for text in said]),
-            torch.stack([vectors[text] for text in following]),
-        )
-
-    torch.manual_seed(options.seed)
-    towers = Towers(len(next(iter(vectors.values()))))
     known = [pair for d in pool["pretrain"] for pair in pairs_of(d.turns)]
-
-    def loss(drawn: random.Random) -> Tensor:
-        scores = towers(*stacked(drawn.sample(known, min(2 * BATCH, len(known)))))
-        return cross_entropy(scores, torch.arange(len(scores)))
-
-    steps = 3 if options.small else 300
-    facts = {"pairs": len(known), "steps": steps, "seed": options.seed, **options.more}
-    towers.load_state_dict(
-        kept(
-            options.output, "selection-model", facts,
-            lambda: pretrain(towers, loss, steps, 1e-3, options.seed),
-        )
-    )  # fmt: skip
 
     def task(setting: str | None, part: str, number: int, scored: bool) -> rnnopt.Task:
         drawn = random.Random(f"{options.seed} {part} {number}")
         setting, size = setting or drawn.choice(["topic", "language"]), drawn.choice(sizes)
         group = drawn.choice(groups[setting if part == "test" else part, setting])
-        chosen = drawn.sample(group, size + QUERY)
-        support = [pair for turns in chosen[QUERY:] for pair in pairs_of(turns)]
-        drawn.shuffle(support)
-        batches = [stacked(support[at : at + BATCH]) for at in range(0, len(support), BATCH)]
-        said, right = stacked([drawn.choice(pairs_of(turns)) for turns in chosen[:QUERY]])
-        wrong = [
-            drawn.sample([i for i in range(QUERY) if i != at], CANDIDATES - 1)
-            for at in range(QUERY)
-        ]
-        candidates = right[torch.tensor([[at, *others] for at, others in enumerate(wrong)])]
-        first = torch.zeros(QUERY, dtype=torch.long)
-
-        def support_loss(net: nn.Module, step: int) -> Tensor:
-            scores = net(*batches[step % len(batches)])
-            return cross_entropy(scores, torch.arange(len(scores)))
-
-        def metrics(net: nn.Module) -> dict[str, float]:
-            return {"recall@1": recall(net(said, candidates))}
-
-        return rnnopt.Task(
-            support_loss,
-            lambda net, step: cross_entropy(net(said, candidates), first),
-            metrics=metrics if scored else None,
-        )
+        return episode(vectors, drawn.sample(group, size + QUERY), drawn, scored)
 
     return Field(
         "selection",
         "Response selection among ten, of an unseen",
-        rnnopt.Learner(towers),
+        rnnopt.Learner(pretrained(vectors, known, options)),
         functools.partial(task, None),
         metrics={"recall@1": rnnopt.Metric(higher_is_better=True)},
         usual={
@@ -203,12 +215,7 @@ def make_field(options: Options) -> Field:
     )
 
 
-def main(options: Options) -> None:
-    """Encode, pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=60, episodes=24, more=MORE))

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from field import Field, Options, at_default, command, honest_comparison, kept, unadapted
+from field import Field, Options, at_default, command, kept, main_of, unadapted
 from language import pretrain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -316,9 +316,7 @@ def make_field(options: Options, unheard: str = "speaker") -> Field:
 def main(options: Options) -> None:
     """Read, pretrain, meta-train, compare."""
     for unheard in options.more["unheard"]:
-        field = make_field(options, unheard)
-        for setting in field.settings:
-            honest_comparison(field, options, setting)
+        main_of(functools.partial(make_field, unheard=unheard))(options)
 
 
 if __name__ == "__main__":

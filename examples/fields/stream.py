@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 import rnnopt
 from rnnopt.cli.progress import progress_bar
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.storage.files import write_atomically
 
@@ -315,16 +315,12 @@ def table(runs: Mapping[str, Run], rates: Mapping[str, float]) -> tuple[str, dic
             "values": values,
         }
         mine = figures[name]
-        cells = [
-            f"{mine[column]['mean']:.{digits}f} ± {mine[column]['ci95']:.{digits}f}"
-            for column, digits in columns.items()
-        ]
+        cells = [with_interval(mine[column], digits) for column, digits in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in runs:
         paired = figures[name]["minus AdamW, best rate"]
         cells = [
-            f"{paired[column]['mean']:+.{digits}f} ± {paired[column]['ci95']:.{digits}f}"
-            for column, digits in columns.items()
+            with_interval(paired[column], digits, signed=True) for column, digits in columns.items()
         ]
         if name != "AdamW, best rate":
             lines.append(f"| *{name} - AdamW, best rate, paired* | {' | '.join(cells)} |")

@@ -17,7 +17,7 @@ import sys
 import pandas as pd
 import recommendation
 import torch
-from field import Field, Options, command, digest, honest_comparison, kept
+from field import Field, Options, command, digest, kept, main_of
 from language import pretrain
 from recommendation import COLUMNS, Ratings, User, field_of, read_ratings, users_of
 from selection import encode
@@ -120,12 +120,7 @@ def make_field(options: Options) -> Field:
     return field_of("towers", "A new user, by towers,", net, users, options)
 
 
-def main(options: Options) -> None:
-    """Read, encode, pretrain, meta-train, compare."""
-    field = make_field(options)
-    for setting in field.settings:
-        honest_comparison(field, options, setting)
-
+main = main_of(make_field)
 
 if __name__ == "__main__":
     sys.exit(command(__doc__, main, meta_steps=150, episodes=160, more=MORE))

@@ -13,7 +13,7 @@ import numpy as np
 
 from rnnopt.cli.progress import progress_bar, waiting
 from rnnopt.cli.settings.commands import Adapt
-from rnnopt.cli.settings.files import SETTINGS_FILE, as_options, write_settings
+from rnnopt.cli.settings.files import SETTINGS_FILE, write_settings
 from rnnopt.cli.settings.loading import (
     choose_device,
     choose_rule,
@@ -242,5 +242,5 @@ def _write(folder: Path, report: dict[str, Any], settings: Adapt, data: dict[str
     content = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / ADAPT_FILE, content.encode())
     write_settings(folder / SETTINGS_FILE, settings)
-    write_provenance(folder, as_options(settings), data)
+    write_provenance(folder, settings.command, vars(settings), data)
     return write_report(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return run(parse(words))
+        with _plain_warnings(words):
+            return run(parse(words))
     except ToldElsewhereError:
         return _MISTAKE
     except InputError as error:
@@ -86,6 +89,17 @@ def run(settings: Settings) -> int:
         require_alone(settings.command)
     module = import_module(f"{settings.home}.{settings.command.replace('-', '_')}")
     return int(module.run(settings) or 0)
+
+
+@contextmanager
+def _plain_warnings(words: Sequence[str]) -> Iterator[None]:
+    """Within it a warning is one line, without the place in the code that gave it."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"rnnopt {words[0]}: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _tell(words: Sequence[str], what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rnnopt.cli.progress import progress_bar, waiting
 from rnnopt.cli.settings.commands import MetaTrain
-from rnnopt.cli.settings.files import SETTINGS_FILE, as_options, chosen, write_settings
+from rnnopt.cli.settings.files import SETTINGS_FILE, chosen, write_settings
 from rnnopt.cli.settings.loading import (
     choose_device,
     episode_sampler,
@@ -33,7 +33,6 @@ from rnnopt.rules.files import RULE_FILE, read_training
 from rnnopt.storage.provenance import write_provenance
 from rnnopt.storage.run_folder import INIT_FOLDER
 from rnnopt.tasks.requirement import NOT_MET
-from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
@@ -54,7 +53,9 @@ def run(settings: MetaTrain) -> int:
             return 0
         folder, data = training.folder.path, describe(splits)
         write_settings(folder / SETTINGS_FILE, settings)
-        write_provenance(folder, as_options(settings), data, training.progress.meta_step)
+        write_provenance(
+            folder, settings.command, vars(settings), data, training.progress.meta_step
+        )
         show("\n".join([sources_table(data), *overlap_lines(data)]))
         _watch(training)
     return NOT_MET if settings.until is not None and not training.met else 0
@@ -151,7 +152,7 @@ def _training(
             **task_facts,
             "settings": asdict(plan),
             "classes": {
-                **_seen_before(settings, plan.learned, train.classifier, corpora[1]),
+                **_seen_before(settings, plan.learned, corpora[1]),
                 **class_sketches(corpora[0]),
             },
             "validation_classes": class_sketches(corpora[1]),
@@ -162,7 +163,7 @@ def _training(
 
 
 def _seen_before(
-    settings: MetaTrain, learned: LearnedSettings, classifier: Classifier, validation: Corpus
+    settings: MetaTrain, learned: LearnedSettings, validation: Corpus
 ) -> dict[str, Any]:
     """The classes that the rule of --from was made with, none of which may choose the new one."""
     origin = learned.origin_path

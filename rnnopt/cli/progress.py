@@ -48,7 +48,8 @@ class Bar:
         self._progress.update(self._task, completed=done, total=self._total, note=note)
         if self._progress.disable and time.monotonic() - self._told > _SILENCE:
             self._told = time.monotonic()
-            print(f"{self._unit} {done} of {self._total} {note}".rstrip(), file=sys.stderr)
+            of = "" if self._total is None else f" of {self._total}"
+            print(f"{self._unit} {done}{of} {note}".rstrip(), file=sys.stderr)
 
     def advance(self, total: int | None = None, note: str = "") -> None:
         """Show that one more is done; see `at`."""
@@ -66,19 +67,22 @@ def _progress(*columns: ProgressColumn, gone_at_end: bool = False, shown: bool =
 
 
 @contextmanager
-def progress_bar(unit: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+def progress_bar(
+    unit: str, total: int | None = None, done: int = 0, shown: bool = True
+) -> Iterator[Bar]:
     """A bar on stderr for what takes long; what is printed meanwhile stands above it.
 
     Args:
         unit: what is counted.
         total: of them; None while it is not known.
         done: at the start.
+        shown: whether there is one to see.
     """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with _progress(*columns) as progress:
+    with _progress(*columns, shown=shown) as progress:
         yield Bar(progress, unit, total, done)
 
 

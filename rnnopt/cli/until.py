@@ -160,18 +160,28 @@ def user_texts(settings: Adapt) -> tuple[Corpus, Corpus]:
     if not settings.test or settings.until is not None:
         return stratified_holdout(train, fraction=settings.held_out, seed=settings.seed)
     test = read_corpus(settings.test, **columns)
-    judged = {text_key(text) for text in test.texts}
-    kept = [i for i, text in enumerate(train.texts) if text_key(text) not in judged]
-    if not kept:
-        raise InputError(
-            f"--test {settings.test}: all {len(train)} texts of --data are in it, and none is left "
-            "to train on; take another test file, or leave --test out"
-        )
-    if len(kept) < len(train):
-        print(f"left out of training, since they are in --test: {len(train) - len(kept)} texts")
-    left = train.take(kept)
+    left = _without(
+        train, test,
+        f"--test {settings.test}: all {len(train)} texts of --data are in it, and none is left "
+        "to train on; take another test file, or leave --test out",
+    )  # fmt: skip
+    if len(left) < len(train):
+        print(f"left out of training, since they are in --test: {len(train) - len(left)} texts")
     _require_all_labels(settings, train, left)
-    return replace(left, dropped=train.dropped), test
+    return left, test
+
+
+def _without(corpus: Corpus, other: Corpus, error: str) -> Corpus:
+    """The texts that another corpus lacks.
+
+    Raises:
+        InputError: with this text, where none is left.
+    """
+    known = {text_key(text) for text in other.texts}
+    kept = [i for i, text in enumerate(corpus.texts) if text_key(text) not in known]
+    if not kept:
+        raise InputError(error)
+    return replace(corpus.take(kept), dropped=corpus.dropped)
 
 
 def _require_all_labels(settings: Adapt, train: Corpus, left: Corpus) -> None:
@@ -201,43 +211,23 @@ def judge_unseen(
         (what `judged_facts` says, what `data_facts` says).
 
     Raises:
-        InputError: as `unseen_texts` and `label_numbers`.
+        InputError: as `read_corpus` and `label_numbers`; no text is left to judge by.
     """
     columns = {"text_column": settings.text_column, "label_column": settings.label_column}
-    test, left_out = unseen_texts(path, merge([train, held_out]), **columns)
+    read = read_corpus(path, **columns)
+    test = _without(
+        read, merge([train, held_out]),
+        f"{path}: all of its {len(read)} texts are in --data too, none is left to judge by; the "
+        "classifier is saved; take other texts",
+    )  # fmt: skip
     names, _, labels = label_numbers(train, test)
-    if left_out:
-        print(f"left out of the test, since they are in --data: {left_out} texts")
+    if len(test) < len(read):
+        print(f"left out of the test, since they are in --data: {len(read) - len(test)} texts")
     with waiting("judging"):
         judged = judge_texts(classifier, test.texts, labels)
     print(judgement_line(judged, "of --test"))
     show(confusion_text(names, judged.matrix))
     return judged_facts(judged, names), data_facts(test)
-
-
-def unseen_texts(path: str, known: Corpus, **columns: str) -> tuple[Corpus, int]:
-    """The texts of a test file that adaptation has not seen, to be read when all else is done.
-
-    Args:
-        path: the file.
-        known: what was trained on, or chosen by.
-        columns: as in `read_corpus`.
-
-    Returns:
-        (the texts, how many were left out).
-
-    Raises:
-        InputError: as `read_corpus`; no text is left.
-    """
-    test = read_corpus(path, **columns)
-    seen = {text_key(text) for text in known.texts}
-    kept = [i for i, text in enumerate(test.texts) if text_key(text) not in seen]
-    if not kept:
-        raise InputError(
-            f"{path}: all of its {len(test)} texts are in --data too, none is left to judge by; "
-            "the classifier is saved; take other texts"
-        )
-    return replace(test.take(kept), dropped=test.dropped), len(test) - len(kept)
 
 
 def judged_facts(judged: Judgement, names: Sequence[str]) -> dict[str, Any]:

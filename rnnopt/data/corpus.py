@@ -142,11 +142,24 @@ def readable(text: str) -> str:
 
 
 def summary(corpus: Corpus) -> str:
-    """One line to print: the numbers of texts, classes, domains and dropped duplicates."""
+    """One line to print: numbers of texts and classes, of domains if several, of duplicates."""
+    domains = len(set(corpus.domains))
     return (
-        f"{len(corpus)} texts, {len(corpus.classes)} classes, "
-        f"{len(set(corpus.domains))} domains, {corpus.dropped} duplicates dropped"
+        f"{counted(len(corpus), 'text')}, {counted(len(corpus.classes), 'class')}"
+        + (f", {domains} domains" if domains > 1 else "")
+        + dropped_words(corpus.dropped)
     )
+
+
+def dropped_words(dropped: int) -> str:
+    """What a summary says of duplicates at its end; nothing where there are none."""
+    return f", {counted(dropped, 'duplicate')} dropped" if dropped else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 text``, ``2 texts``, ``2 classes``."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

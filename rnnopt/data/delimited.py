@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rnnopt.data.corpus import listed, readable
+from rnnopt.data.corpus import counted, listed, readable
 from rnnopt.errors import InputError
 
 
@@ -89,7 +89,7 @@ def _warn(message: str) -> None:
 
 
 def _rows(lines: Sequence[int]) -> str:
-    return f"{len(lines)} rows (line {listed(map(str, lines))})"
+    return f"{counted(len(lines), 'row')} (line {listed(map(str, lines))})"
 
 
 def _tab_separated(path: Path, content: str) -> _Table:

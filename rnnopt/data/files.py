@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rnnopt.data.corpus import ClassKey, Corpus, listed, readable, text_key
+from rnnopt.data.corpus import ClassKey, Corpus, counted, listed, readable, text_key
 from rnnopt.data.delimited import table_rows
 from rnnopt.errors import InputError
 
@@ -48,7 +48,7 @@ def read_corpus(
     """
     path = Path(path)
     stem = stem_and_suffix(path)[0]
-    rows = _rows(path, label_column)
+    rows = rows_of(path, label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
     spellings: dict[str, dict[str, int]] = {}  # of a readable name, and their first line
     kept: list[tuple[str, str, str]] = []
@@ -56,13 +56,13 @@ def read_corpus(
     conflicts: list[tuple[int, str, int, str]] = []
     for line, row in rows:
         where = f"{path}, line {line}"
-        text = " ".join(_value(where, row, text_column, "--text-column").split())
-        spelling = _value(where, row, label_column, "--label-column")
+        text = " ".join(text_of(where, row, text_column, "--text-column").split())
+        spelling = text_of(where, row, label_column, "--label-column")
         label = readable(spelling)
         spellings.setdefault(label, {}).setdefault(spelling, line)
         name = stem if domain is None else domain
         if domain_column is not None:
-            name = readable(_value(where, row, domain_column, "--domain-column"))
+            name = readable(text_of(where, row, domain_column, "--domain-column"))
         key = name, text_key(text)
         if key in seen:
             dropped += 1
@@ -91,8 +91,8 @@ def read_texts(path: str | os.PathLike[str], *, text_column: str = "text") -> li
     """
     path = Path(path)
     return [
-        " ".join(_value(f"{path}, line {line}", row, text_column, "--text-column").split())
-        for line, row in _rows(path, "")
+        " ".join(text_of(f"{path}, line {line}", row, text_column, "--text-column").split())
+        for line, row in rows_of(path, "")
     ]
 
 
@@ -107,12 +107,22 @@ def first_lines(
         text_column: as in `read_corpus`.
     """
     lines: dict[str, int] = {}
-    for line, row in _rows(Path(path), ""):
+    for line, row in rows_of(Path(path), ""):
         lines.setdefault(text_key(str(row.get(text_column, ""))), line)
     return [lines[text_key(text)] for text in texts]
 
 
-def _rows(path: Path, label_column: str) -> Iterator[Row]:
+def rows_of(path: Path, label_column: str) -> Iterator[Row]:
+    """(line number, row) of each row of a file.
+
+    Args:
+        path: as in `read_corpus`.
+        label_column: the column of labels, by which rows that a quote has joined are found; "" for
+            none.
+
+    Raises:
+        InputError: the file or a line is unusable.
+    """
     content, suffix = _file_text(path), stem_and_suffix(path)[1]
     if suffix in (".jsonl", ".ndjson"):
         return _json_rows(path, content)
@@ -125,8 +135,8 @@ def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -
         label, lines = next(iter(united.items()))
         (one, first), (other, second) = list(lines.items())[:2]
         warnings.warn(
-            f"{path}: {len(united)} labels are written in several ways that look alike, such as "
-            f"{one!a} in line {first} and {other!a} in line {second}; they count as one "
+            f"{path}: {counted(len(united), 'label')} in several spellings that look alike, such "
+            f"as {one!a} in line {first} and {other!a} in line {second}; they count as one "
             f"label, {label!r}",
             stacklevel=3,
         )
@@ -140,7 +150,7 @@ def _warn_of_conflicts(
         lost = sorted({label for *_, label in conflicts} - set(kept))
         gone = f"; no text is left of label {listed(map(repr, lost))}" if lost else ""
         warnings.warn(
-            f"{path}: {len(conflicts)} lines repeat a text under another label, such as line "
+            f"{path}: {counted(len(conflicts), 'text')} again under another label, such as in line "
             f"{second} ({other!r}) that of line {first} ({one!r}); the first label is kept{gone}",
             stacklevel=3,
         )
@@ -215,7 +225,18 @@ def _json_rows(path: Path, content: str) -> Iterator[Row]:
         yield number, row
 
 
-def _value(where: str, row: Mapping[str, object], column: str, option: str) -> str:
+def text_of(where: str, row: Mapping[str, object], column: str, option: str) -> str:
+    """The text in a column of a row; a number counts as text but in a column of texts.
+
+    Args:
+        where: file and line, for messages.
+        row: of `rows_of`.
+        column: its name.
+        option: that names the column on the command line.
+
+    Raises:
+        InputError: there is no such column, or it holds no text.
+    """
     if column not in row:
         raise InputError(
             f"{where}: no column {column!r}, the columns are {listed(row)}; "

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnnopt.data.corpus import readable, text_key
-from rnnopt.data.files import _rows, _value  # of the same room: values are read alike
+from rnnopt.data.corpus import dropped_words, readable, text_key
+from rnnopt.data.files import rows_of, text_of
 from rnnopt.errors import InputError
 
 
@@ -31,7 +31,7 @@ class SeveralLabels:
         given = sum(map(len, self.labels))
         return (
             f"{len(self.texts)} texts, {len(classes)} labels, {given / len(self.texts):.2f} labels "
-            f"a text, {self.dropped} duplicates dropped"
+            f"a text{dropped_words(self.dropped)}"
         )
 
 
@@ -63,9 +63,9 @@ def read_several(
     path = Path(path)
     found: dict[str, tuple[str, set[str]]] = {}
     count = 0
-    for line, row in _rows(path, label_column):
+    for line, row in rows_of(path, label_column):
         where = f"{path}, line {line}"
-        text = " ".join(_value(where, row, text_column, "--text-column").split())
+        text = " ".join(text_of(where, row, text_column, "--text-column").split())
         labels = _labels(where, row, label_column, separator)
         found.setdefault(text_key(text), (text, set()))[1].update(labels)
         count += 1
@@ -87,5 +87,5 @@ def _labels(where: str, row: Mapping[str, object], column: str, separator: str) 
             )
         parts = value
     else:
-        parts = _value(where, row, column, "--label-column").split(separator)
+        parts = text_of(where, row, column, "--label-column").split(separator)
     return [label for label in map(readable, parts) if label]

@@ -200,5 +200,3 @@ def require_baseline(name: str, others: Sequence[str] = ()) -> None:
             f"baseline {name!r} needs {package}, which is not installed: "
             'pip install "rnnopt[compare]"'
         )
-    if name.startswith("muon") and not hasattr(torch.optim, "Muon"):
-        raise InputError(f"baseline {name!r} needs torch 2.9 or newer, this is {torch.__version__}")

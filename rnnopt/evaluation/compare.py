@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from rnnopt.evaluation.baselines import Baseline
 from rnnopt.evaluation.comparison import Comparison, Direct
 from rnnopt.evaluation.journal import Journal
 from rnnopt.evaluation.report.tables import comparison_table, paired
-from rnnopt.rules.files import rule_name
+from rnnopt.optim.arguments import resolve_rule
+from rnnopt.rules.files import SHIPPED_RULE, rule_name
 from rnnopt.rules.protocol import UpdateRule
 from rnnopt.storage.files import fingerprint
 from rnnopt.tasks.protocol import (
@@ -93,7 +95,7 @@ class Compared:
 
 
 def compare(
-    rule: UpdateRule,
+    rule: UpdateRule | str | os.PathLike[str] | None,
     learner: Learner,
     tasks: Callable[[int], Task] | TaskSource,
     *,
@@ -106,7 +108,6 @@ def compare(
     tuning_episodes: int = 10,
     start: Start = Start(),  # noqa: B008  # immutable
     journal: str | Path | None = None,
-    tick: Callable[[str], None] = lambda name: None,
     progress: Callable[[int, int], None] = lambda done, planned: None,
 ) -> Compared:
     """Compare a rule with tuned baselines on the same tasks, from the same initial values.
@@ -115,7 +116,7 @@ def compare(
     metric. The rates are chosen on other tasks than those that are reported.
 
     Args:
-        rule: the rule. It has nothing to tune.
+        rule: an `UpdateRule`, the path of a rule file, or None for the rule that ships.
         learner: what every method adapts; back at its initial values when this returns.
         tasks: ``number -> Task``, or a source of tasks, to report on. The tasks from number
             `TEST_TASKS` on are used, which meta-training never uses; those of a source are used
@@ -131,42 +132,44 @@ def compare(
         start: where every method starts, such as `MetaTrained.start`.
         journal: a file that keeps finished runs, so that a comparison that was stopped can go on;
             use another file where the tasks or `own_baselines` change.
-        tick: called after each run with its name.
         progress: called after each run with the number of runs that are done, and of those that
             are planned, which falls when learning rates have been chosen.
 
     Raises:
-        InputError: a baseline does not exist or is not installed, a number is out of range, or the
-            initial values of `start` belong to another learner.
+        InputError: a baseline does not exist or is not installed, a number is out of range, the
+            rule file can't be used, or the initial values of `start` belong to another learner.
+        TypeError: `rule` is something else.
     """
-    if tuning is None:
-        source = as_source(tasks, learner)
-        tuned, report = source.from_number(VALIDATION_TASKS), source.from_number(TEST_TASKS)
-    else:
-        tuned = as_source(tuning, learner, VALIDATION_TASKS)
-        report = as_source(tasks, learner, TEST_TASKS)
-    for given in (start, *(own.start for own in (own_baselines or {}).values())):
-        _check_start(given or start, learner)
+    rule = resolve_rule(SHIPPED_RULE if rule is None else rule)
+    tuned, report = _sources(learner, tasks, tuning)
+    _check_starts([start, *(own.start for own in (own_baselines or {}).values())], learner)
     runs = itertools.count(1)
-
-    def tell(name: str) -> None:
-        tick(name)
-        progress(next(runs), comparison.planned)
-
     comparison = Comparison(
         learner, rule, rule_name(rule), tuned, report, budgets,
         list(dict.fromkeys([*baselines, *(own_baselines or {}), *(direct or {})])),
         None if journal is None else Journal(Path(journal), _facts(learner, start)),
-        tell, start, own_baselines=own_baselines, direct=direct,
+        lambda name: progress(next(runs), comparison.planned), start,
+        own_baselines=own_baselines, direct=direct,
     )  # fmt: skip
     figures = comparison.run(episodes, tuning_episodes)
     learner.begin(report.load(0), 0)
-    others = [name for name in report.metrics if name != "loss"]
-    return Compared(figures, (*others, "loss"))
+    return Compared(figures, (*(name for name in report.metrics if name != "loss"), "loss"))
 
 
-def _check_start(start: Start, learner: Learner) -> None:
-    for name in start.values or {}:
+def _sources(
+    learner: Learner,
+    tasks: Callable[[int], Task] | TaskSource,
+    tuning: Callable[[int], Task] | TaskSource | None,
+) -> tuple[TaskSource, TaskSource]:
+    """The tasks to tune on, and those to report on."""
+    if tuning is None:
+        source = as_source(tasks, learner)
+        return source.from_number(VALIDATION_TASKS), source.from_number(TEST_TASKS)
+    return as_source(tuning, learner, VALIDATION_TASKS), as_source(tasks, learner, TEST_TASKS)
+
+
+def _check_starts(starts: Sequence[Start | None], learner: Learner) -> None:
+    for name in {name for start in starts if start for name in start.values or {}}:
         if name not in learner.initial_values:
             raise InputError(
                 f"start has a value for {name!r}, which is none of this learner's initial values; "

@@ -271,7 +271,7 @@ class Comparison:
         return {
             metric: {b: np.array([run.scores[b][metric] for run in runs]) for b in budgets}
             for metric in self.report.metrics
-            # version 0.1 kept runs without F1
+            # a journal may hold runs from before a metric was declared
             if all(metric in run.scores[b] for run in runs for b in budgets)
         }
 

@@ -11,7 +11,6 @@ from typing import Any
 from rnnopt.errors import InputError
 from rnnopt.storage.files import parse_json, write_atomically
 from rnnopt.tasks.adaptation import Adaptation
-from rnnopt.tasks.protocol import Scores
 
 _CHECK = "check"
 
@@ -92,12 +91,15 @@ class Journal:
     def _remember(self, line: str) -> None:
         try:
             entry = dict(parse_json(line))
-            if _CHECK in entry and entry.pop(_CHECK) != _check(entry):
+            if entry.pop(_CHECK) != _check(entry):
                 return
             name, seconds = str(entry["run"]), float(entry["seconds"])
-            scores = {str(int(b)): _named(scores) for b, scores in entry["scores"].items()}
+            scores = {
+                str(int(b)): {metric: float(value) for metric, value in figures.items()}
+                for b, figures in entry["scores"].items()
+            }
             self._runs[name] = {
-                "scores": scores, "seconds": seconds, "undone": int(entry.get("undone", 0))
+                "scores": scores, "seconds": seconds, "undone": int(entry["undone"])
             }  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError):
             return  # a crash cut the line off, or a disk changed it: its run is repeated
@@ -106,13 +108,6 @@ class Journal:
 def _check(entry: Mapping[str, Any]) -> int:
     """A checksum of a run: a disk may change a digit without a word."""
     return zlib.crc32(json.dumps(entry).encode())
-
-
-def _named(scores: Any) -> Scores:
-    """The figures by name. Version 0.1 kept a list without names, in the order below."""
-    if isinstance(scores, list):
-        scores = dict(zip(("loss", "accuracy", "f1", "calibrated"), scores))
-    return {name: float(value) for name, value in dict(scores).items() if value is not None}
 
 
 def _difference(head: str, facts: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Shapes: E episodes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,17 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return {"mean": float(values.mean()), "ci95": float(half)}
+
+
+def with_interval(found: Mapping[str, float], digits: int = 3, signed: bool = False) -> str:
+    """An `interval` as a table shows it: ``0.912 ± 0.034``.
+
+    Args:
+        found: the result of `interval`.
+        digits: behind the point.
+        signed: whether a positive mean has its sign, as differences have.
+    """
+    return f"{found['mean']:{'+' if signed else ''}.{digits}f} ± {found['ci95']:.{digits}f}"
 
 
 def summary(values: Values) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rnnopt.errors import InputError
-from rnnopt.meta.memory import used_bytes, warn_if_too_large
 from rnnopt.meta.rule_graph import RuleGraph
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.optim.optimizer import LearnedOptimizer, trainable
 from rnnopt.rules.protocol import State, UpdateRule
+from rnnopt.storage.memory import used_bytes, warn_if_too_large
 from rnnopt.tasks.protocol import LossFunction
 
 
@@ -32,13 +32,12 @@ class Unrolled:
     """The result of an unroll.
 
     Attributes:
-        support_losses: (T,), before each step, in the unit of the loss.
-        query_losses: (T,), after each step; NaN if query_weight or the weight of the step is 0.
+        query_losses: (T,), after each step, in the unit of the loss; NaN if query_weight or the
+            weight of the step is 0.
         meta_loss: the weighted sum that was differentiated.
         initial: for each parameter name, what `UnrollSettings.initial` asks for.
     """
 
-    support_losses: Tensor
     query_losses: Tensor
     meta_loss: float
     initial: dict[str, Tensor] = field(default_factory=dict)
@@ -130,11 +129,9 @@ def _first_order(
     before = used_bytes(device := tensors[0].device)
     segment = _Segment(len(tensors))
     initial = _InitialGradient(model, tensors, settings)
-    support_losses, query_losses, meta_loss = [], [], 0.0
+    query_losses, meta_loss = [], 0.0
     for t in range(settings.steps):
-        loss = support_loss(model, t)
-        grads = torch.autograd.grad(loss, tensors, allow_unused=True)
-        support_losses.append(loss.detach())
+        grads = torch.autograd.grad(support_loss(model, t), tensors, allow_unused=True)
         changes = _step(graph, groups, tensors, grads)
         if t == 0:
             warn_if_too_large(before, settings.kept_steps - 1, device)
@@ -147,9 +144,7 @@ def _first_order(
             segment.backward()
             segment = _Segment(len(tensors))
             graph.cut()
-    return Unrolled(
-        torch.stack(support_losses), torch.stack(query_losses), meta_loss, initial.named()
-    )
+    return Unrolled(torch.stack(query_losses), meta_loss, initial.named())
 
 
 class _InitialGradient:
@@ -298,7 +293,7 @@ def _through_higher(
         )
     rule = cast(nn.Module, optimizer.rule)
     weights = [weight for weight in rule.parameters() if weight.requires_grad]
-    support_losses, query_losses, meta_loss = [], [], 0.0
+    query_losses, meta_loss = [], 0.0
     before = used_bytes(device := next(model.parameters()).device)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
         segment: list[Tensor] = []
@@ -310,9 +305,7 @@ def _through_higher(
         }
         inputs = [*weights, *initial.values()]
         for t in range(settings.steps):
-            loss = support_loss(fmodel, t)
-            support_losses.append(loss.detach())
-            stepper.step(loss)
+            stepper.step(support_loss(fmodel, t))
             query = torch.tensor(float("nan"))
             if settings.weight(t):
                 term, query = _meta_term(fmodel, support_loss, query_loss, settings, t)
@@ -334,7 +327,7 @@ def _through_higher(
         if settings.initial == "displacement":
             ends = dict(zip(dict(model.named_parameters()), fmodel.fast_params))
             gradient = {name: (start - ends[name]).detach() for name, start in initial.items()}
-    return Unrolled(torch.stack(support_losses), torch.stack(query_losses), meta_loss, gradient)
+    return Unrolled(torch.stack(query_losses), meta_loss, gradient)
 
 
 def _cut(fmodel: Any, stepper: Any) -> None:

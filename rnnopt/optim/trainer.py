@@ -48,20 +48,10 @@ def trainer_settings(
         ``model``, ``args`` and ``optimizer_cls_and_kwargs``.
 
     Raises:
-        InputError: the arguments are no training arguments, or ask for something that the
-            optimizer can't do.
+        InputError: the model is no module, or the arguments are no training arguments, or ask
+            for something that the optimizer can't do.
     """
-    for name in ("max_grad_norm", "lr_scheduler_type", "gradient_accumulation_steps"):
-        if not hasattr(arguments, name):
-            raise InputError(
-                f"arguments is a {type(arguments).__name__}, without {name}; give "
-                "transformers.TrainingArguments"
-            )
-    if getattr(arguments, "deepspeed", None):
-        raise InputError(
-            "arguments.deepspeed is set, and DeepSpeed shows the optimizer a part of the gradients "
-            "at a time; use FSDP2, or leave it out"
-        )
+    _check(model, arguments)
     chosen = copy.copy(arguments)
     chosen.max_grad_norm = 0.0
     chosen.lr_scheduler_type = type(arguments.lr_scheduler_type)("constant")
@@ -74,6 +64,29 @@ def trainer_settings(
         "args": chosen,
         "optimizer_cls_and_kwargs": (LearnedOptimizer, {"rule": rule, **options}),
     }
+
+
+def _check(model: object, arguments: Any) -> None:
+    """Refuse what `trainer_settings` can't use.
+
+    Raises:
+        InputError: see there.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is of type {type(model).__name__}; give the torch.nn.Module that is trained"
+        )
+    for name in ("max_grad_norm", "lr_scheduler_type", "gradient_accumulation_steps"):
+        if not hasattr(arguments, name):
+            raise InputError(
+                f"arguments is a {type(arguments).__name__}, without {name}; give "
+                "transformers.TrainingArguments"
+            )
+    if getattr(arguments, "deepspeed", None):
+        raise InputError(
+            "arguments.deepspeed is set, and DeepSpeed shows the optimizer a part of the gradients "
+            "at a time; use FSDP2, or leave it out"
+        )
 
 
 def _base_models(model: nn.Module) -> list[nn.Module]:

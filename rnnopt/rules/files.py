@@ -28,7 +28,9 @@ _KINDS: dict[str, Callable[..., SavedRule]] = {
 }
 
 
-def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = None) -> None:
+def save_rule(
+    rule: SavedRule, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None
+) -> None:
     """Write a rule, its config and facts on its meta-training to one file.
 
     Args:
@@ -46,7 +48,7 @@ def save_rule(rule: SavedRule, path: Path, training: Mapping[str, Any] | None = 
             f"{', '.join(kind.__name__ for kind in _KINDS.values())}; keep its state_dict yourself"
         )
     about = {"format": format_, "config": rule.config, "training": dict(training or {})}
-    save_tensors(path, rule.state_dict(), about)
+    save_tensors(Path(path), rule.state_dict(), about)
 
 
 def can_be_saved(rule: object) -> bool:

@@ -50,9 +50,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(
-            0o644
-        )  # a temporary file is private by default; a result should be readable
+        temporary.chmod(0o644)  # a temporary file is private, and a result should be readable
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from argparse import Namespace
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,6 @@ from rnnopt.storage.version import __version__
 
 PROVENANCE_FILE = "provenance.json"
 _PACKAGES = ("torch", "transformers", "peft", "higher", "numpy", "safetensors")
-_NO_OPTIONS = {"run", "command"}  # entries of argparse's namespace that are not options
 
 
 def versions() -> dict[str, str]:
@@ -34,13 +32,18 @@ def versions() -> dict[str, str]:
 
 
 def write_provenance(
-    folder: Path, options: Namespace, data: Mapping[str, Any], meta_step: int = 0
+    folder: Path,
+    command: str,
+    options: Mapping[str, Any],
+    data: Mapping[str, Any],
+    meta_step: int = 0,
 ) -> None:
     """Write ``provenance.json``, or add an entry to it if the run is resumed.
 
     Args:
         folder: the folder of the run.
-        options: the options of the command.
+        command: the name of the command.
+        options: its options.
         data: JSON-compatible facts on the data, with its fingerprints.
         meta_step: the meta-step at which the run is started or resumed.
 
@@ -52,12 +55,10 @@ def write_provenance(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "meta_step": meta_step,
         "versions": versions(),
-        "options": {
-            name: value for name, value in vars(options).items() if name not in _NO_OPTIONS
-        },
+        "options": dict(options),
     }
     earlier = read_json(path).get("starts", []) if meta_step else []
-    about = {"command": options.command, "data": dict(data), "starts": [*earlier, start]}
+    about = {"command": command, "data": dict(data), "starts": [*earlier, start]}
     write_atomically(path, (json.dumps(about, indent=2) + "\n").encode())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from encoder import Encoder
@@ -19,14 +20,15 @@ from texts import SHORT
 ENCODER_SHARE = 0.5  # of the batches, on the encoder itself
 POOLINGS = {"cls": 0.5, "mean": 0.15, "unit": 0.35}
 HEADS = ("random", "zero", "prototype", "logistic")
-HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.8, 0.1, 0.05, 0.05)
+HEAD_SHARES, HEAD_SHARES_CLS = (0.3, 0.15, 0.3, 0.25), (0.85, 0.05, 0.05, 0.05)
 WAYS = (2, 2, 3, 4, 5, 5, 5, 8, 10, 10, 15, 20, 40)
-SHOTS = (1, 1, 2, 3, 5, 5, 8, 12, 16)
-BATCHES: dict[int | None, float] = {None: 0.55, 16: 0.12, 8: 0.14, 4: 0.12, 32: 0.07}
+SHOTS = (1, 1, 2, 3, 5, 5, 5, 8, 12, 16)
+BATCHES: dict[int | None, float] = {None: 0.65, 16: 0.1, 8: 0.1, 4: 0.1, 32: 0.05}
 # Of the logarithm of a factor on the pooled outputs, for a quarter of the batches: encoders differ
 # in the length of what they give, from 1 to about 20.
 SCALED = 0.25
 SCALES = {"cls": (-1.5, 1.5), "mean": (-1.5, 1.5), "unit": (-1.0, 3.0)}
+PAIRS = 0.25  # of the batches in which an encoder trains: on the loss of pairs
 LAST_SHARE = 0.4  # of the query losses' weights
 FIRST_STEPS = 6  # the longest unroll at the start
 # Narrow encoders are drawn twice as often: they hold more tasks.
@@ -48,6 +50,7 @@ class Drawn(NamedTuple):
         """The kind of batch, for the log."""
         spec = self.spec
         words = ["distilled" if spec.encoder.distilled else "encoder", spec.kind]
+        words += ["pairs"] * spec.pairs
         words += ["long"] * self.long
         words += ["all layers"] * (not spec.encoder.distilled and spec.layers > 3)
         return " ".join(words)
@@ -90,7 +93,7 @@ class Profile(NamedTuple):
 
 
 CPU = Profile(
-    {"lora": 0.48, "full": 0.32, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 60,
+    {"lora": 0.6, "full": 0.2, "head": 0.2}, 0.07, (0.6, 0.3, 0.1), 60,
     {"head": 60, "lora": 40, "full": 30}, {"lora": 12, "full": 12}, 8, 50, 24, 8, 1.5, 20_000,
 )  # fmt: skip
 GPU = Profile(
@@ -122,6 +125,7 @@ def draw(
     kind = _pick(rng, profile.kinds)
     whole = own and kind != "head" and rng.random() < profile.whole
     long = rng.random() < (0.1 if own else 0.15) and not whole
+    pairs = kind != "head" and rng.random() < PAIRS
     layers = _layers(rng, encoder, kind, whole, profile)
     pooling = _pick(rng, POOLINGS)
     shares = HEAD_SHARES_CLS if pooling == "cls" else HEAD_SHARES
@@ -147,6 +151,11 @@ def draw(
         words=rng.random() < 0.4,
         feature_scale=math.exp(rng.uniform(*SCALES[pooling])) if rng.random() < SCALED else 1.0,
     )  # fmt: skip
+    if pairs:  # as `rnnopt.TextClassifier` has them; two texts of a class make a pair
+        spec = replace(
+            spec, pairs=True, pooling=rng.choice(["mean", "unit"]), head="prototype",
+            head_scale=10, shots=max(2, shots), batch=None, words=False, feature_scale=1.0,
+        )  # fmt: skip
     drawn = Drawn(spec, 1, long and own)
     size = int(profile.gigabytes / gigabytes(drawn))
     return drawn._replace(size=max(1, min(profile.tasks, size)))
@@ -156,7 +165,8 @@ def gigabytes(drawn: Drawn) -> float:
     """A rough estimate of the memory of one task's graph."""
     spec = drawn.spec
     texts = min(spec.batch or spec.ways * spec.shots, spec.ways * spec.shots)
-    texts += spec.ways * spec.queries / 6  # half of the steps are judged, without second order
+    judged = spec.queries + spec.shots * spec.pairs
+    texts += spec.ways * judged / 6  # half of the steps are judged, without second order
     width, depth = spec.encoder.hidden_size, spec.layers
     hidden = texts * min(spec.length, 18 if spec.length <= SHORT else 90) * depth * width
     trained = width * spec.ways

@@ -72,10 +72,11 @@ class Cell(NamedTuple):
     pooling: str
     head: str
     length: int = 24
+    pairs: bool = False  # the loss of pairs, and a head of class means after it
 
     def __str__(self) -> str:
         layers = f", {self.layers} layers" if self.kind != "head" else ""
-        task = f"{self.source}, {self.ways}-way {self.shots}-shot"
+        task = f"{self.source}, {self.ways}-way {self.shots}-shot" + ", pairs" * self.pairs
         return f"{task}, {self.kind}{layers}, pooling {self.pooling}, {self.head} head"
 
 
@@ -113,6 +114,12 @@ CELLS |= {
 }
 _SETS = {"intents": "clinc150", "titles": "stackoverflow20", "types": "trec28"}
 _SETS |= {"headlines": "huffpost36"}
+CELLS |= {
+    f"pairs-{name}": Cell(*task, "full", 6, *_MEAN, pairs=True)
+    for name, task in (
+        ("intents", _INTENTS), ("types", _TYPES), ("headlines", _HEADLINES), ("titles", _TITLES),
+    )
+}  # fmt: skip
 CORE = {
     f"core-{name}-{kind}-{ways}x{shots}-{head}": Cell(
         source, ways, shots, kind, 1 if kind == "head" else 6, pooling, head
@@ -137,7 +144,7 @@ def spec_of(cell: Cell, encoder: Encoder, options: argparse.Namespace) -> Spec:
         encoder, cell.kind, cell.layers, cell.pooling, cell.head, cell.ways, cell.shots,
         queries=10 if cell.ways <= 5 else 5, length=cell.length, steps=options.steps,
         head_scale=10, batch=options.batch, label_noise=options.label_noise,
-        words=cell.kind == "full",
+        words=cell.kind == "full" and not cell.pairs, pairs=cell.pairs,
     )  # fmt: skip
 
 
@@ -155,9 +162,9 @@ def adapt_by(make: Callable[[list[Tensor]], torch.optim.Optimizer], tasks: TaskB
         if step not in JUDGED:
             continue
         with torch.no_grad(), evaluation_point(optimizer):
-            logits = tasks.query_logits(params)
-        losses.append(query_losses(logits, tasks.query_labels)[0])
-        accuracies.append((logits.argmax(-1) == tasks.query_labels).float().mean(1))
+            loss, _, correct = tasks.query_losses(params)
+        losses.append(loss)
+        accuracies.append(correct)
     return torch.stack(losses), torch.stack(accuracies)
 
 
@@ -217,8 +224,9 @@ def methods(options: argparse.Namespace, kind: str) -> dict[str, Callable[[TaskB
     left_out = "".join(f", without {part}" for part in options.without)
     for path in options.rules:
         rule = read_rule(path, options.without)
-        found[f"{path.name} {rule_fingerprint(rule)}{left_out}"] = partial(
-            adapt, rule, judged=JUDGED
+        scaled = "" if options.lr == 1 else f" at lr {options.lr:g}"
+        found[f"{path.name} {rule_fingerprint(rule)}{left_out}{scaled}"] = partial(
+            adapt, rule, judged=JUDGED, lr=options.lr
         )
     for rate in RATES[kind] if options.rates is None else options.rates:
         found[f"AdamW at {rate:g}"] = partial(adapt_by, partial(torch.optim.AdamW, lr=rate))
@@ -275,6 +283,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=int, default=12)
     add("--steps", type=int, default=10)
     add("--rates", nargs="*", type=float, help="of AdamW (default: five, by what trains)")
+    add("--lr", type=float, default=1.0, help="factor on the rules' updates (default: 1)")
     add("--free", action="store_true", help="also optimizers that need no tuning")
     add("--batch", type=int, help="texts of a minibatch (default: all)")
     add("--label-noise", type=float, default=0.0, help="share of support labels drawn anew")

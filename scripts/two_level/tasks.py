@@ -18,6 +18,8 @@ from encoder import Encoder
 from texts import Labelled, Texts
 from torch import Tensor
 
+from rnnopt.tasks.text.estimator.objective.pairs import pair_loss
+
 WORDS = "words"  # the name of the word embeddings among the tensors that train
 RANDOM_HEAD = 0.02  # standard deviation of a random head, as in BERT
 TEMPERATURES = [0.02 * 10 ** (k / 12) for k in range(61)]
@@ -47,6 +49,9 @@ class Spec:
         rescale: standard deviation of the logarithm of a random factor on every tensor.
         words: with "full" of all layers, whether word embeddings train.
         feature_scale: a factor on the pooled outputs; encoders differ in their length.
+        pairs: whether the tasks' loss is that of pairs of texts, by which `rnnopt.TextClassifier`
+            adapts an encoder. No head trains; the one that is judged is fitted to what the encoder
+            makes of the support texts by then, of class means.
     """
 
     encoder: Encoder
@@ -70,6 +75,7 @@ class Spec:
     rescale: float = 0.0
     words: bool = False
     feature_scale: float = 1.0
+    pairs: bool = False
 
     def __str__(self) -> str:
         plain = {name: value for name, value in vars(self).items() if name != "encoder"}
@@ -220,6 +226,8 @@ class TaskBatch:
                     uniform = torch.rand(self.size, spec.rank, wide, generator=generator) * 2 - 1
                     trained[f"{name}.A"] = uniform / math.sqrt(wide)
                     trained[f"{name}.B"] = torch.zeros(self.size, out, spec.rank)
+        if spec.pairs:
+            return trained
         shape = (self.size, spec.ways, encoder.hidden_size)
         head = torch.randn(shape, generator=generator) * RANDOM_HEAD
         trained["head.weight"] = head * (spec.head == "random")
@@ -279,7 +287,24 @@ class TaskBatch:
 
     def query_logits(self, params: Sequence[Tensor]) -> Tensor:
         """(B, n, C)"""
-        return self.logits(params, self.query_inputs, self.query_mask)
+        if not self.spec.pairs:
+            return self.logits(params, self.query_inputs, self.query_mask)
+        trained = self.named(params)
+        support = F.normalize(self.features(trained, self.inputs, self.mask), dim=-1)
+        query = self.features(trained, self.query_inputs, self.query_mask)
+        weight, bias = fitted_head(support, self.labels, self.spec)
+        return F.normalize(query, dim=-1) @ weight.mT + bias.unsqueeze(1)
+
+    def query_losses(self, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As the function of that name, and accuracies without a gradient; (B,) each.
+
+        Where the head is fitted to the pairs' encoder, its temperature is too, so that both losses
+        are those at the best one.
+        """
+        logits = self.query_logits(params)
+        plain, best = query_losses(logits, self.query_labels)
+        correct = (logits.argmax(-1) == self.query_labels).float().mean(1).detach()
+        return (best if self.spec.pairs else plain), best, correct
 
     def restart(self, seed: int) -> None:
         """Draw the minibatches anew, from this seed."""
@@ -289,6 +314,10 @@ class TaskBatch:
         """The loss of the next minibatch in nats, summed over the tasks."""
         texts, batch = self.labels.shape[1], self.spec.batch
         inputs, mask, labels = self.inputs, self.mask, self.labels
+        if self.spec.pairs:
+            vectors = self.features(self.named(params), inputs, mask, self.spec.dropout)
+            alike = (labels.unsqueeze(1) == labels.unsqueeze(2)).float()
+            return pair_loss(vectors, alike, torch.ones_like(alike[:, 0])).sum()
         if batch and batch < texts:
             if len(self._order) < batch:
                 order = list(range(texts))

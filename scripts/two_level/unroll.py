@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tasks import WORDS, TaskBatch, query_losses
+from tasks import WORDS, TaskBatch
 from torch import Tensor
 
 from rnnopt.rules.protocol import State
@@ -20,7 +20,9 @@ from rnnopt.rules.two_level import Observed, TwoLevelLSTM
 
 CHUNK = 16_384  # coordinates of a large tensor at a time, so that they stay in a core's cache
 CHUNK_OF_GPU = 1 << 24  # coordinates of all tensors of a group at a time, so that they fit
-CALIBRATED = 0.5  # share of the query loss at its best temperature
+# Share of the query loss at its best temperature: what is left pays for confidence, which grows
+# fastest in tasks that are all but solved.
+CALIBRATED = 0.75
 ABOVE_LOWEST = 0.5  # weight of what a query loss exceeds the lowest one before it by
 # Leaves of a state that the tensor-wise LSTM reads, those of `cross_tensor_context`.
 TENSOR_LEAVES = (*TwoLevelLSTM.leaves, *sorted(TwoLevelLSTM.tensor_state))
@@ -96,11 +98,18 @@ def initial_states(rule: TwoLevelLSTM, tasks: TaskBatch) -> list[State]:
     return states
 
 
-def step(
+class Measured(NamedTuple):
+    """What `measure` found before a step."""
+
+    statistics: Tensor  # (B, P, M), in the order of `tasks.alike`
+    stacked: list[tuple[Tensor, Tensor]]  # gradients and parameters of each group, (G, B, N)
+
+
+def measure(
     rule: TrainedRule, tasks: TaskBatch, params: Sequence[Tensor], grads: Sequence[Tensor],
     states: Sequence[State],
-) -> tuple[list[Tensor], list[State]]:  # fmt: skip
-    """One step of the rule: updates, (B, N) each, and the next states."""
+) -> Measured:  # fmt: skip
+    """The statistics of all tensors."""
     rule.begin_step()
     stacked = [
         (torch.stack([grads[i] for i in group]), torch.stack([params[i] for i in group]))
@@ -113,19 +122,40 @@ def step(
         factors = torch.ones(len(Sums._fields))
         factors[square] = tasks.spec.encoder.vocabulary / tasks.shapes[tasks.alike[at][0]][0]
         found[at] = found[at] * factors
-    leaves = {leaf: torch.cat([s[leaf] for s in states]).transpose(0, 1) for leaf in TENSOR_LEAVES}
-    context = rule.cross_tensor_context(torch.cat(found).transpose(0, 1), leaves).transpose(0, 1)
-    contexts = context.split([len(group) for group in tasks.alike])
+    return Measured(torch.cat(found).transpose(0, 1), stacked)
+
+
+def tensor_leaves(states: Sequence[State]) -> State:
+    """What the tensor-wise LSTM reads of the states, stacked: (B, P, ...)."""
+    return {leaf: torch.cat([s[leaf] for s in states]).transpose(0, 1) for leaf in TENSOR_LEAVES}
+
+
+def move(
+    rule: TrainedRule, tasks: TaskBatch, measured: Measured, states: Sequence[State],
+    context: Tensor,
+) -> tuple[list[Tensor], list[State]]:  # fmt: skip
+    """Updates, (B, N) each, and the next states, by what each tensor does, (B, P, K)."""
+    contexts = context.transpose(0, 1).split([len(group) for group in tasks.alike])
     updates: dict[int, Tensor] = {}
     following = []
-    for group, (grad, param), state, own in zip(tasks.alike, stacked, states, contexts):
+    for group, (grad, param), state, own in zip(tasks.alike, measured.stacked, states, contexts):
         shape, transform = tasks.shapes[group[0]], None
         if rule.treats_as_matrix(shape) and tasks.names[group[0]] != WORDS:
             transform = _transform(rule, shape)
         update, after = rule(grad, state, param, own, transform)
         updates |= dict(zip(group, update))
         following.append(after)
-    return [updates[i] for i in range(len(params))], following
+    return [updates[i] for i in range(len(tasks.names))], following
+
+
+def step(
+    rule: TrainedRule, tasks: TaskBatch, params: Sequence[Tensor], grads: Sequence[Tensor],
+    states: Sequence[State],
+) -> tuple[list[Tensor], list[State]]:  # fmt: skip
+    """One step of the rule: updates, (B, N) each, and the next states."""
+    measured = measure(rule, tasks, params, grads, states)
+    context = rule.cross_tensor_context(measured.statistics, tensor_leaves(states))
+    return move(rule, tasks, measured, states, context)
 
 
 def _transform(rule: TwoLevelLSTM, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -156,24 +186,23 @@ def unroll(
     meta = list(rule.parameters())
     total, terms = [torch.zeros_like(x) for x in meta], list[Tensor]()
     with torch.no_grad():
-        lowest = query_losses(logits := tasks.query_logits(params), tasks.query_labels)[0]
-    losses, accuracies = [lowest], [_accuracy(logits, tasks)]
+        lowest, _, correct = tasks.query_losses(params)
+    losses, accuracies = [lowest], [correct]
     for at, weight in enumerate(weights):
         attached = order == 2 and params[0].requires_grad
         leaves = params if attached else [x.detach().requires_grad_() for x in params]
-        grads = _gradients(tasks, leaves, create_graph=order == 2)
+        grads = gradients(tasks, leaves, create_graph=order == 2)
         seen = params
         if order == 1:
             seen, grads = [x.detach() for x in params], [g.detach() for g in grads]
         updates, states = step(rule, tasks, seen, grads, states)
         params = [param + update for param, update in zip(params, updates)]
         if weight > 0:
-            logits = tasks.query_logits(params)
-            plain, best = query_losses(logits, tasks.query_labels)
-            terms.append(weight * _meta_loss(plain, best, lowest, tasks.spec.ways))
+            plain, best, correct = tasks.query_losses(params)
+            terms.append(weight * meta_loss_of(plain, best, lowest, tasks.spec.ways))
             lowest = torch.minimum(lowest, plain.detach())
             losses.append(plain.detach())
-            accuracies.append(_accuracy(logits, tasks))
+            accuracies.append(correct)
         last = at + 1 == len(weights)
         if terms and (last or (at + 1) % segment == 0):
             found = torch.autograd.grad(torch.stack(terms).sum(), meta, allow_unused=True)
@@ -184,7 +213,7 @@ def unroll(
 
 
 def adapt(
-    rule: TrainedRule, tasks: TaskBatch, judged: Sequence[int] | None = None
+    rule: TrainedRule, tasks: TaskBatch, judged: Sequence[int] | None = None, lr: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Query losses and accuracies after these numbers of steps, (judged, B) each.
 
@@ -192,6 +221,7 @@ def adapt(
         rule: to adapt by.
         tasks: the tasks.
         judged: numbers of steps, from 0; None means all.
+        lr: a factor on the updates, as that of `rnnopt.LearnedOptimizer`.
     """
     params, states = list(tasks.start), initial_states(rule, tasks)
     losses, accuracies = [], []
@@ -200,18 +230,18 @@ def adapt(
             if at:
                 leaves = [x.detach().requires_grad_() for x in params]
                 with torch.enable_grad():
-                    grads = _gradients(tasks, leaves, create_graph=False)
+                    grads = gradients(tasks, leaves, create_graph=False)
                 updates, states = step(rule, tasks, params, grads, states)
-                params = [param + update for param, update in zip(params, updates)]
+                params = [param + lr * update for param, update in zip(params, updates)]
             if judged is not None and at not in judged:
                 continue
-            logits = tasks.query_logits(params)
-            losses.append(query_losses(logits, tasks.query_labels)[0])
-            accuracies.append(_accuracy(logits, tasks))
+            loss, _, correct = tasks.query_losses(params)
+            losses.append(loss)
+            accuracies.append(correct)
     return torch.stack(losses), torch.stack(accuracies)
 
 
-def _gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
+def gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
     grads = torch.autograd.grad(tasks.support_loss(leaves), leaves, create_graph=create_graph)
     if not tasks.spec.clip:
         return list(grads)
@@ -220,12 +250,8 @@ def _gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> li
     return [grad * factor for grad in grads]
 
 
-def _meta_loss(plain: Tensor, best: Tensor, lowest: Tensor, ways: int) -> Tensor:
+def meta_loss_of(plain: Tensor, best: Tensor, lowest: Tensor, ways: int) -> Tensor:
     """Of one step, over log(ways); above 1 by its logarithm, so that no task drowns the others."""
     loss = (1 - CALIBRATED) * plain + CALIBRATED * best + ABOVE_LOWEST * F.relu(plain - lowest)
     loss = loss / math.log(ways)
     return torch.where(loss > 1, 1 + torch.log(loss.clamp(min=1)), loss).mean()
-
-
-def _accuracy(logits: Tensor, tasks: TaskBatch) -> Tensor:
-    return (logits.argmax(-1) == tasks.query_labels).float().mean(1).detach()

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
 from rnnopt import TextClassifier
+from rnnopt.cli.classifier import predict
 from rnnopt.cli.main import main
+from rnnopt.cli.progress import Bar
 
 # most tests judge by the texts that the classifier was fitted on, of which it warns
 pytestmark = pytest.mark.filterwarnings("ignore:.* stand among those that it was fitted on")
@@ -61,6 +64,16 @@ def test_fit_says_what_it_did_and_why(csv_file, encoder, tmp_path, capsys):
     assert (saved.abstain_below, saved.random_state, saved.steps) == (0.4, 3, 0)
     line = fails(capsys, *words, "--output", tmp_path / "saved")
     assert "has something in it, and nothing is overwritten; choose another folder" in line
+
+
+def test_fit_shows_its_steps(csv_file, encoder, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Bar, "advance", lambda bar, note: notes.append(note))
+    words = "fit", "--data", csv_file, "--encoder", encoder, "--device", "cpu", "--seconds", 999
+    assert run(*words, "--steps", 1, "--output", tmp_path / "saved") == 0
+    assert [note.split(",")[0] for note in notes][:5] == [
+        f"adapting to fold {fold}" for fold in range(1, 6)
+    ]
 
 
 @pytest.mark.parametrize("name", ["texts.csv", "texts.jsonl"])
@@ -123,6 +136,30 @@ def test_evaluate_says_which_texts_it_was_fitted_on(model, texts, tmp_path, caps
     with pytest.warns(UserWarning, match="1 of the 2 texts to judge by stand among those that it"):
         assert run("evaluate", "--model", model, "--data", path) == 0
     assert "; it was fitted on 1 of these texts, so that this flatters" in capsys.readouterr().out
+
+
+def test_a_warning_is_one_line_without_code(model, csv_file, capsys, monkeypatch):
+    def show(message, category, filename, line, *_):  # as Python does outside of pytest
+        print(end=warnings.formatwarning(message, category, filename, line), file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        assert run("evaluate", "--model", model, "--data", csv_file) == 0
+    said = "rnnopt evaluate: warning: 240 of the 240 texts to judge by stand among those that it "
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert "warning: " not in warnings.formatwarning("a", UserWarning, "file.py", 1)
+
+
+def test_a_long_file_shows_how_far_it_is(model, texts, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(predict, "_CHUNK", 100)
+    monkeypatch.setattr(Bar, "at", lambda bar, done: told.append((done, bar._total)))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in texts))
+    assert run("predict", "--model", model, "--data", path, "--output", tmp_path / "out.csv") == 0
+    assert told == [(100, 240), (200, 240), (240, 240)]
 
 
 def test_labels_that_were_integers_are_judged_from_a_file(encoder, tmp_path, capsys):

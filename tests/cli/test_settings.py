@@ -236,4 +236,6 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress, "_SILENCE", -1.0)
     with progress.progress_bar("step", 3) as bar:
         bar.advance(note="loss 1")
-    assert capsys.readouterr().err == "step 1 of 3 loss 1\n"
+    with progress.progress_bar("fitting, step") as bar:
+        bar.advance(note="fold 1")
+    assert capsys.readouterr().err == "step 1 of 3 loss 1\nfitting, step 1 fold 1\n"

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from test_cli import adapt, compare, fails, meta_train, run
 
 from rnnopt import Adam, InputError, LearnedOptimizer, save_rule
-from rnnopt.cli.until import Watch, unseen_texts
+from rnnopt.cli.until import Watch, judge_unseen
 from rnnopt.data.corpus import Corpus
 from rnnopt.data.splits import class_sketches, read_splits
 from rnnopt.rules.files import read_training
@@ -313,8 +314,9 @@ def test_a_test_file_that_is_not_there_is_found_at_once(csv_file, encoder, tmp_p
 def test_a_test_file_with_nothing_new_is_refused(tmp_path):
     test = tmp_path / "test.csv"
     test.write_text("text,label\nOne  text,a\n")
+    columns, nothing = SimpleNamespace(text_column="text", label_column="label"), Corpus((), (), ())
     with pytest.raises(InputError, match="all of its 1 texts are in --data too"):
-        unseen_texts(str(test), Corpus(("one text",), ("a",), ("d",)))
+        judge_unseen(columns, str(test), None, Corpus(("one text",), ("a",), ("d",)), nothing)
 
 
 @pytest.mark.parametrize(

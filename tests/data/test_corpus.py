@@ -114,6 +114,10 @@ def test_merge_appends_and_adds_up_what_was_dropped() -> None:
 def test_summary_counts_texts_classes_domains_and_duplicates() -> None:
     corpus = Corpus(("t", "u", "v"), ("a", "b", "a"), ("x", "x", "y"), dropped=4)
     assert summary(corpus) == "3 texts, 3 classes, 2 domains, 4 duplicates dropped"
+    assert summary(Corpus(("t",), ("a",), ("x",), dropped=1)) == (
+        "1 text, 1 class, 1 duplicate dropped"
+    )
+    assert summary(corpus.take([0, 1])) == "2 texts, 2 classes"
 
 
 def test_fingerprint_is_of_the_contents() -> None:
@@ -200,7 +204,7 @@ def test_the_domain_is_the_name_of_the_file_without_its_suffixes(tmp_path: Path)
 def test_repeated_texts_are_dropped_and_counted_and_the_first_stays(tmp_path: Path) -> None:
     rows = [("Hello  there", "a"), ("hello THERE", "b"), ("bye", "b"), ("bye", "b")]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
-    said = r"1 lines repeat .* as line 2 \('b'\) that of line 1 \('a'\); the first label is kept"
+    said = r"1 text again .*, such as in line 2 \('b'\) that of line 1 \('a'\); the first label is"
     with pytest.warns(UserWarning, match=said):
         corpus = read_corpus(path)
     assert read_corpus(write_jsonl(tmp_path / "y.jsonl", rows[2:])).dropped == 1  # of one mind
@@ -632,7 +636,7 @@ def test_an_overlap_is_an_error_that_names_the_first_pairs() -> None:
 
 
 @needs_data
-@pytest.mark.filterwarnings("ignore:.*repeat a text under another label")
+@pytest.mark.filterwarnings("ignore:.*again under another label")
 def test_real_splits_with_disjoint_classes_pass() -> None:
     splits = read_splits([DATA / "clinc150"])
     counts = [len(part.classes) for part in (splits.train, splits.validation, splits.test)]

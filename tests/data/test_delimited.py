@@ -107,7 +107,7 @@ def test_a_repeated_header_in_another_order_is_refused(tmp_path):
 def test_empty_columns_and_rows_of_a_spreadsheet_are_left_out(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text,label,,\nhi,a,,\n,,,\nyo,b,,,,\n")
-    with pytest.warns(UserWarning, match=r"left out 1 rows \(line 3\): all fields are empty"):
+    with pytest.warns(UserWarning, match=r"left out 1 row \(line 3\): all fields are empty"):
         assert read_corpus(path).texts == ("hi", "yo")
 
 
@@ -145,7 +145,7 @@ def test_labels_that_look_alike_are_one_class_and_told_once(case, tmp_path):
     other = LOOK_ALIKE[case]
     rows = [("s", "b"), ("t", "caf\u00e9"), ("u", other), ("v", other), ("w", "caf\u00e9")]
     path = written(tmp_path / "x.csv", rows, ",")
-    with pytest.warns(UserWarning, match="1 labels are written in several ways") as caught:
+    with pytest.warns(UserWarning, match="1 label in several spellings") as caught:
         assert read_corpus(path).labels == ("b", *["caf\u00e9"] * 4)
     assert len(caught) == 1
     assert r"such as 'caf\xe9' in line 3 and" in str(caught[0].message)
@@ -154,7 +154,7 @@ def test_labels_that_look_alike_are_one_class_and_told_once(case, tmp_path):
 
 def test_white_space_inside_labels_does_not_count(tmp_path):
     path = written(tmp_path / "x.csv", [("t", "a\u00a0b"), ("u", "a  b"), ("v", "a b")], ",")
-    with pytest.warns(UserWarning, match="1 labels are written in several ways"):
+    with pytest.warns(UserWarning, match="1 label in several spellings"):
         assert set(read_corpus(path).labels) == {"a b"}
 
 

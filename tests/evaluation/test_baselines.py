@@ -180,12 +180,6 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
                 require_baseline(name)
 
 
-def test_muon_on_an_old_torch_says_which_is_needed(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(InputError, match=r"needs torch 2\.9 or newer, this is"):
-        require_baseline("muon")
-
-
 def test_every_kind_of_tensor_is_told(encoder):
     full, lora = (
         tensor_kinds(Classifier.load(encoder, tune=tune, ways=3, device=torch.device("cpu")))

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from rnnopt import SGD, InputError, Learner, Metric, Task, TaskSource, compare
+from rnnopt import SGD, InputError, Learner, Metric, Task, TaskSource, compare, load_rule, save_rule
 from rnnopt.evaluation.baselines import Baseline, rule_baseline
+from rnnopt.rules.files import SHIPPED_RULE
 from rnnopt.tasks.protocol import TEST_TASKS, VALIDATION_TASKS
 from rnnopt.tasks.start import Start
 
@@ -119,11 +120,10 @@ def test_only_the_head_is_stepped_where_the_start_says_so():
 
 
 def test_a_journal_keeps_the_baselines_and_knows_a_rule_by_its_weights(tmp_path):
-    done = []
     options = {"journal": tmp_path / "runs", "baselines": ("sgd",), **SMALL}
     runs = [compare(SGD(lr), Learner(net()), line, **options).figures for lr in (0.1, 0.2)]
     for index, lr in enumerate((0.1, 0.2)):
-        again = compare(SGD(lr), Learner(net()), line, tick=done.append, **options).figures
+        again = compare(SGD(lr), Learner(net()), line, **options).figures
         assert again == runs[index]
     assert runs[0]["values"]["learned"] != runs[1]["values"]["learned"]
     assert runs[0]["values"]["sgd"] == runs[1]["values"]["sgd"]
@@ -201,6 +201,18 @@ def test_the_differences_are_from_the_method_that_is_named():
     assert there["loss"]["2"]["mean"] == -back["loss"]["2"]["mean"]
     with pytest.raises(InputError, match="'x' is no method of this comparison; choose from learn"):
         result.table("x")
+
+
+def test_a_rule_may_be_a_file_or_the_one_that_ships(tmp_path):
+    save_rule(SGD(0.1), str(tmp_path / "rule.safetensors"))
+    options = {"baselines": (), **SMALL}
+    found, given, shipped, none = (
+        compare(rule, Learner(net()), line, **options).figures["values"]
+        for rule in (str(tmp_path), SGD(0.1), load_rule(SHIPPED_RULE), None)
+    )
+    assert found == given and shipped == none and shipped != given
+    with pytest.raises(TypeError, match="expected an UpdateRule"):
+        compare(SGD, Learner(net()), line, **options)
 
 
 def test_progress_ends_with_all_runs_that_are_planned():

@@ -141,6 +141,8 @@ def test_dropout_stays_where_it_is_asked_for(model, tmp_path):
 def test_what_is_no_training_arguments(model, tmp_path):
     with pytest.raises(InputError, match="arguments is a dict, without max_grad_norm; give trans"):
         trainer_settings(model, {})
+    with pytest.raises(InputError, match=r"model is of type str; give the torch\.nn\.Module"):
+        trainer_settings("bert", arguments(tmp_path))
     given = arguments(tmp_path)
     given.deepspeed = {"zero_optimization": {}}
     with pytest.raises(InputError, match=r"DeepSpeed shows the optimizer a part .*use FSDP2"):

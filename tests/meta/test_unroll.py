@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from rnnopt import InputError, LearnedOptimizer, TwoLevelLSTM
-from rnnopt.meta import memory as memory_module
 from rnnopt.meta import unroll as unroll_module
 from rnnopt.meta.differentiable import higher
 from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
+from rnnopt.storage import memory as memory_module
 from rnnopt.tasks.text.classifier import Classifier
 from rnnopt.tasks.text.tasks import LabelledTexts
 

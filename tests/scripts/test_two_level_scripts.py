@@ -14,6 +14,8 @@ from rnnopt import LearnedOptimizer
 from rnnopt.errors import InputError
 from rnnopt.rules.files import load_rule, read_training
 from rnnopt.rules.two_level import TwoLevelLSTM
+from rnnopt.tasks.text.estimator.objective.choice import ONE_LABEL
+from rnnopt.tasks.text.estimator.objective.pairs import pair_loss
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "two_level"
 COORDINATES = ("candidate", "coordinate_output", "gates", "gates_context")  # the lower level
@@ -171,6 +173,7 @@ def test_steps_are_those_of_the_optimizer(script, training, batches):
         {"kind": "full", "layers": 1, "head": "prototype", "pooling": "unit", "rescale": 0.3},
         {"kind": "head", "layers": 1, "head": "logistic", "batch": 2, "label_noise": 0.5},
         {"layers": 1, "targets": "qkvo", "clip": 0.1, "pooling": "cls"},
+        {"kind": "full", "pairs": True, "head": "prototype"},
     ],
     ids=lambda changes: changes.get("kind", "lora"),
 )
@@ -182,6 +185,35 @@ def test_every_kind_of_task_has_a_finite_meta_gradient(script, training, batches
         assert found.losses.shape == (3, 2)
         assert all(torch.isfinite(x).all() for x in found.meta_gradient)
         assert any(x.abs().max() > 0 for x in found.meta_gradient)
+
+
+def test_a_task_of_pairs_is_that_of_the_classifier(script, batches):
+    """Its loss is `pair_loss` for each task; its head is made of what the encoder makes by then."""
+    changes = {"kind": "full", "pairs": True, "head": "prototype", "pooling": "unit"}
+    tasks = batches(random.Random(0), 0.0, **changes)[1]()
+    assert not any("head" in name for name in tasks.names)
+    trained = tasks.named(tasks.start)
+    each = [
+        pair_loss(vectors, ONE_LABEL.alike(labels), torch.ones(len(labels)))
+        for vectors, labels in zip(
+            tasks.features(trained, tasks.inputs, tasks.mask), tasks.labels, strict=True
+        )
+    ]
+    assert float(tasks.support_loss(tasks.start)) == pytest.approx(float(sum(each)), rel=1e-5)
+    moved = [x + 0.05 * torch.randn_like(x) for x in tasks.start]
+    trained = tasks.named(moved)
+    support, query = (
+        torch.nn.functional.normalize(tasks.features(trained, *each), dim=-1)
+        for each in ((tasks.inputs, tasks.mask), (tasks.query_inputs, tasks.query_mask))
+    )
+    logits = tasks.query_logits(moved)
+    for task, labels in enumerate(tasks.labels):
+        means = torch.stack([support[task][labels == way].mean(0) for way in range(2)])
+        distances = torch.cdist(query[task], means).square()
+        gaps = logits[task][:, 0] - logits[task][:, 1]
+        nearer = distances[:, 1] - distances[:, 0]
+        # a linear head of class means: twice the difference is that of distances, but for a shift
+        assert torch.allclose(gaps - gaps[0], (nearer - nearer[0]) * 0.5, atol=1e-4)
 
 
 def test_second_order_differs_from_first_order(script, training, batches):
@@ -314,7 +346,7 @@ def test_processes_share_batches_by_their_cost(script, training, monkeypatch):
 def test_a_rise_above_the_lowest_loss_so_far_is_paid_for(script):
     unroll = script("unroll")
     loss, lower = torch.tensor([0.5]), torch.tensor([0.3])
-    even = unroll._meta_loss(loss, loss, loss, 3)
-    risen = unroll._meta_loss(loss, loss, lower, 3)
+    even = unroll.meta_loss_of(loss, loss, loss, 3)
+    risen = unroll.meta_loss_of(loss, loss, lower, 3)
     assert float(even) == pytest.approx(0.5 / math.log(3))
     assert float(risen - even) == pytest.approx(unroll.ABOVE_LOWEST * 0.2 / math.log(3))

@@ -34,6 +34,15 @@ def test_it_is_the_mean_of_both_kinds_of_pairs():
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_several_batches_at_once_are_as_each_alone():
+    vectors = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.stack([LABELS, LABELS.flip(0)])
+    alike = torch.stack([ONE_LABEL.alike(x) for x in labels])
+    weights = torch.rand(2, 5)
+    each = [pair_loss(*one) for one in zip(vectors, alike, weights)]
+    torch.testing.assert_close(pair_loss(vectors, alike, weights), torch.stack(each))
+
+
 def test_it_is_zero_where_classes_are_orthogonal_and_only_there():
     vectors = 3 * torch.eye(4)[LABELS]
     alike = ONE_LABEL.alike(LABELS)

@@ -254,7 +254,7 @@ def test_a_file_with_several_labels(name, tmp_path):
     found = read_several(path, ";")
     assert found.texts == ["a b", "c", "d"]  # the last repeats the first, whose labels grow
     assert found.labels == [["x", "y", "z"], [], ["y"]]
-    assert str(found) == "3 texts, 3 labels, 1.33 labels a text, 1 duplicates dropped"
+    assert str(found) == "3 texts, 3 labels, 1.33 labels a text, 1 duplicate dropped"
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,21 @@ def test_a_text_that_is_unlikely_to_belong_anywhere_gets_no_label(fitted, few):
     assert [answer is None for answer in answers] == (best < np.median(best)).tolist()
 
 
+def test_a_class_weighs_as_much_as_is_said(encoder, few, tmp_path):
+    weights = weights_of(np.array([0, 0, 1, 2]), {"b": 6}, ["a", "b", "c"])
+    assert np.allclose(weights, np.array([1, 1, 6, 1]) / 2.25)
+    plain, heavy = (
+        TextClassifier(encoder, steps=0, class_weight=given, device="cpu").fit(*few)
+        for given in (None, {"food": 50.0})
+    )
+    shares = [one.predict_proba(few[0])[:, 0].mean() for one in (plain, heavy)]
+    assert shares[1] > shares[0]
+    heavy.save(tmp_path / "heavy")
+    loaded = TextClassifier.load(tmp_path / "heavy")
+    assert np.array_equal(loaded.predict_proba(few[0]), heavy.predict_proba(few[0]))
+    assert loaded.class_weight == {"food": 50.0}
+
+
 def test_balanced_classes_count_alike():
     labels = np.array([0] * 6 + [1] * 2)
     assert weights_of(labels, "balanced").tolist() == [8 / 12] * 6 + [8 / 4] * 2
@@ -347,7 +362,7 @@ def test_a_rule_that_does_harm_leaves_the_encoder_as_it_is_to_the_bit(encoder, f
 def test_the_report_says_what_was_kept_and_why(fitted, adapted):
     assert str(adapted.report_).startswith(f"kept {adapted.report_.kept}: has accuracy ")
     assert "logistic regression" in str(fitted.report_) or "class means" in str(fitted.report_)
-    assert "12 texts, 3 classes with 4 to 4 texts" in str(fitted.report_)
+    assert "12 texts, 3 classes with 4 texts each" in str(fitted.report_)
 
 
 def test_any_torch_optimizer_can_adapt(encoder, few, tmp_path):
@@ -531,9 +546,9 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 1 and 2; fit the"):
+    with pytest.raises(InputError, match="has format 9, and this rnnopt reads 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
-    path.write_text('{"format": 1}')
+    path.write_text('{"format": 2}')
     with pytest.raises(InputError, match="do not hold what they should"):
         TextClassifier.load(tmp_path / "saved")
 
@@ -558,6 +573,14 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
         (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),
+        (
+            ["a", "b"],
+            [-1, 2**63],
+            "label 1 is 9223372036854775808, of more than 64 bits; give labels as",
+        ),
+        (["a", "b"], ["x", "x\0"], r"label 1 is 'x\\x00', with .* null character .* delete"),
+        (["a", "b"], ["x", "\ud800"], "label 1 is .*half a surrogate pair.* delete"),
+        (["a", "b"], [["x"], ["\ud800"]], "label 1 is .*half a surrogate pair.* delete"),
     ],
 )
 def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
@@ -572,10 +595,19 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
         ({"steps": 1.5}, "steps is 1.5; it must be an integer"),
         ({"lora_rank": 0}, "lora_rank is 0; it must be an integer of at least 1"),
         ({"seconds": -1}, "seconds is -1; it must be at least 0, or None"),
-        ({"class_weight": "some"}, "class_weight is 'some'; use None or 'balanced'"),
+        ({"class_weight": "some"}, "class_weight is 'some'; use None, 'balanced', or a positive"),
+        ({"class_weight": {}}, "class_weight is {}; use None, 'balanced', or a positive number"),
+        ({"class_weight": {"food": -1}}, "class_weight is {'food': -1}; use None, 'balanced', or"),
+        ({"class_weight": {"x": 1}}, "class_weight names 'x', which is none of the 3 labels"),
         ({"abstain_below": 2}, "abstain_below is 2; it is a probability, between 0 and 1"),
         ({"pooling": "sum"}, "pooling is 'sum'; use one of auto, mean, cls, max, last"),
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"max_length": 0}, "max_length is 0; it must be an integer of at least 1"),
+        ({"max_length": "5"}, "max_length is '5'; it must be an integer"),
+        ({"seconds": "5"}, "seconds is '5'; it must be at least 0"),
+        ({"abstain": "5"}, "abstain is '5'; it is the share"),
+        ({"abstain_below": "5"}, "abstain_below is '5'; it is a probability"),
+        ({"encoder": None}, "encoder is None; give a folder that save_pretrained wrote, or a"),
+        ({"rule": 1e-3}, "rule is 0.001; give an rnnopt.UpdateRule, the path of a rule file, a"),
         ({"device": "none"}, "device is 'none', and torch can't use it; give 'cpu' or 'auto'"),
         ({"encoder": "no/such folder"}, "there is no folder no/such folder; give a folder"),
         ({"rule": "no.safetensors"}, "no.safetensors"),
@@ -584,6 +616,23 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
 def test_settings_that_can_not_be_used(setting, message, encoder, few):
     with pytest.raises(InputError, match=message):
         TextClassifier(**{"encoder": encoder, "seconds": None, **setting}).fit(*few)
+
+
+def test_settings_may_be_numbers_of_numpy(encoder, few, tmp_path):
+    """A grid of scikit-learn's often is an array."""
+    numbers = {"steps": np.int64(1), "lora_rank": np.int64(2), "random_state": np.int64(3)}
+    classifier = TextClassifier(encoder, seconds=None, abstain=np.float32(0.5), **numbers)
+    classifier.fit(*few).save(tmp_path / "saved")
+    loaded = TextClassifier.load(tmp_path / "saved").get_params()
+    assert {name: loaded[name] for name in numbers} == numbers and loaded["abstain"] == 0.5
+
+
+def test_a_score_needs_texts_and_labels_of_the_same_kind(fitted):
+    with pytest.raises(InputError, match="there are 0 texts to judge by; give at least one"):
+        fitted.score([], [])
+    with pytest.raises(InputError, match="the labels are integers, and the classifier's are str"):
+        fitted.score(["a"], [1])
+    assert fitted.score(["a"], ["sport"]) == 0
 
 
 def test_an_encoder_without_a_tokenizer(encoder, few, tmp_path):

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rnnopt.cli.classifier.model import unfitted
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Doctor
 from rnnopt.errors import InputError
+from rnnopt.storage.memory import free_bytes, peak_bytes
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
@@ -25,7 +25,7 @@ from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
-from rnnopt.tasks.text.estimator.report import peak_memory
+from rnnopt.tasks.text.estimator.report import spread
 from rnnopt.tasks.text.estimator.steps import Plan, make_optimizer
 
 _TIMED = 64  # texts of the timed forward pass
@@ -75,20 +75,10 @@ def _machine() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
-    free = _free_memory()
+    free = free_bytes(torch.device("cpu"))
     memory = "" if free is None else f", {free / 1e9:.1f} GB of memory free"
     print(f"ok       machine: {cores} cores, {torch.get_num_threads()} threads{gpu}{memory}")
     print(f"ok       libraries: {libraries} on {platform.system()}")
-
-
-def _free_memory() -> int | None:
-    """Bytes, where the system tells as Linux does."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
 
 
 def _settings(settings: Doctor) -> None:
@@ -120,7 +110,7 @@ def _data(settings: Doctor, found: LabelledTexts) -> Labels:
     if labels.several:
         check_for_several_labels(unfitted(settings).get_params(deep=False))
     counts = objective_of(labels.places).counts(labels.places)
-    print(f"ok       data: {found.summary}; {counts.min()} to {counts.max()} texts a label")
+    print(f"ok       data: {found.summary}; {spread(counts.min(), counts.max())} a label")
     if settings.abstain is not None and counts.max() == 1:
         raise InputError(
             f"--abstain is {settings.abstain}, and every label has one text, so that none can be "
@@ -158,7 +148,7 @@ def _time(settings: Doctor, encoder: SentenceEncoder, texts: list[str], labels: 
             why = ""
         except InputError as error:
             ahead, why = None, f"this encoder can't be adapted: {error}"
-    memory = peak_memory()
+    memory = peak_bytes(torch.device("cpu"))
     shown = "" if memory is None else f"; peak memory so far {memory / 1e6:.0f} MB"
     print(f"ok       time: {1000 * forward:.1f} ms a text, without a gradient{shown}")
     embedding = len(texts) * forward

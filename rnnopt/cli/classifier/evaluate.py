@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict
 
 from rnnopt.cli.classifier.labelled import read_known
-from rnnopt.cli.classifier.model import read_classifier
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Evaluate
+from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
 
 def run(settings: Evaluate) -> None:
     """Judge a classifier by labelled texts."""
-    classifier = read_classifier(settings)
+    classifier = TextClassifier.load(settings.model, settings.device)
     texts, labels = read_known(settings.data, settings, classifier)
     with waiting("judging"):
         figures = classifier.evaluate(texts, labels)

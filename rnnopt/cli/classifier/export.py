@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from rnnopt.cli.classifier.labelled import read_known
-from rnnopt.cli.classifier.model import read_classifier
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.classifier import Export
 from rnnopt.tasks.text.estimator.folder import check_new
+from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
 
 def run(settings: Export) -> None:
     """Write the files, and tell how far they agree with the classifier."""
     folder = check_new(settings.output)
-    classifier = read_classifier(settings)
+    classifier = TextClassifier.load(settings.model, settings.device)
     known = None
     if settings.data is not None:
         known = read_known(settings.data, settings, classifier)

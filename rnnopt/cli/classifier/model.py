@@ -1,8 +1,8 @@
-"""The classifier that --model names, or that is to be fitted."""
+"""The classifier that is to be fitted."""
 
 from __future__ import annotations
 
-from rnnopt.cli.settings.classifier import Doctor, Fit, ModelSettings
+from rnnopt.cli.settings.classifier import Doctor, Fit
 from rnnopt.tasks.text.estimator.text_classifier import TextClassifier
 
 # settings that the classifier lacks
@@ -13,12 +13,3 @@ def unfitted(settings: Fit | Doctor) -> TextClassifier:
     """A classifier with the settings of `rnnopt fit`."""
     chosen = {name: value for name, value in vars(settings).items() if name not in _OURS}
     return TextClassifier(**chosen, random_state=settings.seed)
-
-
-def read_classifier(settings: ModelSettings) -> TextClassifier:
-    """Load it.
-
-    Raises:
-        InputError: as `TextClassifier.load`.
-    """
-    return TextClassifier.load(settings.model, settings.device)

@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from rnnopt.cli.progress import waiting
+from rnnopt.cli.progress import progress_bar, waiting
 from rnnopt.cli.settings.classifier import Predict
 from rnnopt.data.files import read_texts
 from rnnopt.errors import InputError
@@ -23,13 +22,16 @@ _CHUNK = 1024  # texts that are read, classified and written at a time
 
 def run(settings: Predict) -> None:
     """Classify texts, and write a CSV row for each."""
-    chunks = _chunks(settings)
+    chunks, count = _chunks(settings)
     with waiting("reading the classifier"):
         classifier = TextClassifier.load(settings.model, settings.device)
     if settings.abstain_below is not None:
         classifier.set_params(abstain_below=settings.abstain_below)
     _check_separator(settings.label_separator, classifier)
-    with _opened(settings.output) as file:
+    # rows on a terminal show by themselves how far it is
+    hidden = count is None or (settings.output is None and sys.stdout.isatty())
+    done = 0
+    with _opened(settings.output) as file, progress_bar("text", count, shown=not hidden) as bar:
         writer = csv.writer(file, lineterminator="\n")
         names = [f"probability of {name}" for name in classifier.classes_.tolist()]
         writer.writerow(["text", "label", "probability", *(names if settings.all else [])])
@@ -41,6 +43,9 @@ def run(settings: Predict) -> None:
                 shown = [f"{value:.6f}" for value in (row.max(), *(row if settings.all else []))]
                 writer.writerow([text, "" if answer is None else answer, *shown])
             file.flush()
+            done += len(texts)
+            if not hidden:
+                bar.at(done)
 
 
 def _check_separator(separator: str, classifier: TextClassifier) -> None:
@@ -58,8 +63,8 @@ def _check_separator(separator: str, classifier: TextClassifier) -> None:
             )
 
 
-def _chunks(settings: Predict) -> Iterator[list[str]]:
-    """The texts that were named, in the order that they came.
+def _chunks(settings: Predict) -> tuple[Iterator[list[str]], int | None]:
+    """The texts that were named, in the order that they came; and how many a file has, else None.
 
     Raises:
         InputError: neither --data nor --text, or both.
@@ -70,11 +75,11 @@ def _chunks(settings: Predict) -> Iterator[list[str]]:
             f"--data and --text: {given}; give one of them, --data - for standard input"
         )
     if settings.text is not None:
-        return iter([list(settings.text)])
+        return iter([list(settings.text)]), None
     if settings.data == STANDARD_INPUT:
-        return _lines()
-    texts = iter(read_texts(str(settings.data), text_column=settings.text_column))
-    return iter(lambda: list(islice(texts, _CHUNK)), [])
+        return _lines(), None
+    texts = read_texts(str(settings.data), text_column=settings.text_column)
+    return (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK)), len(texts)
 
 
 def _lines() -> Iterator[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -44,11 +43,6 @@ def write_settings(path: Path, settings: Settings) -> None:
 def chosen(settings: Settings, *names: str) -> dict[str, Any]:
     """Some of the settings, by name."""
     return {name: getattr(settings, name) for name in names}
-
-
-def as_options(settings: Settings) -> Namespace:
-    """Settings as `rnnopt.storage.provenance` keeps them."""
-    return Namespace(command=settings.command, **vars(settings))
 
 
 def with_config(words: Sequence[str], commands: Sequence[type[Settings]]) -> list[str]:

@@ -30,13 +30,12 @@ ADAPT_FILE = "adapt.json"
 _CHECKS_SHOWN = 30  # rows of a table of checks at most; the run's files hold all checks
 
 
-def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
+def write_report(path: Path) -> Path:
     """Write the report of a run. An older report of the run is replaced.
 
     Args:
         path: the folder of `rnnopt meta-train` or `rnnopt adapt`, or the JSON file of `rnnopt
             compare`.
-        say: is called with a message if figures can't be drawn.
 
     Returns:
         The path of the report: ``report.md`` in the folder, or ``result.json.md`` beside a
@@ -45,7 +44,7 @@ def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
     Raises:
         InputError: there is no run at this path, or its files are damaged.
     """
-    kinds: list[tuple[Path, Callable[[Path, Callable[[str], None]], list[str]]]] = [
+    kinds: list[tuple[Path, Callable[[Path], list[str]]]] = [
         (path / RUN_FILE, _meta_training),
         (path / ADAPT_FILE, _adaptation),
     ]
@@ -56,7 +55,7 @@ def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
         if not file.is_file():
             continue
         try:
-            text = "\n\n".join(sections(path, say)) + "\n"
+            text = "\n\n".join(sections(path)) + "\n"
         except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
             if isinstance(error, InputError):
                 raise
@@ -72,12 +71,12 @@ def write_report(path: Path, say: Callable[[str], None] = print) -> Path:
     )
 
 
-def _meta_training(folder: Path, say: Callable[[str], None]) -> list[str]:
+def _meta_training(folder: Path) -> list[str]:
     run, about = _read(folder / RUN_FILE), read_json(folder / PROVENANCE_FILE)
     lines = (folder / LOG_FILE).read_text().splitlines()
     records = [parse_json(line) for line in lines]
     checks = [record for record in records if "validation" in record]
-    picture = _picture(say, lambda plot: plot.plot_learning(records, folder / "learning.png"))
+    picture = _picture(lambda plot: plot.plot_learning(records, folder / "learning.png"))
     return [
         "# Meta-training",
         *_cautions(overlap_lines({**about["data"], "overlaps": []}) if about else []),
@@ -135,12 +134,12 @@ def _validation_table(run: Mapping[str, Any], checks: Sequence[Mapping[str, Any]
     return _shortened(header, rows)
 
 
-def _adaptation(folder: Path, say: Callable[[str], None]) -> list[str]:
+def _adaptation(folder: Path) -> list[str]:
     result, about = _read(folder / ADAPT_FILE), read_json(folder / PROVENANCE_FILE)
     watched, test = result.get("requirement"), result.get("test")
     checks = watched["checks"] if watched else []
     losses = result["losses"]
-    drawn = _picture(say, lambda plot: plot.plot_losses(losses, folder / "loss.png", checks))
+    drawn = _picture(lambda plot: plot.plot_losses(losses, folder / "loss.png", checks))
     steps = f"{len(losses)} steps in {result['seconds']:g} s"
     sections = ["# Adaptation", *_cautions(seen_lines(result.get("seen", {})))]
     if watched:
@@ -188,7 +187,7 @@ def _judged(title: str, judged: Mapping[str, Any]) -> str:
     return f"## {title}\n\n{figures}\n\nConfusion, in texts:\n\n{matrix}"
 
 
-def _comparison(file: Path, say: Callable[[str], None]) -> list[str]:
+def _comparison(file: Path) -> list[str]:
     result = _read(file)
     setting = result["setting"]
     classes = [class_pair(pair) for pair in setting["seen_classes"]]
@@ -246,13 +245,13 @@ def _cautions(lines: Sequence[str]) -> list[str]:
     return ["\n".join(f"> **Overlap**: {line}." for line in lines)] if lines else []
 
 
-def _picture(say: Callable[[str], None], draw: Callable[[Any], None]) -> bool:
+def _picture(draw: Callable[[Any], None]) -> bool:
     try:
         from rnnopt.evaluation.report import plot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        say('no pictures, matplotlib is missing: pip install "rnnopt[meta]"')
+        print('no pictures, matplotlib is missing: pip install "rnnopt[meta]"')
         return False
     draw(plot)
     return True

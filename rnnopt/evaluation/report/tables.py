@@ -14,7 +14,7 @@ import numpy as np
 from rnnopt.data.corpus import listed
 from rnnopt.data.splits import PART_NAMES
 from rnnopt.errors import InputError
-from rnnopt.evaluation.statistics import difference, summary
+from rnnopt.evaluation.statistics import difference, summary, with_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,7 +141,13 @@ def comparison_table(
                 rows[f"*{called(left)} - {called(right)}, paired*"] = found[metric]
         budgets = sorted({int(b) for row in rows.values() for b in row})
         cells = [
-            [name, *(_with_interval(row.get(str(b)), name.startswith("*")) for b in budgets)]
+            [
+                name,
+                *(
+                    with_interval(row[str(b)], signed=name.startswith("*")) if str(b) in row else ""
+                    for b in budgets
+                ),
+            ]
             for name, row in rows.items()
         ]
         lines = [" | ".join(row) for row in ([f"{metric} after", *map(str, budgets)], *cells)]
@@ -181,13 +187,6 @@ def paired(result: Mapping[str, Any], method: str, reference: str) -> dict[str, 
         for name in (method, reference)
     )
     return summary(difference(ours, theirs))
-
-
-def _with_interval(cell: Mapping[str, float] | None, signed: bool) -> str:
-    if cell is None:
-        return ""
-    sign = "+" if signed else ""
-    return f"{cell['mean']:{sign}.3f} ± {cell['ci95']:.3f}"
 
 
 def sources_table(description: Mapping[str, Any]) -> str:

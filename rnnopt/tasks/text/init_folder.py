@@ -35,7 +35,8 @@ def save_init(
     Args:
         folder: the folder to write.
         classifier: the classifier whose initial values they are.
-        start: how tasks started in meta-training: the values, the head, and what is adapted.
+        start: how tasks started in meta-training: the values, and what is adapted.
+        head: how their output layer began, see `rnnopt.tasks.text.start.TextStart`.
         training: JSON-compatible facts on the meta-training.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rnnopt.data.corpus import counted
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.evidence import (
@@ -29,7 +30,7 @@ from rnnopt.tasks.text.estimator.steps import Adaptation, OutOfTimeError, Plan
 
 JUDGED = (2, 5, 10, 20, 40)  # after these steps, and after the last
 
-Report = Callable[[dict[str, Any]], None]
+Callback = Callable[[dict[str, Any]], None]
 
 
 def ignore(record: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ class Verdict:
 
 def adapt_if_better(
     encoder: SentenceEncoder, texts: Sequence[str], data: Labelled, start: Start, plan: Plan,
-    report: Report = ignore,
+    report: Callback = ignore,
 ) -> Verdict:  # fmt: skip
     """Adapt if texts that were held out speak for it; else leave the encoder as it is.
 
@@ -116,7 +117,7 @@ def adapt_if_better(
 
 
 def _cross_validate(
-    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Report
+    adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Callback
 ) -> Verdict:
     """The verdict but for the head."""
     folds = _affordable(adaptation, data, plan)
@@ -136,7 +137,7 @@ def _cross_validate(
     logits = {step: np.concatenate(rows) for step, rows in found.items()}
     sound = {step: rows for step, rows in logits.items() if np.isfinite(rows).all()}
     judged = [
-        Judged.of(f"{step} {_steps(step)} of adaptation", rows, labels, weights)
+        Judged.of(f"{counted(step, 'step')} of adaptation", rows, labels, weights)
         for step, rows in sound.items()
     ]
     for step, one in zip([0, *sound], [beginning, *judged]):
@@ -205,7 +206,3 @@ def affordable(most: int, plan: Plan, step: float) -> int:
 def _figures(evidence: Evidence) -> str:
     what = "accuracy" if evidence.micro_f1 is None else "micro F1"
     return f"has {what} {evidence.quality:.3f} and log loss {evidence.log_loss:.3f}"
-
-
-def _steps(count: int) -> str:
-    return "step" if count == 1 else "steps"

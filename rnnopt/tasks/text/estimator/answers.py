@@ -12,8 +12,10 @@ import numpy as np
 
 from rnnopt.errors import InputError
 from rnnopt.tasks.text.estimator.evidence import Judged
+from rnnopt.tasks.text.estimator.inputs.labelled import Labels
 from rnnopt.tasks.text.estimator.objective.choice import ONE_LABEL, SEVERAL_LABELS
 from rnnopt.tasks.text.estimator.objective.protocol import Objective
+from rnnopt.tasks.text.estimator.objective.several_labels import best_thresholds, middle_thresholds
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,31 @@ class Decision:
         found = found.astype(object)
         found[silent] = None
         return found
+
+
+def choose_decision(
+    labels: Labels, judged: Judged | None, logits: np.ndarray, abstain: float | None
+) -> Decision:
+    """Thresholds or a floor, by the texts held out.
+
+    Args:
+        labels: that the classifier was fitted on.
+        judged: what classifies, on texts held out; None where there are none.
+        logits: of the texts that it was fitted on, (B, C); they serve where none was held out.
+        abstain: see `floor_of`; None always answers.
+
+    Raises:
+        InputError: as `floor_of`.
+    """
+    if abstain is not None:
+        return Decision(labels.classes, floor=floor_of(judged, abstain))
+    if not labels.several:
+        return Decision(labels.classes)
+    if judged is None:
+        chances = SEVERAL_LABELS.probabilities(logits)
+        return Decision(labels.classes, middle_thresholds(chances, labels.places))
+    chances = SEVERAL_LABELS.probabilities(judged.logits)
+    return Decision(labels.classes, best_thresholds(chances, judged.labels))
 
 
 def floor_of(judged: Judged | None, share: float) -> float:

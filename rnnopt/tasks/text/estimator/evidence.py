@@ -6,11 +6,13 @@ ones where a text may have several, see `rnnopt.tasks.text.estimator.objective.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from rnnopt.errors import InputError
 from rnnopt.tasks.text.estimator.heads import INVERSE_PENALTIES, LinearHead
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.objective.protocol import Fold, MakeHead
@@ -112,12 +114,34 @@ class Labelled:
         return Labelled(self.embeddings[rows], self.labels[rows], self.weights[rows])
 
 
-def weights_of(labels: np.ndarray, class_weight: str | None) -> np.ndarray:
-    """Weights (B,): 1, or with ``"balanced"`` in inverse proportion to the class's texts."""
+def weights_of(
+    labels: np.ndarray,
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None,
+    classes: Sequence[Any] = (),
+) -> np.ndarray:
+    """Weights (B,) of texts, whose mean is 1.
+
+    Args:
+        labels: (B,), 0 to C - 1; or (B, C), of which each text weighs the same.
+        class_weight: None weighs all texts alike, ``"balanced"`` in inverse proportion to the
+            class's texts. Or the weight of each class; one that is not named has the weight 1.
+        classes: the names of the classes in `class_weight`, (C,).
+
+    Raises:
+        InputError: `class_weight` names a class that is not there.
+    """
     if class_weight is None:
         return np.ones(len(labels))
-    counts = np.bincount(labels)
-    return len(labels) / (len(counts) * counts[labels])
+    if class_weight == "balanced":
+        counts = np.bincount(labels)
+        return len(labels) / (len(counts) * counts[labels])
+    if foreign := [name for name in class_weight if name not in set(classes)]:
+        raise InputError(
+            f"class_weight names {foreign[0]!r}, which is none of the {len(classes)} labels (such "
+            f"as {classes[0]!r}); correct it, or leave it out"
+        )
+    weights = np.array([float(class_weight.get(name, 1)) for name in classes])[labels]
+    return weights / weights.mean()
 
 
 def held_out_logits(
@@ -160,10 +184,6 @@ class Start:
     def fit(self, data: Labelled) -> LinearHead:
         """The head, before its temperature."""
         return self.make(data.embeddings, data.labels, data.weights)
-
-    def head(self, data: Labelled) -> LinearHead:
-        """The head, with probabilities at its temperature."""
-        return self.fit(data).cooled(self.temperature)
 
 
 def choose_start(data: Labelled, seed: int) -> Start:

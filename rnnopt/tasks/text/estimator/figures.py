@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rnnopt.data.corpus import counted
 from rnnopt.tasks.metrics import classification_metrics, confusion_matrix
 from rnnopt.tasks.text.estimator.objective.several_labels import micro_macro_f1
 
@@ -101,8 +102,8 @@ class Figures:
         if self.known:
             answers += f"; it was fitted on {self.known} of these texts, so that this flatters"
         return (
-            f"on {self.texts} texts: {exact} {self.accuracy:.3f} (95 % interval {self.low:.3f} to "
-            f"{self.high:.3f}), {micro}macro F1 {self.macro_f1:.3f}, log loss "
+            f"on {counted(self.texts, 'text')}: {exact} {self.accuracy:.3f} (95 % interval "
+            f"{self.low:.3f} to {self.high:.3f}), {micro}macro F1 {self.macro_f1:.3f}, log loss "
             f"{self.log_loss:.3f} nats, expected calibration error {self.calibration_error:.3f}"
             f"{answers}"
         )

@@ -25,7 +25,7 @@ from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.report import Report, card
 
 FACTS_FILE, HEAD_FILE, CARD_FILE = "classifier.json", "head.safetensors", "README.md"
-_FORMAT, _READABLE = 2, (1, 2)  # 1 knows neither several labels nor a floor
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Fitted:
     head: LinearHead
     decision: Decision
     report: Report
-    known: frozenset[str] = frozenset()
+    known: frozenset[str]
 
 
 def check_new(folder: str | Path) -> Path:
@@ -144,23 +144,23 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
             "TextClassifier.save or `rnnopt fit` wrote"
         )
     facts = read_json(source / FACTS_FILE)
-    if facts.get("format") not in _READABLE:
+    if facts.get("format") != _FORMAT:
         raise InputError(
             f"{source / FACTS_FILE} has format {facts.get('format')}, and this rnnopt reads "
-            f"{' and '.join(map(str, _READABLE))}; fit the classifier again"
+            f"{_FORMAT}; fit the classifier again"
         )
     tensors, _ = read_tensors(source / HEAD_FILE)
     encoder = SentenceEncoder.load(source, device)
     try:
         head = LinearHead(tensors["weight"].double().numpy(), tensors["bias"].double().numpy())
-        thresholds = facts.get("thresholds")
+        thresholds = facts["thresholds"]
         decision = Decision(
             np.array(facts["classes"]),
             None if thresholds is None else np.array(thresholds, float),
-            facts.get("floor"),
+            facts["floor"],
         )
         report = Report.from_facts(facts["report"])
-        fitted = Fitted(encoder, head, decision, report, frozenset(facts.get("known", ())))
+        fitted = Fitted(encoder, head, decision, report, frozenset(facts["known"]))
         settings = dict(facts["settings"])
     except (KeyError, TypeError) as error:
         raise InputError(

@@ -66,22 +66,12 @@ def logistic_head(
         weights: (B,), of each text's loss.
         inverse_penalty: scikit-learn's C, see `INVERSE_PENALTIES`.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     centre, scale = spread(embeddings)
     # With two classes scikit-learn has one weight vector, the difference of the two of a softmax.
     # The same minimum then needs half the penalty: the sum of squares is half of the difference's.
     two = labels.max() == 1
-    model = LogisticRegression(
-        C=2 * inverse_penalty if two else inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE
-    )
-    with warnings.catch_warnings():
-        # one label a class, which scikit-learn takes for an error
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((embeddings - centre) / scale, labels, sample_weight=weights)
-    weight, bias = model.coef_, model.intercept_
+    penalty = 2 * inverse_penalty if two else inverse_penalty
+    weight, bias = _logistic_regression((embeddings - centre) / scale, labels, weights, penalty)
     if two:
         weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
     weight = weight / scale
@@ -102,25 +92,33 @@ def one_vs_rest_head(
         weights: (B,), of each text's loss.
         inverse_penalty: scikit-learn's C.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     centre, scale = spread(embeddings)
     rows = (embeddings - centre) / scale
     weight, bias = np.zeros((labels.shape[1], rows.shape[1])), np.zeros(labels.shape[1])
-    model = LogisticRegression(C=inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE)
     for number, column in enumerate(labels.T):
         if column.min() == column.max():
             positive = column.sum()
             bias[number] = np.log((positive + 0.5) / (len(column) - positive + 0.5))
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            # two texts of two classes, which scikit-learn takes for an error
-            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-            model.fit(rows, column, sample_weight=weights)
-        weight[number], bias[number] = model.coef_[0] / scale, model.intercept_[0]
+        coefficients, intercept = _logistic_regression(rows, column, weights, inverse_penalty)
+        weight[number], bias[number] = coefficients[0] / scale, intercept[0]
     return LinearHead(weight, bias - weight @ centre)
+
+
+def _logistic_regression(
+    rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, inverse_penalty: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's coefficients and intercepts; for two classes it has one of each."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=inverse_penalty, max_iter=ITERATIONS, tol=TOLERANCE)
+    with warnings.catch_warnings():
+        # one text a class, which scikit-learn takes for an error
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(rows, labels, sample_weight=weights)
+    return model.coef_, model.intercept_
 
 
 def class_mean_head(embeddings: np.ndarray, labels: np.ndarray) -> LinearHead:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rnnopt.data.corpus import counted
 from rnnopt.tasks.text.estimator.evidence import Evidence
 
 
@@ -73,8 +73,8 @@ class Report:
             )
         return (
             f"kept {self.kept}: {self.reason}\n{more}"
-            f"{self.texts} texts, {self.classes} classes with {self.fewest} to {self.most} texts; "
-            f"{self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
+            f"{self.texts} texts, {self.classes} classes with {spread(self.fewest, self.most)} each"
+            f"; {self.encoder}, pooling {self.pooling}; {self.seconds:.1f} s{memory}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -88,14 +88,9 @@ class Report:
         return cls(**{**facts, "tried": tried})
 
 
-def peak_memory() -> int | None:
-    """Bytes that this process has held at most so far; None where the system doesn't tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+def spread(fewest: int, most: int) -> str:
+    """How many texts classes have, in words."""
+    return counted(most, "text") if fewest == most else f"{fewest} to {most} texts"
 
 
 def card(report: Report, classes: list[str], versions: dict[str, str], name: str = "FOLDER") -> str:
@@ -142,7 +137,7 @@ head on its vectors, and `classifier.json` the labels.
 | pooling | {report.pooling} |
 | kept | {report.kept} |
 | why | {report.reason} |
-| fitted on | {report.texts} texts, {report.fewest} to {report.most} a class |
+| fitted on | {report.texts} texts, {spread(report.fewest, report.most)} a class |
 | fingerprint of the data | {report.data} |
 | on texts held out in cross-validation | {judged} |
 | temperature of the probabilities | {report.temperature:.3g} |

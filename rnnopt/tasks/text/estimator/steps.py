@@ -19,7 +19,6 @@ from torch import nn
 from rnnopt.errors import InputError
 from rnnopt.optim.optimizer import LearnedOptimizer
 from rnnopt.rules.protocol import UpdateRule
-from rnnopt.rules.two_level import TwoLevelLSTM
 from rnnopt.tasks.adaptation import evaluation_point
 from rnnopt.tasks.text.encoder.layers import train_layers
 from rnnopt.tasks.text.encoder.loading import seeded
@@ -35,9 +34,6 @@ _PIECE = 16  # texts that are run at once: small enough to be of like length
 # Tokens of a step beyond which texts are run a second time for their gradient, since what all of
 # them together keep for it may not fit into memory: 4,096 take about 600 MB in MiniLM.
 _KEPT_TOKENS = 4096
-# The rule was meta-trained on cross-entropy. Its full steps on the loss of pairs go
-# too far: on validation classes a third of them in all weights reaches more than LoRA does.
-_PAIRS_LR = 0.3
 _OVERRUN = 1.5  # times the seconds allowed, after which adaptation is broken off
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -86,10 +82,7 @@ def make_optimizer(params: list[nn.Parameter], rule: Rule) -> torch.optim.Optimi
                 "torch.optim.Optimizer, as lambda params: torch.optim.AdamW(params, 1e-3) does"
             )
         return made
-    optimizer = LearnedOptimizer(params, rule)
-    if isinstance(optimizer.rule, TwoLevelLSTM):
-        optimizer.param_groups[0]["lr"] = _PAIRS_LR
-    return optimizer
+    return LearnedOptimizer(params, rule)
 
 
 class Adaptation:

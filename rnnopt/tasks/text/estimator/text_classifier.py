@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,23 +16,22 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 
 from rnnopt.errors import InputError
+from rnnopt.storage.memory import peak_bytes
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator import folder as folders
-from rnnopt.tasks.text.estimator.adaptation import Report as ReportTo
-from rnnopt.tasks.text.estimator.adaptation import Verdict, adapt_if_better, ignore
-from rnnopt.tasks.text.estimator.answers import Decision, floor_of
+from rnnopt.tasks.text.estimator.adaptation import Callback, Verdict, adapt_if_better, ignore
+from rnnopt.tasks.text.estimator.answers import Decision, choose_decision, floor_of
 from rnnopt.tasks.text.estimator.evidence import Judged, Labelled, Start, choose_start, weights_of
 from rnnopt.tasks.text.estimator.export import hub
 from rnnopt.tasks.text.estimator.export.exports import Exports
 from rnnopt.tasks.text.estimator.figures import Figures
-from rnnopt.tasks.text.estimator.heads import LinearHead
 from rnnopt.tasks.text.estimator.inputs.labelled import (
-    Labels,
     check_labels,
     check_several,
     check_texts,
     fingerprint,
+    kind_of,
     known_labels,
     read_labels,
     text_hashes,
@@ -41,13 +40,10 @@ from rnnopt.tasks.text.estimator.inputs.settings import (
     check_abstention,
     check_for_several_labels,
     check_settings,
+    with_numbers,
 )
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
-from rnnopt.tasks.text.estimator.objective.several_labels import (
-    best_thresholds,
-    middle_thresholds,
-)
-from rnnopt.tasks.text.estimator.report import Report, peak_memory
+from rnnopt.tasks.text.estimator.report import Report
 from rnnopt.tasks.text.estimator.steps import Plan, Rule
 
 
@@ -82,8 +78,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             which takes less memory and is less accurate.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
             adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
-        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Where a
-            text may have several labels it has to be None.
+        class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Or a
+            weight for each label, of which those that are left out weigh 1. Where a text may have
+            several labels it has to be None.
         abstain: share of texts of the known classes that may stay without an answer, such as 0.05.
             `predict` then answers None where the largest logit is lower than that of all but this
             share of the texts held out. None always answers.
@@ -109,7 +106,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         steps: int = 10,
         lora_rank: int | None = None,
         seconds: float | None = 30.0,
-        class_weight: Literal["balanced"] | None = None,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
         abstain: float | None = None,
         abstain_below: float | None = None,
         device: str = "auto",
@@ -129,7 +126,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         self.random_state = random_state
 
     def fit(
-        self, texts: Sequence[str], labels: Sequence[Any], *, report: ReportTo = ignore
+        self, texts: Sequence[str], labels: Sequence[Any], *, report: Callback = ignore
     ) -> Self:
         """Learn from labelled texts.
 
@@ -148,25 +145,27 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             InputError: texts, labels, the encoder or a setting can't be used.
         """
         started = time.perf_counter()
-        check_settings(self.get_params(deep=False))
+        settings = with_numbers(self.get_params(deep=False))
+        check_settings(settings)
         texts = check_texts(texts)
         named = read_labels(labels, len(texts))
         if named.several:
-            check_for_several_labels(self.get_params(deep=False))
+            check_for_several_labels(settings)
         encoder = SentenceEncoder.load(
             self.encoder, self.torch_device(), self.pooling, self.max_length
         )
-        weights = weights_of(named.places, self.class_weight)
+        weights = weights_of(named.places, self.class_weight, named.classes.tolist())
         data = Labelled(encoder.embed(texts).double().numpy(), named.places, weights)
-        start = choose_start(data, self.random_state)
+        start = choose_start(data, settings["random_state"])
         if self.abstain is not None:
             floor_of(start.judged, self.abstain)  # before anything that takes long
-        plan = Plan(self.rule, self.steps, self.lora_rank, self.seconds, self.random_state)
+        names = "rule", "steps", "lora_rank", "seconds", "random_state"
+        plan = Plan(*(settings[name] for name in names))
         verdict = adapt_if_better(encoder, texts, data, start, plan, report)
         judged = verdict.judged or start.judged
         temperature = judged.evidence.temperature if judged else start.temperature
         head = (verdict.head or start.fit(data)).cooled(temperature)
-        decision = self._decision(named, start, verdict, head, data)
+        decision = choose_decision(named, judged, head.logits(data.embeddings), self.abstain)
         found = self._report(
             encoder, start, verdict, named.places, fingerprint(texts, named.named), started
         )
@@ -226,16 +225,24 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
 
         Args:
             X: texts, under scikit-learn's name.
-            y: their labels.
+            y: their labels; one that `fit` has not seen is no answer's.
             sample_weight: (B,); None weighs all alike.
+
+        Raises:
+            NotFittedInputError: before `fit`.
+            InputError: no text, or texts or labels that can't be used.
         """
         answers = self.predict(X)
+        if not len(answers):
+            raise InputError("there are 0 texts to judge by; give at least one")
         if isinstance(answers, list):
-            right = [
-                found == row for found, row in zip(answers, check_several(list(y), len(answers)))
-            ]
+            wanted: Any = check_several(list(y), len(answers))
+            right = [found == row for found, row in zip(answers, wanted)]
         else:
-            right = answers == check_labels(y, len(answers))
+            wanted = check_labels(y, len(answers))
+            if (given := kind_of(wanted)) != (known := kind_of(self.classes_)):
+                raise InputError(f"the labels are {given}, and the classifier's are {known}")
+            right = answers == wanted
         return float(np.average(right, weights=sample_weight))
 
     def evaluate(self, texts: Sequence[str], labels: Sequence[Any]) -> Figures:
@@ -322,22 +329,6 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             )
         return self._state
 
-    def _decision(
-        self, named: Labels, start: Start, verdict: Verdict, head: LinearHead, data: Labelled
-    ) -> Decision:
-        """Thresholds or a floor, by the texts held out."""
-        judged = verdict.judged or start.judged
-        if self.abstain is not None:
-            return Decision(named.classes, floor=floor_of(judged, self.abstain))
-        if not named.several:
-            return Decision(named.classes)
-        objective = objective_of(named.places)
-        if judged is None:
-            chances = objective.probabilities(head.logits(data.embeddings))
-            return Decision(named.classes, middle_thresholds(chances, data.labels))
-        chances = objective.probabilities(judged.logits)
-        return Decision(named.classes, best_thresholds(chances, judged.labels))
-
     def _report(
         self, encoder: SentenceEncoder, start: Start, verdict: Verdict, places: np.ndarray,
         data: str, started: float,
@@ -362,7 +353,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
             data=data,
             micro_f1=evidence.micro_f1 if evidence else None,
             macro_f1=evidence.macro_f1 if evidence else None,
-            memory=peak_memory(),
+            memory=peak_bytes(torch.device("cpu")),
         )
 
     def torch_device(self) -> torch.device:

@@ -40,7 +40,7 @@ def check_texts(texts: Any) -> list[str]:
                 f"text {i} is {_shown(text)}, of type {type(text).__name__}; every text must be a "
                 "string: fill it in, or leave it out with its label"
             )
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if _half_surrogate(text):
             raise InputError(
                 f"text {i} has half a surrogate pair, which no encoder can read; delete that "
                 "character"
@@ -79,9 +79,7 @@ def read_labels(labels: Any, count: int) -> Labels:
     Raises:
         InputError: as `check_labels` and `check_classes`; or no label tells texts apart.
     """
-    labels = (
-        list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
-    )
+    labels = _as_list(labels)
     if not is_several(labels):
         found = check_labels(labels, count)
         return Labels(*check_classes(found), found.tolist())
@@ -122,6 +120,7 @@ def check_several(labels: Sequence[Any], count: int) -> list[list[str]]:
                 raise InputError(
                     f"label {i} is {_shown(row)}; lists of labels must hold strings: convert them"
                 )
+            _check_name(i, label)
     return [sorted({str(label) for label in row}) for row in labels]
 
 
@@ -146,9 +145,7 @@ def known_labels(labels: Any, count: int, classes: np.ndarray, several: bool) ->
     Raises:
         InputError: as `check_labels`; or a label is none of the classifier's.
     """
-    labels = (
-        list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
-    )
+    labels = _as_list(labels)
     known = set(classes.tolist())
     if several:
         given = labels if isinstance(labels, list) else [labels]
@@ -205,6 +202,10 @@ def check_labels(labels: Any, count: int) -> np.ndarray:
                 f"label 0 is {_shown(found[0])} and label {i} is {_shown(label)}; all labels must "
                 "be of one kind: convert them to strings"
             )
+        if isinstance(label, str):
+            _check_name(i, label)
+        elif not -(2**63) <= label < 2**63:  # numpy would make floats or objects of them
+            raise InputError(f"label {i} is {label}, of more than 64 bits; give labels as strings")
     return np.array(found)
 
 
@@ -246,6 +247,23 @@ def text_hashes(texts: Sequence[str]) -> list[str]:
         .hexdigest()
         for text in texts
     ]  # fmt: skip
+
+
+def _check_name(place: int, label: str) -> None:
+    """Refuse a label that a file or an array of numpy would not keep.
+
+    Raises:
+        InputError: it has half a surrogate pair, or a null character at its end.
+    """
+    if label.endswith("\0") or _half_surrogate(label):
+        raise InputError(
+            f"label {place} is {_shown(label)}, with half a surrogate pair or a null character at "
+            "its end, which can't be saved; delete that character"
+        )
+
+
+def _half_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _as_list(labels: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 
 def pair_loss(vectors: Tensor, alike: Tensor, weights: Tensor) -> Tensor:
-    """The cosine-similarity loss of SetFit (Tunstall et al. 2022, arXiv:2209.11055), 0-d.
+    """The cosine-similarity loss of SetFit (Tunstall et al. 2022, arXiv:2209.11055), (...).
 
     The cosine of two texts should be 1 where they are alike and 0 where they are not: half the mean
     of ``(1 - cosine)**2`` over the former and half that of ``cosine**2`` over the latter. All pairs
@@ -19,17 +19,18 @@ def pair_loss(vectors: Tensor, alike: Tensor, weights: Tensor) -> Tensor:
     partly alike counts in part as either.
 
     Args:
-        vectors: (B, H), of any length.
-        alike: (B, B), from 0 to 1, how much two texts have their labels in common.
-        weights: (B,), of the texts; a pair weighs their product.
+        vectors: (..., B, H), of any length.
+        alike: (..., B, B), from 0 to 1, how much two texts have their labels in common.
+        weights: (..., B), of the texts; a pair weighs their product.
     """
-    directions = normalize(vectors, dim=1)
-    cosines = directions @ directions.T
-    pairs = torch.outer(weights, weights).fill_diagonal_(0.0)  # no text with itself
+    directions = normalize(vectors, dim=-1)
+    cosines = directions @ directions.mT
+    others = 1 - torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    pairs = weights.unsqueeze(-1) * weights.unsqueeze(-2) * others  # no text with itself
     least = torch.finfo(vectors.dtype).tiny  # of a batch where no two texts are alike
 
     def mean(losses: Tensor, share: Tensor) -> Tensor:
-        return (share * losses).sum() / share.sum().clamp_min(least)
+        return (share * losses).sum((-2, -1)) / share.sum((-2, -1)).clamp_min(least)
 
     together = mean((1 - cosines).square(), pairs * alike)
     apart = mean(cosines.square(), pairs * (1 - alike))

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from multitask import MultitaskSettings, MultitaskTraining
 
 from rnnopt import InputError
 from rnnopt.data.splits import read_splits
 from rnnopt.tasks.episodes import EpisodeSampler
 from rnnopt.tasks.text.classifier import Classifier
-from rnnopt.tasks.text.multitask import MultitaskSettings, MultitaskTraining
 from rnnopt.tasks.text.start import TextStart
 from rnnopt.tasks.text.tasks import TextTasks
 

@@ -1,9 +1,9 @@
-"""How much memory is used and free, for a warning before a graph becomes too large."""
+"""How much memory is used and free, on this machine or on a GPU."""
 
 from __future__ import annotations
 
 import os
-import resource
+import sys
 import warnings
 from pathlib import Path
 
@@ -28,25 +28,34 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return (
-            next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
-        )
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
+    return _told_by_linux("/proc/meminfo", "MemAvailable:")
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most bytes that this process has used on a device, since `forget_peak` if called."""
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes that this process has used on a device, since `forget_peak` if called.
+
+    None if the system does not report them.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # not ru_maxrss, which in a child process starts with the value of its parent
+    # before ru_maxrss, which in a child process starts with the value of its parent
+    if (told := _told_by_linux("/proc/self/status", "VmHWM:")) is not None:
+        return told
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
+
+
+def _told_by_linux(file: str, name: str) -> int | None:
+    """The bytes under a name in a file of /proc; None elsewhere."""
+    try:
+        lines = Path(file).read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
     except (OSError, ValueError, IndexError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return None
 
 
 def forget_peak(device: torch.device) -> None:

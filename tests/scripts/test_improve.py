@@ -1,0 +1,149 @@
+"""scripts/two_level/improve.py: factors on a rule's steps, and a rule that learns to take them."""
+
+import importlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "two_level"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script by its name, as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def material(script, texts, encoder, tmp_path):
+    """The tiny encoder and the texts in a cache, as prepare.py leaves them."""
+    prepare = script("prepare")
+    own = script("encoder").read_encoder(encoder)
+    tokenizer = prepare.AutoTokenizer.from_pretrained(encoder)
+    labels = sorted({label for _, label in texts})
+    found = [text for text, _ in texts]
+    sources = {
+        "clinc150": {
+            name: [i for i, (_, label) in enumerate(texts) if label == name] for name in labels
+        }
+    }
+    cached = prepare.train_texts(own, tokenizer, sources, found)
+    cached.save(tmp_path / "train.safetensors")
+    return cached, own
+
+
+@pytest.fixture
+def tasks(script, material):
+    """Two LoRA tasks of two steps with a random head."""
+    of, (texts, own) = script("tasks"), material
+
+    def make(rng, progress=1.0, **changes):
+        shape = {"kind": "lora", "layers": 2, "pooling": "cls", "head": "random", "length": 8}
+        sizes = {"ways": 2, "shots": 2, "queries": 2, "steps": 3, "rank": 2}
+        spec = of.Spec(own, **{**shape, **sizes, **changes})
+        episodes = [texts.draw(rng, spec.ways, spec.shots, spec.queries) for _ in range(2)]
+        seed = rng.randrange(1 << 30)
+        drawn = script("curriculum").Drawn(spec, 2, False)
+        return drawn, lambda: of.TaskBatch(texts, spec, episodes, seed)
+
+    return make
+
+
+@pytest.fixture
+def rule(script):
+    """A rule away from its start."""
+    torch.manual_seed(0)
+    made = script("unroll").TrainedRule()
+    with torch.no_grad():
+        for weight in made.output.parameters():
+            weight.normal_(0, 0.2)
+    return made
+
+
+def test_factors_are_those_of_the_head_and_of_all_else(script, tasks):
+    improve = script("improve")
+    batch = tasks(random.Random(0))[1]()
+    names = [batch.names[i] for group in batch.alike for i in group]
+    factors = improve.Factors(first=2.0, later=3.0, body=5.0)
+    for step, head in ((1, 2.0), (2, 3.0)):
+        of_head = [name.startswith("head") for name in names]
+        assert factors.of(batch, step).tolist() == [head if x else 5.0 for x in of_head]
+    assert sum(of_head) == 2
+
+
+def test_the_outputs_aimed_at_decide_as_the_factors_do(script, tasks, rule):
+    improve, unroll = script("improve"), script("unroll")
+    batch = tasks(random.Random(0))[1]()
+    states = unroll.initial_states(rule, batch)
+    leaves = [x.clone().requires_grad_() for x in batch.start]
+    grads = unroll.gradients(batch, leaves, create_graph=False)
+    shown = improve.Pupil.of(rule)
+    with torch.no_grad():
+        measured = unroll.measure(rule, batch, batch.start, grads, states)
+        seen = unroll.tensor_leaves(states)
+        context = rule.cross_tensor_context(measured.statistics, seen)
+        factors = improve.Factors(0.3, 0.3, 1.5).of(batch, 1)
+        aim = improve.aimed_at(shown.outputs.pop(), factors)
+        rule.output.register_forward_hook(lambda *_: aim)
+        found = rule.cross_tensor_context(measured.statistics, seen)
+    expected = improve.multiplied(context, factors)
+    count = improve.GROWTH + 1
+    torch.testing.assert_close(found[..., :count], expected[..., :count], rtol=1e-3, atol=1e-6)
+    last = improve.LAST_RATE
+    torch.testing.assert_close(found[..., last], expected[..., last], rtol=1e-3, atol=1e-8)
+
+
+def test_factors_of_one_change_nothing(script, tasks, rule):
+    """The weighted losses are those of the rule's own run."""
+    improve, unroll = script("improve"), script("unroll")
+    batch = tasks(random.Random(0))[1]()
+    with torch.no_grad():
+        found = improve.meta_loss(rule, batch, improve.Factors())
+        other = improve.meta_loss(rule, batch, improve.Factors(later=0.1))
+    losses, _ = unroll.adapt(rule, batch)
+    assert float(found) != float(other)
+    assert float(found) == pytest.approx(float(losses[1:].mean()) / 0.693, rel=0.2)
+
+
+def test_a_rule_learns_to_take_the_factors_by_itself(script, tasks, rule, monkeypatch):
+    improve, train = script("improve"), script("train")
+    monkeypatch.setattr(improve, "ASKED", 1.0)
+    run = train.MetaTraining(rule, tasks)
+    asked = {"lora cls cold all texts": improve.Factors(0.5, 0.5, 1.0)}
+    batch = tasks(random.Random(1))[1]()
+
+    def difference():
+        teacher = script("unroll").TrainedRule()
+        teacher.load_state_dict(begun)
+        pupils = [improve.Pupil.of(x) for x in (rule, teacher.requires_grad_(False))]
+        return float(improve.difference(*pupils, batch, *asked.values()).detach())
+
+    begun = {name: leaf.clone() for name, leaf in rule.state_dict().items()}
+    before = difference()
+    improve.teach(run, tasks, asked, 60)
+    assert difference() < before / 2
+    assert torch.equal(rule.candidate.weight, begun["candidate.weight"])
+    assert all(torch.equal(run.average[name], leaf) for name, leaf in run.params.items())
+
+
+def test_the_command_goes_on_from_a_state(script, material, tasks, rule, monkeypatch, tmp_path):
+    improve, train = script("improve"), script("train")
+    monkeypatch.setattr(improve, "KINDS", ["lora cls cold all texts"])
+    monkeypatch.setattr(improve, "drawing", lambda *_: tasks)
+    monkeypatch.setattr(improve, "material", lambda _: (material[0], [material[1]]))
+    begun = train.MetaTraining(rule, tasks)
+    begun.save(tmp_path)
+    words = ["--encoder", "no", "--cache", "no", "--resume", str(tmp_path / train.STATE_FILE)]
+    factors = {"lora cls cold all texts": improve.Factors(0.5, 0.5, 1.0)._asdict()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "factors.json").write_text(json.dumps(factors))
+    improve.main([*words, "--output", str(tmp_path / "run"), "--updates", "1"])
+    after = train.MetaTraining(script("unroll").TrainedRule(), tasks)
+    after.restore(tmp_path / "run" / train.STATE_FILE)
+    assert after.counts() == begun.counts()
+    moved = {n for n, p in after.params.items() if not torch.equal(p, begun.params[n])}
+    assert {name.split(".")[0] for name in moved} == {"tensor_cell", "message", "output"}
