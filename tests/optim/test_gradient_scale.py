@@ -53,7 +53,8 @@ def test_the_rule_of_two_levels_and_its_guard_bear_any_factor(encoder, texts, ru
         assert scaled_first == first
         if not undone:  # large steps make rounding large
             assert scaled_losses == pytest.approx(losses, abs=1e-3)
-            assert float((scaled - reached).norm()) < 1e-3 * float(reached.norm())
+            # where the loss has vanished, the floors below roots of gradients count
+            assert float((scaled - reached).norm()) < 3e-3 * float(reached.norm())
 
 
 def test_accumulation_under_trainer_ends_where_whole_batches_do(encoder, texts, rule, tmp_path):
