@@ -30,11 +30,11 @@ from typing import NamedTuple
 
 import torch
 from curriculum import CPU, Drawn, draw
-from encoder import Encoder, read_encoder, read_small
+from encoder import Encoder
 from tasks import TaskBatch
-from texts import Texts, read_texts
+from texts import Texts
 from torch import Tensor
-from train import STATE_FILE, Draw, MetaTraining, drawing
+from train import STATE_FILE, Draw, MetaTraining, drawing, material
 from unroll import (
     TrainedRule,
     gradients,
@@ -177,14 +177,6 @@ def search(kind: str, state: Path, options: argparse.Namespace) -> tuple[str, Fa
             if gain > 0:
                 best, least = factors, loss
     return kind, best, lines
-
-
-def material(options: argparse.Namespace) -> tuple[Texts, list[Encoder]]:
-    """Training texts, and the encoders."""
-    encoders = [read_encoder(options.encoder)]
-    small = sorted(options.cache.glob("small_*.safetensors"))
-    encoders += [read_small(path, encoders[0]) for path in small]
-    return read_texts(options.cache / "train.safetensors"), encoders
 
 
 def training(state: Path, texts: Texts, encoders: list[Encoder]) -> MetaTraining:

@@ -247,6 +247,14 @@ class MetaTraining:
             ) from error
 
 
+def material(options: argparse.Namespace) -> tuple[Texts, list[Encoder]]:
+    """Training texts, and the encoders, the encoder itself first."""
+    encoders = [read_encoder(options.encoder)]
+    small = sorted(options.cache.glob("small_*.safetensors"))
+    encoders += [read_small(path, encoders[0]) for path in small]
+    return read_texts(options.cache / "train.safetensors"), encoders
+
+
 def drawing(texts: Texts, encoders: Sequence[Encoder], profile: Profile = CPU) -> Draw:
     """Batches from these texts and encoders, the encoder itself first; see `curriculum.draw`."""
 
@@ -319,10 +327,7 @@ def meta_train(rank: int, options: argparse.Namespace, meeting: Path | None) -> 
     if gpu:
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_per_process_memory_fraction(0.95 / options.processes)
-    encoders = [read_encoder(options.encoder)]
-    small = sorted(options.cache.glob("small_*.safetensors"))
-    encoders += [read_small(path, encoders[0]) for path in small]
-    texts, profile = read_texts(options.cache / "train.safetensors"), GPU if gpu else CPU
+    (texts, encoders), profile = material(options), GPU if gpu else CPU
     rule = TrainedRule()
     rule.largest = profile.largest
     training = MetaTraining(
