@@ -54,7 +54,7 @@ def test_benchmark_unroll_measures_every_figure(script, tmp_path):
 
 @pytest.mark.slow  # 6 s
 def test_a_peak_is_that_of_a_process_of_its_own():
-    config = json.dumps(["ours", "head", 1, None, "cpu"])
+    config = json.dumps(["ours", "head", 1, "cpu"])
     command = [sys.executable, SCRIPTS / "benchmark_unroll.py", "--tiny", "--json", "-"]
     done = subprocess.run(
         [*command, "--threads", "1", "--child", config], capture_output=True, text=True, check=True
