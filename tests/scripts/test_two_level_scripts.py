@@ -206,6 +206,8 @@ def test_a_task_of_pairs_is_that_of_the_classifier(script, batches):
         torch.nn.functional.normalize(tasks.features(trained, *each), dim=-1)
         for each in ((tasks.inputs, tasks.mask), (tasks.query_inputs, tasks.query_mask))
     )
+    plain, best, _ = tasks.query_losses(moved)
+    assert torch.equal(plain, best)  # its temperature is fitted too
     logits = tasks.query_logits(moved)
     for task, labels in enumerate(tasks.labels):
         means = torch.stack([support[task][labels == way].mean(0) for way in range(2)])
