@@ -25,6 +25,9 @@ from torch import nn
 
 from rnnopt import LearnedOptimizer
 from rnnopt.storage.files import write_atomically
+from rnnopt.storage.memory import forget_peak, peak_bytes, used_bytes
+
+CPU = torch.device("cpu")
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW, one tensor at a time": lambda params: torch.optim.AdamW(params, foreach=False),
@@ -51,12 +54,14 @@ def measure(name: str, shapes: Sequence[Sequence[int]]) -> tuple[float, float]:
     torch.set_num_threads(1)
     _steps(name, _params([(70, 300), (300, 300), (4, 5)]))
     params = _params(shapes)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _resident("VmRSS")
+    forget_peak(CPU)
+    before = used_bytes(CPU)
     optimizer = _steps(name, params)
-    peak, kept = _resident("VmHWM") - before, _resident("VmRSS") - before
+    peak, kept = peak_bytes(CPU), used_bytes(CPU)
     assert len(optimizer.state) == len(params)
-    return peak, kept
+    if before is None or peak is None or kept is None:
+        raise SystemExit("this system does not report the memory of a process; use Linux")
+    return (peak - before) / 1e6, (kept - before) / 1e6
 
 
 def _params(shapes: Sequence[Sequence[int]]) -> list[nn.Parameter]:
@@ -71,12 +76,6 @@ def _steps(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
     for _ in range(3):
         optimizer.step()
     return optimizer
-
-
-def _resident(field: str) -> float:
-    """MB of this process, from Linux's status of it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def _shown(values: Sequence[float]) -> str:

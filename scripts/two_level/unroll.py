@@ -242,6 +242,7 @@ def adapt(
 
 
 def gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
+    """Of the support losses by tensors that train, (B, N) each; clipped task by task if asked."""
     grads = torch.autograd.grad(tasks.support_loss(leaves), leaves, create_graph=create_graph)
     if not tasks.spec.clip:
         return list(grads)
