@@ -5,15 +5,17 @@
 
 The meta-gradient of a task is noisy, and moves a rule slowly out of a habit that all tasks share:
 in heads that begin at random, of steps that are several times too long. This goes on in two parts.
-First, for each kind of task, it runs the rule with its steps multiplied by factors, one for the
-head at the first step, one for the head later, and one for all else, and keeps those with the
-lowest meta-loss on training tasks. Then it trains the tensor-wise LSTM to decide by itself what the
-rule decides with these factors, on tasks of all kinds that the LSTM in training runs through (Ross
-et al. 2011, arXiv:1011.0686). Training goes on from RUN with `train.py --resume RUN`.
+First, for each kind of task, it runs the rule with changes, and keeps those with the lowest
+meta-loss on training tasks: factors on its steps, one for the head at the first step, one for the
+head later, and one for all else, or AdamW's steps at one of several rates in place of its own.
+Then it trains the tensor-wise LSTM to decide by itself what the rule decides with these changes,
+on tasks of all kinds that the LSTM in training runs through (Ross et al. 2011, arXiv:1011.0686).
+Training goes on from RUN with `train.py --resume RUN`.
 
-RUN/factors.json gets the factors. With it there, the first part is left out: factors of one's own
-are {"lora cls cold all texts": {"first": 0.8, "later": 0.3, "body": 1.0}}, see `KINDS`.
-Time: 20 minutes of a core for each part. Last line: where the state was written.
+RUN/changes.json gets the changes. Kinds that it has are not searched for again, and changes of
+one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py.
+Time: 3 minutes of a core for a kind, 10 with all layers; 10 to 30 minutes for the second part.
+Last line: where the state was written.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ import argparse
 import json
 import multiprocessing
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from curriculum import CPU, Drawn, draw
+from changes import KINDS, Changes, aimed_at, changed, kind_of
+from curriculum import CPU, GPU, Drawn, Profile, draw
 from encoder import Encoder
 from tasks import TaskBatch
 from texts import Texts
@@ -45,68 +48,29 @@ from unroll import (
     tensor_leaves,
 )
 
-from rnnopt.rules.two_level import LOG_RATE_BOUND, Decisions, TwoLevelLSTM
 from rnnopt.storage.files import write_atomically
 
-RATE, GROWTH = (Decisions._fields.index(name) for name in ("rate", "growth"))
-# in the context, which has no rows and columns
-LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
-TRIED = {  # one after the other, each with the best of those before
-    "later": (0.15, 0.35, 2.0),
-    "first": (0.5, 2.0),
-    "body": (0.5, 2.0),
-}
+# The values tried of each change, one after the other, each with the best of those before; rates by
+# what trains.
+TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0)}
+RATES = {
+    "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
+}  # fmt: skip
 MOST_STEPS = 16
 JUDGED = (1, 2, 3, 5, 10)  # numbers of steps besides the last
 # Tasks as users have them: of the encoder itself, two or three layers. Without second order they
 # take little memory. The curriculum's are mostly smaller, and a head may grow faster in them.
-USUAL = CPU._replace(depths=(0.1, 0.5, 0.4), whole=0.0, tasks=3, gigabytes=12.0)
-# Of the batches by which the rule is taught: as users have them, and of kinds with factors.
+USUAL = CPU._replace(depths=(0.1, 0.5, 0.4), whole=0.2, tasks=3, gigabytes=12.0)
+USUAL_ON_GPU = GPU._replace(depths=(0.1, 0.5, 0.4), whole=0.5, tasks=8, gigabytes=400.0)
+# Of the batches by which the rule is taught: as users have them; and of kinds with changes, each of
+# which is as frequent as the others.
 OF_USUAL, ASKED = 0.8, 0.6
 META_LR, LAST_META_LR = 6e-3, 4e-4
 COORDINATES = 0.1  # weight of what the coordinate-wise LSTM is told
 
 
-class Factors(NamedTuple):
-    """On what the rule does to the head at the first step and later, and to all else."""
-
-    first: float = 1.0
-    later: float = 1.0
-    body: float = 1.0
-
-    def of(self, tasks: TaskBatch, step: int) -> Tensor:
-        """For each tensor, in the order of `tasks.alike`, (P,)."""
-        head = self.first if step == 1 else self.later
-        names = [tasks.names[i] for group in tasks.alike for i in group]
-        return torch.tensor([head if name.startswith("head") else self.body for name in names])
-
-
-def kind_of(drawn: Drawn) -> str:
-    """The kind of task that has factors of its own."""
-    spec = drawn.spec
-    if spec.pairs:
-        return f"{spec.kind} pairs"
-    start = "cold" if spec.head in ("random", "zero") else "warm"
-    pooling = "cls" if spec.pooling == "cls" else "mean"
-    return f"{spec.kind} {pooling} {start} {'minibatches' if spec.batch else 'all texts'}"
-
-
-KINDS = [
-    *(f"{kind} {start} {batch}" for batch in ("all texts", "minibatches")
-      for kind in ("lora", "full", "head") for start in ("cls cold", "mean warm", "mean cold")),
-    "lora pairs", "full pairs",
-]  # fmt: skip
-
-
-def multiplied(context: Tensor, factors: Tensor) -> Tensor:
-    """What tensors do, with their steps and growth multiplied; (..., P, K) and (P,)."""
-    columns = torch.ones(context.shape[-1], len(factors))
-    columns[[RATE, GROWTH, LAST_RATE]] = factors
-    return context * columns.T
-
-
-def meta_loss(rule: TrainedRule, tasks: TaskBatch, factors: Factors) -> Tensor:
-    """The weighted query losses with these factors, the mean over tasks, 0-d; for `no_grad`."""
+def meta_loss(rule: TrainedRule, tasks: TaskBatch, changes: Changes) -> Tensor:
+    """The weighted query losses with these changes, the mean over tasks, 0-d; for `no_grad`."""
     params, states = list(tasks.start), initial_states(rule, tasks)
     steps = tasks.spec.steps
     judged = [step for step in JUDGED if step < steps]
@@ -119,7 +83,7 @@ def meta_loss(rule: TrainedRule, tasks: TaskBatch, factors: Factors) -> Tensor:
             grads = gradients(tasks, leaves, create_graph=False)
         measured = measure(rule, tasks, params, grads, states)
         context = rule.cross_tensor_context(measured.statistics, tensor_leaves(states))
-        context = multiplied(context, factors.of(tasks, step))
+        context = changed(context, changes.of(tasks, step))
         updates, states = move(rule, tasks, measured, states, context)
         params = [param + update for param, update in zip(params, updates)]
         if step in weights:
@@ -129,54 +93,92 @@ def meta_loss(rule: TrainedRule, tasks: TaskBatch, factors: Factors) -> Tensor:
     return total
 
 
-def batches_of(kind: str, texts: Texts, encoders: list[Encoder], count: int) -> list[TaskBatch]:
+def usual(options: argparse.Namespace) -> Profile:
+    """Of tasks as users have them."""
+    return USUAL if options.device == "cpu" else USUAL_ON_GPU
+
+
+def batches_of(
+    kind: str, texts: Texts, encoders: list[Encoder], profile: Profile, count: int
+) -> list[TaskBatch]:
     """Batches of tasks of a kind as users have them, with 8 to `MOST_STEPS` steps."""
-    found, number = list[TaskBatch](), 0
-    make = drawing(texts, encoders[:1], USUAL)
+    found, rng = list[TaskBatch](), random.Random(kind)
+    make = drawing_of(kind, texts, encoders, profile)
     while len(found) < count:
-        seed, number = f"{kind} {number}", number + 1
-        if kind_of(draw(random.Random(seed), encoders[:1], 1.0, USUAL)) != kind:
-            continue  # before its texts are drawn, which takes longer
-        drawn, task = make(random.Random(seed), 1.0)
+        drawn, task = make(rng, 1.0)
         spec = drawn.spec
-        fitting = spec.steps >= 8 and not drawn.long and not spec.clip and not spec.rescale
-        if kind_of(drawn) == kind and fitting:
+        if spec.steps >= 8 and not drawn.long and not spec.clip and not spec.rescale:
             tasks = task()
             tasks.spec = replace(spec, steps=min(MOST_STEPS, spec.steps))
             found.append(tasks)
     return found
 
 
-def search(kind: str, state: Path, options: argparse.Namespace) -> tuple[str, Factors, list[str]]:
-    """The best factors for a kind of task."""
-    torch.set_num_threads(1)
-    texts, encoders = material(options)
-    rule = training(state, texts, encoders).rule.requires_grad_(False)
-    tasks = batches_of(kind, texts, encoders, options.batches)
+def drawing_of(kind: str, texts: Texts, encoders: list[Encoder], profile: Profile) -> Draw:
+    """Draws tasks of a kind, of the encoder itself."""
+    whole = 1.0 if "all layers" in kind else 0.0 if "top layers" in kind else profile.whole
+    profile = profile._replace(whole=whole)
+    make = drawing(texts, encoders[:1], profile)
 
-    def judge(factors: Factors) -> Tensor:
+    def draw_batch(rng: random.Random, progress: float) -> tuple[Drawn, Callable[[], TaskBatch]]:
+        while True:
+            seed = rng.random()
+            if kind_of(draw(random.Random(seed), encoders[:1], progress, profile)) != kind:
+                continue  # before its texts are drawn, which takes longer
+            drawn, task = make(random.Random(seed), progress)
+            if kind_of(drawn) == kind:
+                return drawn, task
+
+    return draw_batch
+
+
+def tries(kind: str) -> dict[str, Sequence[float]]:
+    """The values of each change that are tried in tasks of a kind."""
+    trains, found = kind.split()[0], dict[str, Sequence[float]]()
+    if "pairs" not in kind:
+        found |= {"later": TRIED["later"], "first": TRIED["first"], "head_adam": RATES["head"]}
+    if trains != "head":
+        found |= {"body": TRIED["body"], "adam": RATES[trains]}
+    return found
+
+
+def search(kind: str, options: argparse.Namespace) -> tuple[str, Changes, list[str]]:
+    """The best changes for a kind of task."""
+    prepare(options)
+    texts, encoders = material(options)
+    rule = training(options.resume, texts, encoders).rule.requires_grad_(False)
+    tasks = batches_of(kind, texts, encoders, usual(options), options.batches)
+
+    def judge(changes: Changes) -> Tensor:
         losses = []
         for number, batch in enumerate(tasks):
             batch.restart(number)
             torch.manual_seed(number)  # of dropout
             with torch.no_grad():
-                losses.append(meta_loss(rule, batch, factors))
+                losses.append(meta_loss(rule, batch, changes))
         return torch.stack(losses)
 
-    best, least = Factors(), judge(Factors())
+    best, least = Changes(), judge(Changes())
     lines = [f"{kind}: {float(least.mean()):.4f} as it is, {sum(b.size for b in tasks)} tasks"]
-    for part, values in TRIED.items():
-        if (part == "body" and kind.startswith("head")) or (part != "body" and "pairs" in kind):
-            continue
+    for part, values in tries(kind).items():
         tried = best
         for value in values:
-            factors = tried._replace(**{part: value})
-            loss = judge(factors)
+            changes = tried._replace(**{part: value})
+            loss = judge(changes)
             gain = float((least - loss).mean())
-            lines.append(f"  {factors}: {float(loss.mean()):.4f}")
+            better = int((loss < least).sum())
+            lines.append(f"  {changes}: {float(loss.mean()):.4f}, better in {better} batches")
             if gain > 0:
-                best, least = factors, loss
+                best, least = changes, loss
     return kind, best, lines
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Threads and device of this process."""
+    torch.set_num_threads(1)
+    torch.set_default_device(options.device)
+    if options.device != "cpu":
+        torch.set_float32_matmul_precision("high")
 
 
 def training(state: Path, texts: Texts, encoders: list[Encoder]) -> MetaTraining:
@@ -201,17 +203,8 @@ class Pupil(NamedTuple):
         return cls(rule, outputs)
 
 
-def aimed_at(output: Tensor, factors: Tensor) -> Tensor:
-    """The outputs that make a rule decide what it decides with the factors; (..., P, D)."""
-    aim = output.clone()
-    moved = torch.tanh(output[..., RATE] / LOG_RATE_BOUND) + factors.log() / LOG_RATE_BOUND
-    aim[..., RATE] = LOG_RATE_BOUND * torch.atanh(moved.clamp(-0.98, 0.98))
-    aim[..., GROWTH] = torch.atanh((torch.tanh(output[..., GROWTH]) * factors).clamp(-0.98, 0.98))
-    return aim
-
-
-def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, factors: Factors) -> Tensor:
-    """How far a rule's outputs are from its teacher's with the factors, where the rule goes."""
+def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes) -> Tensor:
+    """How far a rule's outputs are from its teacher's with the changes, where the rule goes."""
     params, states = list(tasks.start), initial_states(pupil.rule, tasks)
     units = pupil.rule.tensor_units
     own: dict[str, Tensor] = {}
@@ -227,7 +220,8 @@ def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, factors: Factors)
             other = {"hidden": aim[..., -2 * units : -units], "memory": aim[..., -units:]}
         context = pupil.rule.cross_tensor_context(measured.statistics, {**seen, **own})
         own = {"hidden": context[..., -2 * units : -units], "memory": context[..., -units:]}
-        target = aimed_at(teacher.outputs.pop(), factors.of(tasks, step))
+        asked = changes.of(tasks, step)
+        target = aimed_at(teacher.outputs.pop(), asked, measured.statistics)
         losses.append((pupil.outputs.pop() - target).square().mean())
         to_coordinates = teacher.rule.gates_context.weight
         told = (own["hidden"] - other["hidden"]) @ to_coordinates.T
@@ -238,13 +232,16 @@ def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, factors: Factors)
     return torch.stack(losses).sum() / tasks.spec.steps
 
 
-def teach(run: MetaTraining, usual: Draw, factors: dict[str, Factors], updates: int) -> None:
+def teach(
+    run: MetaTraining, usual: Draw, kinds: Mapping[str, tuple[Changes, Draw]], updates: int
+) -> None:
     """Train the tensor-wise LSTM, in place.
 
     Args:
         run: whose rule is both the pupil and, as it is now, the teacher.
-        usual: draws tasks as users have them, for which the factors hold.
-        factors: by kind of task; others are to stay as they are.
+        usual: draws tasks as users have them, for which changes hold.
+        kinds: what to change in a kind of task, and what draws such tasks; others are to stay as
+            they are.
         updates: of the weights, a batch each.
     """
     teacher = TrainedRule(**run.rule.config)
@@ -257,14 +254,16 @@ def teach(run: MetaTraining, usual: Draw, factors: dict[str, Factors], updates: 
     for number in range(updates):
         optimizer.param_groups[0]["lr"] = META_LR * (LAST_META_LR / META_LR) ** (number / updates)
         rng = random.Random(f"teach {number}")
-        as_usual, changed = rng.random() < OF_USUAL, rng.random() < ASKED
-        drawn, make = (usual if as_usual else run.draw_batch)(rng, 1.0)
-        while changed and factors.get(kind_of(drawn), Factors()) == Factors():
-            drawn, make = usual(rng, 1.0)
-        as_usual |= changed
+        as_usual, with_changes = rng.random() < OF_USUAL, rng.random() < ASKED
+        if kinds and with_changes:
+            as_usual, draw_batch = True, kinds[rng.choice(sorted(kinds))][1]
+        else:
+            draw_batch = usual if as_usual else run.draw_batch
+        drawn, make = draw_batch(rng, 1.0)
         tasks = make()
         tasks.spec = replace(drawn.spec, steps=min(drawn.spec.steps, MOST_STEPS))
-        asked = factors.get(kind_of(drawn), Factors()) if as_usual else Factors()
+        kind = kind_of(drawn)
+        asked = kinds[kind][0] if as_usual and kind in kinds else Changes()
         loss = difference(pupil, shown, tasks, asked)
         optimizer.zero_grad()
         loss.backward()
@@ -289,6 +288,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", type=int, default=3, help="of each kind of task (default: 3)")
     add("--updates", type=int, default=300, help="of the second part (default: 300)")
     add("--processes", type=int, default=1, help="of the first part (default: 1)")
+    add("--kinds", nargs="*", choices=KINDS, default=KINDS, metavar="KIND",
+        help="kinds of task to search for, see changes.py (default: all)")  # fmt: skip
+    add("--device", default="cpu", help="cpu (the default) or cuda")
     return parser.parse_args(words)
 
 
@@ -296,20 +298,24 @@ def main(words: Sequence[str] | None = None) -> None:
     """Search, teach, and write the state."""
     options = arguments(words)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "factors.json"
-    if not path.exists():
-        found = {}
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            job = partial(search, state=options.resume, options=options)
-            for kind, factors, lines in pool.imap(job, KINDS, chunksize=1):
-                found[kind] = factors._asdict()
-                print("\n".join(lines), flush=True)
-        write_atomically(path, json.dumps(found, indent=1).encode())
-    torch.set_num_threads(1)
+    path = options.output / "changes.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        missing = [kind for kind in options.kinds if kind not in found]
+        for kind, best, lines in pool.imap_unordered(partial(search, options=options), missing):
+            found[kind] = best._asdict()
+            print("\n".join(lines), flush=True)
+            write_atomically(path, json.dumps(found, indent=1).encode())
+    prepare(options)
     texts, encoders = material(options)
     run = training(options.resume, texts, encoders)
-    factors = {kind: Factors(**values) for kind, values in json.loads(path.read_text()).items()}
-    teach(run, drawing(texts, encoders[:1], USUAL), factors, options.updates)
+    profile = usual(options)
+    kinds = {
+        kind: (Changes(**values), drawing_of(kind, texts, encoders, profile))
+        for kind, values in found.items()
+        if Changes(**values) != Changes()
+    }
+    teach(run, drawing(texts, encoders[:1], profile), kinds, options.updates)
     run.save(options.output)
     print(f"{options.output / STATE_FILE}: {run.counts()}")
 

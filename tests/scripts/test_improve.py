@@ -1,4 +1,4 @@
-"""scripts/two_level/improve.py: factors on a rule's steps, and a rule that learns to take them."""
+"""scripts/two_level/improve.py: changes to a rule's steps, and a rule that learns to take them."""
 
 import importlib
 import json
@@ -64,67 +64,105 @@ def rule(script):
     return made
 
 
-def test_factors_are_those_of_the_head_and_of_all_else(script, tasks):
+def test_changes_are_those_of_the_head_and_of_all_else(script, tasks):
     improve = script("improve")
     batch = tasks(random.Random(0))[1]()
     names = [batch.names[i] for group in batch.alike for i in group]
-    factors = improve.Factors(first=2.0, later=3.0, body=5.0)
+    changes = improve.Changes(first=2.0, later=3.0, body=5.0, adam=7.0, head_adam=9.0)
     for step, head in ((1, 2.0), (2, 3.0)):
         of_head = [name.startswith("head") for name in names]
-        assert factors.of(batch, step).tolist() == [head if x else 5.0 for x in of_head]
+        asked = changes.of(batch, step)
+        assert asked.factors.tolist() == [head if x else 5.0 for x in of_head]
+        assert asked.rates.tolist() == [9.0 if x else 7.0 for x in of_head]
     assert sum(of_head) == 2
 
 
-def test_the_outputs_aimed_at_decide_as_the_factors_do(script, tasks, rule):
-    improve, unroll = script("improve"), script("unroll")
+@pytest.mark.parametrize("values", [(0.3, 0.3, 1.5), (0.3, 0.3, 1.5, 0.1), (0.3, 0.3, 1.5, 0, 0.2)])
+def test_the_outputs_aimed_at_decide_as_the_changes_do(script, tasks, rule, values):
+    improve, unroll = script("changes"), script("unroll")
     batch = tasks(random.Random(0))[1]()
     states = unroll.initial_states(rule, batch)
     leaves = [x.clone().requires_grad_() for x in batch.start]
     grads = unroll.gradients(batch, leaves, create_graph=False)
-    shown = improve.Pupil.of(rule)
+    shown = script("improve").Pupil.of(rule)
     with torch.no_grad():
         measured = unroll.measure(rule, batch, batch.start, grads, states)
         seen = unroll.tensor_leaves(states)
         context = rule.cross_tensor_context(measured.statistics, seen)
-        factors = improve.Factors(0.3, 0.3, 1.5).of(batch, 1)
-        aim = improve.aimed_at(shown.outputs.pop(), factors)
+        asked = improve.Changes(*values).of(batch, 1)
+        aim = improve.aimed_at(shown.outputs.pop(), asked, measured.statistics)
         rule.output.register_forward_hook(lambda *_: aim)
         found = rule.cross_tensor_context(measured.statistics, seen)
-    expected = improve.multiplied(context, factors)
-    count = improve.GROWTH + 1
-    torch.testing.assert_close(found[..., :count], expected[..., :count], rtol=1e-3, atol=1e-6)
-    last = improve.LAST_RATE
-    torch.testing.assert_close(found[..., last], expected[..., last], rtol=1e-3, atol=1e-8)
+    expected = improve.changed(context, asked)
+    as_adam, last = asked.rates > 0, improve.LAST_RATE
+    assert as_adam.any() == (len(values) > 3)
+    # the matrices A of LoRA have no gradient yet, and no rate of theirs is within reach
+    order = [i for group in batch.alike for i in group]
+    moving = torch.tensor([bool(grads[i].any()) for i in order])
+    for columns, chosen in (([improve.RATE, improve.GROWTH, last], moving),
+                            (list(range(8)), moving & as_adam)):  # fmt: skip
+        assert chosen.any() or not as_adam.any()
+        torch.testing.assert_close(
+            found[:, chosen][..., columns], expected[:, chosen][..., columns], rtol=1e-3, atol=1e-6
+        )
 
 
-def test_factors_of_one_change_nothing(script, tasks, rule):
+def test_steps_of_adam_are_those_of_torch(script, tasks, rule):
+    """With AdamW's rates asked for, the rule goes where `torch.optim.Adam` goes."""
+    improve, unroll = script("changes"), script("unroll")
+    batch = tasks(random.Random(0))[1]()
+    changes = improve.Changes(adam=1e-2, head_adam=3e-2)
+    params, states = list(batch.start), unroll.initial_states(rule, batch)
+    own = [x.clone().requires_grad_() for x in batch.start]
+    groups = [
+        {"params": [x], "lr": 3e-2 if name.startswith("head") else 1e-2}
+        for name, x in zip(batch.names, own)
+    ]
+    adam = torch.optim.Adam(groups, eps=1e-15)  # which the rule has not
+    for step in range(1, 4):
+        grads = unroll.gradients(batch, [x.requires_grad_() for x in params], create_graph=False)
+        with torch.no_grad():
+            measured = unroll.measure(rule, batch, params, grads, states)
+            seen = unroll.tensor_leaves(states)
+            context = rule.cross_tensor_context(measured.statistics, seen)
+            context = improve.changed(context, changes.of(batch, step))
+            updates, states = unroll.move(rule, batch, measured, states, context)
+            params = [(param + update).detach() for param, update in zip(params, updates)]
+        for param, grad in zip(own, unroll.gradients(batch, own, create_graph=False)):
+            param.grad = grad
+        adam.step()
+    for name, param, other in zip(batch.names, params, own):
+        torch.testing.assert_close(param, other.detach(), rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_changes_of_nothing_change_nothing(script, tasks, rule):
     """The weighted losses are those of the rule's own run."""
     improve, unroll = script("improve"), script("unroll")
     batch = tasks(random.Random(0))[1]()
     with torch.no_grad():
-        found = improve.meta_loss(rule, batch, improve.Factors())
-        other = improve.meta_loss(rule, batch, improve.Factors(later=0.1))
+        found = improve.meta_loss(rule, batch, improve.Changes())
+        other = improve.meta_loss(rule, batch, improve.Changes(later=0.1))
     losses, _ = unroll.adapt(rule, batch)
     assert float(found) != float(other)
     assert float(found) == pytest.approx(float(losses[1:].mean()) / 0.693, rel=0.2)
 
 
-def test_a_rule_learns_to_take_the_factors_by_itself(script, tasks, rule, monkeypatch):
+def test_a_rule_learns_to_take_the_changes_by_itself(script, tasks, rule, monkeypatch):
     improve, train = script("improve"), script("train")
     monkeypatch.setattr(improve, "ASKED", 1.0)
     run = train.MetaTraining(rule, tasks)
-    asked = {"lora cls cold all texts": improve.Factors(0.5, 0.5, 1.0)}
+    asked = improve.Changes(0.5, 0.5, 1.0)
     batch = tasks(random.Random(1))[1]()
 
     def difference():
         teacher = script("unroll").TrainedRule()
         teacher.load_state_dict(begun)
         pupils = [improve.Pupil.of(x) for x in (rule, teacher.requires_grad_(False))]
-        return float(improve.difference(*pupils, batch, *asked.values()).detach())
+        return float(improve.difference(*pupils, batch, asked).detach())
 
     begun = {name: leaf.clone() for name, leaf in rule.state_dict().items()}
     before = difference()
-    improve.teach(run, tasks, asked, 60)
+    improve.teach(run, tasks, {"lora cls cold, top layers": (asked, tasks)}, 60)
     assert difference() < before / 2
     assert torch.equal(rule.candidate.weight, begun["candidate.weight"])
     assert all(torch.equal(run.average[name], leaf) for name, leaf in run.params.items())
@@ -132,15 +170,15 @@ def test_a_rule_learns_to_take_the_factors_by_itself(script, tasks, rule, monkey
 
 def test_the_command_goes_on_from_a_state(script, material, tasks, rule, monkeypatch, tmp_path):
     improve, train = script("improve"), script("train")
-    monkeypatch.setattr(improve, "KINDS", ["lora cls cold all texts"])
+    monkeypatch.setattr(improve, "KINDS", ["lora cls cold, top layers"])
     monkeypatch.setattr(improve, "drawing", lambda *_: tasks)
     monkeypatch.setattr(improve, "material", lambda _: (material[0], [material[1]]))
     begun = train.MetaTraining(rule, tasks)
     begun.save(tmp_path)
     words = ["--encoder", "no", "--cache", "no", "--resume", str(tmp_path / train.STATE_FILE)]
-    factors = {"lora cls cold all texts": improve.Factors(0.5, 0.5, 1.0)._asdict()}
+    changes = {"lora cls cold, top layers": improve.Changes(0.5, 0.5, 1.0)._asdict()}
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "factors.json").write_text(json.dumps(factors))
+    (tmp_path / "run" / "changes.json").write_text(json.dumps(changes))
     improve.main([*words, "--output", str(tmp_path / "run"), "--updates", "1"])
     after = train.MetaTraining(script("unroll").TrainedRule(), tasks)
     after.restore(tmp_path / "run" / train.STATE_FILE)

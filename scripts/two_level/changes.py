@@ -1,0 +1,111 @@
+"""Changes to what the rule decides, by the kind of task, which improve.py finds; no command.
+
+Shapes: B tasks, P tensors in the order of `TaskBatch.alike`, K numbers of context, D decisions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from curriculum import Drawn
+from tasks import TaskBatch
+from torch import Tensor
+
+from rnnopt.rules.tensor_features import Sums, base_rates
+from rnnopt.rules.two_level import LOG_RATE_BOUND, Decisions, TwoLevelLSTM
+
+RATE, GROWTH, ADAM = (Decisions._fields.index(name) for name in ("rate", "growth", "adam"))
+# in the context, which has no rows and columns
+LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
+TOP = 3  # layers, at most: those of a cache
+MOST = 0.98  # of a bound, which an output reaches at infinity only
+
+
+class Asked(NamedTuple):
+    """Of every tensor of a task in a step, (P,) each."""
+
+    factors: Tensor  # on the rule's rate and growth
+    rates: Tensor  # 0, or that of an AdamW step in place of the rule's own
+
+
+class Changes(NamedTuple):
+    """To what the rule does in the head, and to all else.
+
+    Args:
+        first: factor on the head's first step.
+        later: factor on its later ones.
+        body: factor on the steps of all else.
+        adam: if above 0, all but the head takes AdamW's steps at this rate.
+        head_adam: if above 0, the head does.
+    """
+
+    first: float = 1.0
+    later: float = 1.0
+    body: float = 1.0
+    adam: float = 0.0
+    head_adam: float = 0.0
+
+    def of(self, tasks: TaskBatch, step: int) -> Asked:
+        """What is asked of each tensor in a step, which counts from 1."""
+        names = [tasks.names[i] for group in tasks.alike for i in group]
+        head, body = (self.first if step == 1 else self.later, self.head_adam), self[2:4]
+        factors, rates = zip(*(head if name.startswith("head") else body for name in names))
+        return Asked(torch.tensor(factors), torch.tensor(rates))
+
+
+def kind_of(drawn: Drawn) -> str:
+    """The kind of task that has changes of its own."""
+    spec = drawn.spec
+    depth = "all layers" if spec.layers > TOP else "top layers"
+    if spec.pairs:
+        return f"{spec.kind} pairs, {depth}"
+    start = "cold" if spec.head in ("random", "zero") else "warm"
+    name = f"{spec.kind} {'cls' if spec.pooling == 'cls' else 'mean'} {start}"
+    if spec.batch:
+        return f"{name}, minibatches"
+    return name if spec.kind == "head" else f"{name}, {depth}"
+
+
+_STARTS = ("cls cold", "mean warm", "mean cold")
+KINDS = [
+    *(f"{kind} pairs, {depth} layers" for depth in ("all", "top") for kind in ("full", "lora")),
+    *(f"{kind} {start}, {depth} layers" for depth in ("all", "top")
+      for kind in ("lora", "full") for start in _STARTS),
+    *(f"head {start}" for start in _STARTS),
+    *(f"{kind} {start}, minibatches" for kind in ("lora", "full", "head") for start in _STARTS),
+]  # fmt: skip
+
+
+def changed(context: Tensor, asked: Asked) -> Tensor:
+    """What tensors do, (B, P, K), as asked."""
+    columns = torch.ones(context.shape[-1], len(asked.factors))
+    columns[[RATE, GROWTH, LAST_RATE]] = asked.factors
+    as_adam = torch.zeros(len(asked.rates), context.shape[-1])
+    as_adam[:, ADAM] = 1
+    as_adam[:, [RATE, LAST_RATE]] = asked.rates.unsqueeze(-1)
+    replaced = torch.zeros(as_adam.shape, dtype=torch.bool)
+    replaced[:, [*range(len(Decisions._fields)), LAST_RATE]] = asked.rates.unsqueeze(-1) > 0
+    return torch.where(replaced, as_adam, context * columns.T)
+
+
+def aimed_at(output: Tensor, asked: Asked, statistics: Tensor) -> Tensor:
+    """The outputs by which a rule decides as asked, (B, P, D).
+
+    Args:
+        output: those by which it decides otherwise.
+        asked: what is asked.
+        statistics: of the tensors, (B, P, M).
+    """
+    aim = output.clone()
+    rate = torch.tanh(output[..., RATE] / LOG_RATE_BOUND) + asked.factors.log() / LOG_RATE_BOUND
+    growth = torch.tanh(output[..., GROWTH]) * asked.factors
+    base = base_rates(Sums(*statistics.unbind(-1)))[0]
+    as_adam = asked.rates > 0
+    aim = torch.where(as_adam.unsqueeze(-1), 0, aim)
+    of_adam = torch.log(asked.rates / base) / LOG_RATE_BOUND  # -inf where it is not asked for
+    within = of_adam.abs() < MOST  # not where a tensor has no gradient yet
+    rate = torch.where(as_adam & within, of_adam, rate)
+    aim[..., RATE] = LOG_RATE_BOUND * torch.atanh(rate.clamp(-MOST, MOST))
+    aim[..., GROWTH] = torch.where(as_adam, 0, torch.atanh(growth.clamp(-MOST, MOST)))
+    return aim
