@@ -12,21 +12,23 @@ from curriculum import Drawn
 from tasks import TaskBatch
 from torch import Tensor
 
-from rnnopt.rules.tensor_features import Sums, base_rates
+from rnnopt.rules.tensor_features import FLOOR, Sums, base_rates
 from rnnopt.rules.two_level import LOG_RATE_BOUND, Decisions, TwoLevelLSTM
 
 RATE, GROWTH, ADAM = (Decisions._fields.index(name) for name in ("rate", "growth", "adam"))
 # in the context, which has no rows and columns
 LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
 TOP = 3  # layers, at most: those of a cache
+GROWN = 0.05  # weight of growth in steps
 MOST = 0.98  # of a bound, which an output reaches at infinity only
 
 
 class Asked(NamedTuple):
     """Of every tensor of a task in a step, (P,) each."""
 
-    factors: Tensor  # on the rule's rate and growth
-    rates: Tensor  # 0, or that of an AdamW step in place of the rule's own
+    rate: Tensor  # factors on the rule's rate and growth
+    growth: Tensor
+    adam: Tensor  # 0, or the rate of an AdamW step in place of the rule's own
 
 
 class Changes(NamedTuple):
@@ -36,6 +38,7 @@ class Changes(NamedTuple):
         first: factor on the head's first step.
         later: factor on its later ones.
         body: factor on the steps of all else.
+        growth: factor on what all else grows, beside that.
         adam: if above 0, all but the head takes AdamW's steps at this rate.
         head_adam: if above 0, the head does.
     """
@@ -43,15 +46,18 @@ class Changes(NamedTuple):
     first: float = 1.0
     later: float = 1.0
     body: float = 1.0
+    growth: float = 1.0
     adam: float = 0.0
     head_adam: float = 0.0
 
     def of(self, tasks: TaskBatch, step: int) -> Asked:
         """What is asked of each tensor in a step, which counts from 1."""
         names = [tasks.names[i] for group in tasks.alike for i in group]
-        head, body = (self.first if step == 1 else self.later, self.head_adam), self[2:4]
-        factors, rates = zip(*(head if name.startswith("head") else body for name in names))
-        return Asked(torch.tensor(factors), torch.tensor(rates))
+        of_head = self.first if step == 1 else self.later
+        head = of_head, of_head, self.head_adam
+        body = self.body, self.body * self.growth, self.adam
+        asked = zip(*(head if name.startswith("head") else body for name in names))
+        return Asked(*(torch.tensor(values) for values in asked))
 
 
 def kind_of(drawn: Drawn) -> str:
@@ -79,13 +85,13 @@ KINDS = [
 
 def changed(context: Tensor, asked: Asked) -> Tensor:
     """What tensors do, (B, P, K), as asked."""
-    columns = torch.ones(context.shape[-1], len(asked.factors))
-    columns[[RATE, GROWTH, LAST_RATE]] = asked.factors
-    as_adam = torch.zeros(len(asked.rates), context.shape[-1])
+    columns = torch.ones(context.shape[-1], len(asked.rate))
+    columns[[RATE, LAST_RATE]], columns[GROWTH] = asked.rate, asked.growth
+    as_adam = torch.zeros(len(asked.adam), context.shape[-1])
     as_adam[:, ADAM] = 1
-    as_adam[:, [RATE, LAST_RATE]] = asked.rates.unsqueeze(-1)
+    as_adam[:, [RATE, LAST_RATE]] = asked.adam.unsqueeze(-1)
     replaced = torch.zeros(as_adam.shape, dtype=torch.bool)
-    replaced[:, [*range(len(Decisions._fields)), LAST_RATE]] = asked.rates.unsqueeze(-1) > 0
+    replaced[:, [*range(len(Decisions._fields)), LAST_RATE]] = asked.adam.unsqueeze(-1) > 0
     return torch.where(replaced, as_adam, context * columns.T)
 
 
@@ -98,14 +104,35 @@ def aimed_at(output: Tensor, asked: Asked, statistics: Tensor) -> Tensor:
         statistics: of the tensors, (B, P, M).
     """
     aim = output.clone()
-    rate = torch.tanh(output[..., RATE] / LOG_RATE_BOUND) + asked.factors.log() / LOG_RATE_BOUND
-    growth = torch.tanh(output[..., GROWTH]) * asked.factors
+    rate = torch.tanh(output[..., RATE] / LOG_RATE_BOUND) + asked.rate.log() / LOG_RATE_BOUND
+    growth = torch.tanh(output[..., GROWTH]) * asked.growth
     base = base_rates(Sums(*statistics.unbind(-1)))[0]
-    as_adam = asked.rates > 0
+    as_adam = asked.adam > 0
     aim = torch.where(as_adam.unsqueeze(-1), 0, aim)
-    of_adam = torch.log(asked.rates / base) / LOG_RATE_BOUND  # -inf where it is not asked for
+    of_adam = torch.log(asked.adam / base) / LOG_RATE_BOUND  # -inf where it is not asked for
     within = of_adam.abs() < MOST  # not where a tensor has no gradient yet
     rate = torch.where(as_adam & within, of_adam, rate)
     aim[..., RATE] = LOG_RATE_BOUND * torch.atanh(rate.clamp(-MOST, MOST))
     aim[..., GROWTH] = torch.where(as_adam, 0, torch.atanh(growth.clamp(-MOST, MOST)))
     return aim
+
+
+def missed(output: Tensor, aim: Tensor, statistics: Tensor) -> Tensor:
+    """How far outputs are from what is aimed at, 0-d.
+
+    The mean square, and for growth also how it compares with the step that is aimed at: in a wide
+    matrix growing by a hundredth is many times a step.
+
+    Args:
+        output: (B, P, D).
+        aim: of the same shape.
+        statistics: of the tensors, (B, P, M).
+    """
+    s = Sums(*statistics.unbind(-1))
+    rate = base_rates(s)[0] * torch.exp(
+        LOG_RATE_BOUND * torch.tanh(aim[..., RATE] / LOG_RATE_BOUND)
+    )
+    steps = torch.sqrt(s.p_p / s.live.clamp(min=1)) / (rate + FLOOR)  # of growing by 1
+    grown = torch.tanh(output[..., GROWTH]) - torch.tanh(aim[..., GROWTH])
+    steps = torch.where(s.g_g > 0, steps, 0)  # what never had a gradient does not move
+    return (output - aim).square().mean() + GROWN * torch.log1p((grown * steps).square()).mean()

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from changes import KINDS, Changes, aimed_at, changed, kind_of
+from changes import KINDS, Changes, aimed_at, changed, kind_of, missed
 from curriculum import CPU, GPU, Drawn, Profile, draw
 from encoder import Encoder
 from tasks import TaskBatch
@@ -52,7 +52,7 @@ from rnnopt.storage.files import write_atomically
 
 # The values tried of each change, one after the other, each with the best of those before; rates by
 # what trains.
-TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0)}
+TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "growth": (0.0,)}
 RATES = {
     "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def tries(kind: str) -> dict[str, Sequence[float]]:
     if "pairs" not in kind:
         found |= {"later": TRIED["later"], "first": TRIED["first"], "head_adam": RATES["head"]}
     if trains != "head":
-        found |= {"body": TRIED["body"], "adam": RATES[trains]}
+        found |= {name: TRIED[name] for name in ("body", "growth")} | {"adam": RATES[trains]}
     return found
 
 
@@ -222,7 +222,7 @@ def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes)
         own = {"hidden": context[..., -2 * units : -units], "memory": context[..., -units:]}
         asked = changes.of(tasks, step)
         target = aimed_at(teacher.outputs.pop(), asked, measured.statistics)
-        losses.append((pupil.outputs.pop() - target).square().mean())
+        losses.append(missed(pupil.outputs.pop(), target, measured.statistics))
         to_coordinates = teacher.rule.gates_context.weight
         told = (own["hidden"] - other["hidden"]) @ to_coordinates.T
         losses.append(COORDINATES * told.square().mean())

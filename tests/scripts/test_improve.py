@@ -68,16 +68,19 @@ def test_changes_are_those_of_the_head_and_of_all_else(script, tasks):
     improve = script("improve")
     batch = tasks(random.Random(0))[1]()
     names = [batch.names[i] for group in batch.alike for i in group]
-    changes = improve.Changes(first=2.0, later=3.0, body=5.0, adam=7.0, head_adam=9.0)
+    changes = improve.Changes(first=2.0, later=3.0, body=5.0, growth=0.5, adam=7.0, head_adam=9.0)
     for step, head in ((1, 2.0), (2, 3.0)):
         of_head = [name.startswith("head") for name in names]
         asked = changes.of(batch, step)
-        assert asked.factors.tolist() == [head if x else 5.0 for x in of_head]
-        assert asked.rates.tolist() == [9.0 if x else 7.0 for x in of_head]
+        assert asked.rate.tolist() == [head if x else 5.0 for x in of_head]
+        assert asked.growth.tolist() == [head if x else 2.5 for x in of_head]
+        assert asked.adam.tolist() == [9.0 if x else 7.0 for x in of_head]
     assert sum(of_head) == 2
 
 
-@pytest.mark.parametrize("values", [(0.3, 0.3, 1.5), (0.3, 0.3, 1.5, 0.1), (0.3, 0.3, 1.5, 0, 0.2)])
+@pytest.mark.parametrize(
+    "values", [(0.3, 0.3, 1.5), (0.3, 0.3, 1.5, 0.5, 0.1), (0.3, 0.3, 1.5, 0, 0, 0.2)]
+)
 def test_the_outputs_aimed_at_decide_as_the_changes_do(script, tasks, rule, values):
     improve, unroll = script("changes"), script("unroll")
     batch = tasks(random.Random(0))[1]()
@@ -94,8 +97,8 @@ def test_the_outputs_aimed_at_decide_as_the_changes_do(script, tasks, rule, valu
         rule.output.register_forward_hook(lambda *_: aim)
         found = rule.cross_tensor_context(measured.statistics, seen)
     expected = improve.changed(context, asked)
-    as_adam, last = asked.rates > 0, improve.LAST_RATE
-    assert as_adam.any() == (len(values) > 3)
+    as_adam, last = asked.adam > 0, improve.LAST_RATE
+    assert as_adam.any() == (len(values) > 4)
     # the matrices A of LoRA have no gradient yet, and no rate of theirs is within reach
     order = [i for group in batch.alike for i in group]
     moving = torch.tensor([bool(grads[i].any()) for i in order])
