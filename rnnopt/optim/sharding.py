@@ -281,8 +281,9 @@ def sum_over_shards(
 ) -> list[Tensor | None]:
     """Sums over this process's shards -> sums over the whole tensors.
 
-    One all-reduce for each process group. Every process that holds shards has to call this with
-    the same parameters in the same order.
+    One all-reduce for each process group and device: some of a model's shards may be offloaded to
+    the CPU. Every process that holds shards has to call this with the same parameters in the same
+    order.
 
     Args:
         statistics: (M,) for each parameter, or None for all of them.
@@ -294,12 +295,12 @@ def sum_over_shards(
     Raises:
         TypeError: a parameter is a partial sum, not a shard or a replica.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[Any, str], list[int]] = {}
     for row, param in enumerate(params):
         for group in _shard_groups(param):
-            groups.setdefault(group, []).append(row)
+            groups.setdefault((group, param.device.type), []).append(row)
     totals = list(statistics)
-    for group, rows in groups.items():
+    for (group, _), rows in groups.items():
         if totals[rows[0]] is None:
             break  # the rule treats every coordinate separately
         part = torch.stack([cast(Tensor, totals[row]) for row in rows])
