@@ -206,12 +206,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._apply(work, self._has_gradient)
 
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
+        fused = self._kernel(self.rule)
+        kernel = None if fused is None else fused.guard
         proceed, finite = check_last_step(
-            work, states, self.param_groups, self.state, self.rule, self._peers
+            work, states, self.param_groups, self.state, self.rule, self._peers, kernel
         )
         if proceed:
             update = getattr(self.rule, "last_update", None)
-            last = LastStep(work, states, finite, update, self._active_rule()[1])
+            last = LastStep(work, states, finite, update, self._active_rule()[1], kernel)
             self._apply(work, self._has_gradient, last.recorded)
             last.finish(self.state)
 

@@ -90,8 +90,57 @@ class Measured:
     kept: tuple[Any, ...]
 
 
+class GuardKernel(Protocol):
+    """What `rnnopt.optim.safeguard` sums up and keeps, for many tensors at once.
+
+    Products are in float32. Masked means that coordinates without a finite gradient count as zeros.
+    """
+
+    def supports(self, grad: Tensor, step: Tensor, update: Tensor | None = None) -> bool:
+        """Whether the kernel takes a gradient, a kept step (N,), and an update to keep, (N,)."""
+        ...
+
+    def ends(self, grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool) -> Tensor:
+        """Sums over the coordinates of each tensor, (P, 4).
+
+        These are gradient times step, gradient squared, and how many coordinates of the step are
+        not zero and how many of the gradient are finite.
+
+        Args:
+            grads: supported, and all of one dtype.
+            steps: what was kept of the last step, (N,) each.
+            masked: see the class.
+        """
+        ...
+
+    def keep(
+        self,
+        grads: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        rates: Sequence[float],
+        masked: bool,
+    ) -> Tensor:
+        """Write rate times update to `steps`; returns gradient times that, summed up, (P,).
+
+        Args:
+            grads: supported, and all of one dtype.
+            updates: (N,) each.
+            steps: (N,) each, written.
+            rates: of each tensor.
+            masked: see the class.
+        """
+        ...
+
+
 class FusedStep(Protocol):
-    """A step of a rule over many pieces at once, in place."""
+    """A step of a rule over many pieces at once, in place.
+
+    Attributes:
+        guard: what the guard uses beside it, if there is something.
+    """
+
+    guard: GuardKernel | None = None
 
     def supports(self, piece: Piece) -> bool:
         """Whether the kernel can step this piece."""
