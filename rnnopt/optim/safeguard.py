@@ -252,6 +252,11 @@ def forget(state: State) -> None:
     state[LAST_SLOPE].zero_()
 
 
+def unguarded(state: State) -> State:
+    """A state without what the guard keeps in it."""
+    return {name: leaf for name, leaf in state.items() if name not in (LAST_STEP, LAST_SLOPE)}
+
+
 class LastStep:
     """Stores a step in the guard's state, in parts: the copy of all parameters would be large.
 

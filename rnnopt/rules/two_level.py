@@ -117,6 +117,7 @@ class TwoLevelLSTM(nn.Module):
     step_size = 1e-3  # the unit of decoupled weight decay
     # Leaves that belong to a tensor as a whole and are not 0-d.
     tensor_state = frozenset(_VECTORS)
+    vectors = _VECTORS  # the same in the order of the context
     # Leaves that are sums over coordinates, see `rnnopt.optim.sharding.share_out`.
     summed = ("slope",)
     last_update = "change"  # the leaf that holds it, see `rnnopt.optim.safeguard.LastStep`

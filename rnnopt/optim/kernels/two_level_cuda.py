@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.optim.kernels.fused import Around, FusedStep, Measured, Piece, unwatched
+from rnnopt.optim.kernels.fused import Around, FusedStep, Leaves, Measured, Piece, unwatched
 from rnnopt.optim.kernels.guard_triton import TritonGuard
 from rnnopt.optim.kernels.launch import (
     OPTIONS,
@@ -29,7 +29,12 @@ from rnnopt.optim.kernels.launch import (
     to_device,
 )
 from rnnopt.optim.kernels.narrow import narrow_matrices
-from rnnopt.optim.kernels.two_level import keep_leaves, numbers_before_step
+from rnnopt.optim.kernels.two_level import (
+    context_of,
+    keep_leaves,
+    leaf_names,
+    numbers_before_step,
+)
 from rnnopt.optim.kernels.two_level_triton import (
     SUMS,
     TYPES,
@@ -77,30 +82,32 @@ class TritonStep(FusedStep):
 
     def supports(self, piece: Piece) -> bool:
         """See `FusedStep.supports`."""
-        state, size, device = piece.state, piece.param.numel(), self._device
-        cell = state["cell"]
-        pointed = (state["m"], state["v"], state["change"], cell)
+        param, grad, state, device = piece.param, piece.grad, piece.state, self._device
+        size, cell = param.numel(), state["cell"]
+        flat = (state["m"], state["v"], state["change"])
         return (
             # directions of a matrix are computed for it as a whole
             (piece.transform is None or piece.whole)
             # a kernel trusts its pointers; the plain rule raises where sizes differ
-            and piece.grad.shape == piece.param.shape
-            and all(leaf.shape == (size,) for leaf in pointed[:3])
+            and grad.shape == param.shape
+            and all(leaf.shape == (size,) for leaf in flat)
             and (cell.shape == (self._units, size) or cell.shape == (0, size))
-            and piece.param.dtype in TYPES
-            and piece.grad.dtype in TYPES
-            and all(leaf.dtype == torch.float32 for leaf in pointed)
-            and all(x.device == device for x in (piece.param, piece.grad, *pointed))
-            and all(x.is_contiguous() for x in (piece.param, *pointed))
+            and param.dtype in TYPES
+            and grad.dtype in TYPES
+            and all(leaf.dtype == torch.float32 for leaf in (*flat, cell))
+            and all(x.device == device for x in (param, grad, *flat, cell))
+            and all(x.is_contiguous() for x in (param, *flat, cell))
         )
 
-    def measure(self, pieces: Sequence[Piece]) -> Measured:
+    def measure(self, pieces: Sequence[Piece], leaves: Leaves | None = None) -> Measured:
         """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
         rule, device = self._two_level, self._device
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
         counts = tuple(piece.param.numel() for piece in pieces)
         types = [TYPES[dtype] for dtype in pieces[0].dtypes]
+        leaves = leaves or Leaves()
         with current(device):
+            matrix, known = leaves.of([piece.state for piece in pieces], leaf_names(rule))
             sizes = [
                 count if len(piece.state["cell"]) else 0 for piece, count in zip(pieces, counts)
             ]
@@ -109,13 +116,18 @@ class TritonStep(FusedStep):
             # did would take as long. 80 bytes per tensor.
             rows = _table(rule, pieces, grads, directions, sizes).view(np.int64)
             table = to_device(rows.reshape(len(pieces), -1), device)
-            numbers = numbers_before_step(rule, pieces)
+            numbers = numbers_before_step(rule, known)
             shared = torch.column_stack(tuple(numbers.values()))
             sums = _sums(rule, table, shared, counts, types)
-            slopes = torch.stack([piece.state["slope"] for piece in pieces]).unsqueeze(1)
             place = Sums._fields.index("slope")
+            slopes = known["slope"].unsqueeze(1)
             statistics = torch.cat([sums[:, :place], slopes, sums[:, place:]], 1)
-        return Measured(pieces, statistics, (table, numbers, counts, types, grads, directions))
+        kept = (matrix, known, table, numbers, counts, types, grads, directions)
+        return Measured(pieces, statistics, kept)
+
+    def context(self, measured: Measured) -> Tensor:
+        """See `FusedStep.context`."""
+        return context_of(self._two_level, measured.statistics, measured.kept[1])
 
     def step(
         self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
@@ -123,7 +135,7 @@ class TritonStep(FusedStep):
     ) -> None:  # fmt: skip
         """See `FusedStep.step`; the context is (P, K). All pieces are one part."""
         rule, pieces = self._two_level, measured.pieces
-        table, numbers, counts, types, grads, _ = measured.kept
+        matrix, _, table, numbers, counts, types, grads, _ = measured.kept
         d = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
         with current(table.device):
             extra = _orthogonal_directions(pieces, grads, d)  # alive to the last launch
@@ -136,7 +148,7 @@ class TritonStep(FusedStep):
             )  # fmt: skip
             with around(rows):
                 slopes = _step(rule, table, torch.stack(decided, 1), counts, types)
-        keep_leaves(rule, pieces, context, slopes)
+        keep_leaves(matrix, context, slopes)
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
@@ -174,10 +186,9 @@ def problem(units: int, device: torch.device) -> str | None:
     piece = Piece(param, param.clone(), rule.init_state(param), 1.0, 0.0)
     try:
         with torch.no_grad():
-            step, leaves = TritonStep(rule), (*rule.leaves, *rule.tensor_state)
+            step = TritonStep(rule)
             measured = step.measure([piece])
-            states = {name: piece.state[name].unsqueeze(0) for name in leaves}
-            step.step(measured, rule.cross_tensor_context(measured.statistics, states))
+            step.step(measured, step.context(measured))
             kept = torch.zeros_like(param, dtype=torch.bfloat16)
             for masked in (False, True):
                 step.guard.keep([param], [param], [kept], [1.0], masked)
