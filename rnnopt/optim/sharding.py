@@ -37,13 +37,15 @@ class FlatShard:
     group: Any
 
 
+_FSDP1 = "torch.distributed.fsdp._flat_param"
+_ORDINARY = (Tensor, torch.nn.Parameter)
 # None for a parameter of FSDP1 that is not divided
 _flat_shards: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def find_flat_shards(params: Sequence[Tensor]) -> None:
     """Note which of the parameters are parts that FSDP1 has made. Nothing tells an optimizer."""
-    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    module = sys.modules.get(_FSDP1)
     unknown = [p for p in params if is_of_fsdp1(p) and p not in _flat_shards] if module else []
     if not unknown:
         return
@@ -74,12 +76,14 @@ def is_of_fsdp1(tensor: Tensor) -> bool:
 
 def mixes_tensors(param: Tensor) -> bool:
     """Whether this is a flat parameter of FSDP1, in which several tensors lie."""
-    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    module = sys.modules.get(_FSDP1)
     return module is not None and isinstance(param, module.FlatParameter)
 
 
 def flat_shard(tensor: Tensor) -> FlatShard | None:
     """Where this part lies in its parameter, if FSDP1 has made it."""
+    if _FSDP1 not in sys.modules:
+        return None
     known = cast(dict[Tensor, FlatShard | None], _flat_shards)  # its methods have no types
     return known.get(tensor) if len(known) else None
 
@@ -134,6 +138,8 @@ def _flat_groups(params: Sequence[Tensor]) -> dict[Any, list[int]]:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in _ORDINARY:  # most are, and each step asks several times for each tensor
+        return False
     # without an import of the module there are no DTensors, and importing it takes a while
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

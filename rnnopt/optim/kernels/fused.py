@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,7 +115,7 @@ class Leaves:
 
     def _are_kept(self, states: Sequence[State], names: Sequence[str]) -> bool:
         return len(states) == len(self._views) and all(
-            all(state[name] is view for name, view in zip(names, views))
+            all(map(operator.is_, map(state.__getitem__, names), views))
             and views[0].data_ptr() == place  # nobody has exchanged its memory
             for state, views, place in zip(states, self._views, self._places)
         )

@@ -88,14 +88,21 @@ class TritonGuard(GuardKernel):
 
     def supports(self, grad: Tensor, step: Tensor, update: Tensor | None = None) -> bool:
         """See `GuardKernel.supports`."""
-        others = (step,) if update is None else (step, update)
-        size = grad.numel()
+        size, device = grad.numel(), self._device
+
+        def fits(leaf: Tensor, dtype: torch.dtype) -> bool:  # a kernel trusts its pointers
+            return (
+                leaf.dtype == dtype
+                and leaf.numel() == size
+                and leaf.device == device
+                and leaf.is_contiguous()
+            )
+
         return (
             grad.dtype in TYPES
-            and step.dtype == torch.bfloat16
-            and (update is None or update.dtype == torch.float32)
-            and all(x.numel() == size for x in others)  # a kernel trusts its pointers
-            and all(x.device == self._device and x.is_contiguous() for x in (grad, *others))
+            and fits(grad, grad.dtype)
+            and fits(step, torch.bfloat16)
+            and (update is None or fits(update, torch.float32))
         )
 
     def ends(self, grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool) -> Tensor:

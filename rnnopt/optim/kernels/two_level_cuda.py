@@ -83,20 +83,23 @@ class TritonStep(FusedStep):
     def supports(self, piece: Piece) -> bool:
         """See `FusedStep.supports`."""
         param, grad, state, device = piece.param, piece.grad, piece.state, self._device
-        size, cell = param.numel(), state["cell"]
-        flat = (state["m"], state["v"], state["change"])
+        m, v, change, cell = (state[name] for name in ("m", "v", "change", "cell"))
+        size = (param.numel(),)
+        for leaf in (m, v, change, cell):
+            if leaf.dtype != torch.float32 or leaf.device != device or not leaf.is_contiguous():
+                return False
         return (
             # directions of a matrix are computed for it as a whole
             (piece.transform is None or piece.whole)
             # a kernel trusts its pointers; the plain rule raises where sizes differ
             and grad.shape == param.shape
-            and all(leaf.shape == (size,) for leaf in flat)
-            and (cell.shape == (self._units, size) or cell.shape == (0, size))
+            and m.shape == v.shape == change.shape == size
+            and cell.shape in ((self._units, *size), (0, *size))
             and param.dtype in TYPES
             and grad.dtype in TYPES
-            and all(leaf.dtype == torch.float32 for leaf in (*flat, cell))
-            and all(x.device == device for x in (param, grad, *flat, cell))
-            and all(x.is_contiguous() for x in (param, *flat, cell))
+            and param.device == device
+            and grad.device == device
+            and param.is_contiguous()
         )
 
     def measure(self, pieces: Sequence[Piece], leaves: Leaves | None = None) -> Measured:
