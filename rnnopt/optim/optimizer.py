@@ -30,8 +30,10 @@ from rnnopt.optim.safeguard import (
     GuardedRule,
     LastStep,
     Work,
+    begin_guard,
     check_guard,
     check_last_step,
+    taken_by,
     unguarded,
 )
 from rnnopt.optim.sharding import (
@@ -205,14 +207,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._apply(work, self._has_gradient)
 
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
-        fused = self._kernel(self.rule)
-        kernel = None if fused is None else fused.guard
+        begin_guard(work, states)
+        kernel = self._kernel(self.rule)
+        guard = None if kernel is None else kernel.guard
+        taken = None if guard is None else taken_by(guard, work, states)
         proceed, finite = check_last_step(
-            work, states, self.param_groups, self.state, self.rule, self._peers, kernel
+            work, states, self.param_groups, self.state, self.rule, self._peers, taken
         )
         if proceed:
             update = getattr(self.rule, "last_update", None)
-            last = LastStep(work, states, finite, update, self._active_rule()[1], kernel)
+            last = LastStep(work, states, finite, update, self._active_rule()[1], taken)
             self._apply(work, self._has_gradient, last.recorded)
             last.finish(self.state)
 

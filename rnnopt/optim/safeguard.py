@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -79,6 +79,36 @@ class ScaleFreeRule(GuardedRule, Protocol):
         ...
 
 
+class Taken(NamedTuple):
+    """The tensors of a step that a kernel takes.
+
+    Attributes:
+        kernel: the kernel.
+        batches: rows of the work; gradients of a batch have one dtype.
+    """
+
+    kernel: GuardKernel
+    batches: list[list[int]]
+
+
+def taken_by(kernel: GuardKernel, work: Work, states: Sequence[State]) -> Taken:
+    """The tensors that the kernel supports; their states have the guard's leaves."""
+    batches: dict[torch.dtype, list[int]] = {}
+    for row, ((_, param, grad), state) in enumerate(zip(work, states)):
+        part = local_gradient(grad, param)
+        if kernel.supports(part, state[LAST_STEP]):
+            batches.setdefault(part.dtype, []).append(row)
+    return Taken(kernel, list(batches.values()))
+
+
+def begin_guard(work: Work, states: Sequence[State]) -> None:
+    """Give the states the guard's leaves where they have none."""
+    for (_, param, _), state in zip(work, states):
+        if LAST_STEP not in state:
+            with torch.inference_mode(False):
+                state.update(init_guard_state(param))
+
+
 def check_guard(guard: bool | None, rule: UpdateRule) -> None:
     """Check that a required guard can be had.
 
@@ -109,7 +139,7 @@ def loss_rise(
     work: Work,
     states: Sequence[State],
     peers: Peers = ALONE,
-    kernel: GuardKernel | None = None,
+    taken: Taken | None = None,
 ) -> tuple[float, bool, float]:
     """Nats by which the loss rose in the last step. Waits for the device.
 
@@ -117,7 +147,7 @@ def loss_rise(
         work: (param group, parameter, its gradient after the last step).
         states: each parameter's state, with the last step in it.
         peers: the processes with the model's other parameters.
-        kernel: takes the tensors that it supports.
+        taken: the tensors that a kernel takes.
 
     Returns:
         The estimate, infinite if no gradient is finite after the step; whether the gradient is
@@ -128,7 +158,7 @@ def loss_rise(
     slopes = [state[LAST_SLOPE] for state in states]
 
     def summed(masked: bool) -> list[float]:
-        rows = sum_over_shards(_ends(grads, steps, masked, kernel), params)
+        rows = sum_over_shards(_ends(grads, steps, masked, taken), params)
         return peers.total(total(rows, slopes), 4 if masked else 2)
 
     change, square = summed(masked=False)
@@ -139,13 +169,13 @@ def loss_rise(
 
 
 def _ends(
-    grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool, kernel: GuardKernel | None
+    grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool, taken: Taken | None
 ) -> list[Tensor]:
     """The first two sums of `GuardKernel.ends` for each tensor; masked, all four."""
     rows: dict[int, Tensor] = {}
-    if kernel is not None:
-        for held in _supported(kernel, list(range(len(grads))), grads, steps).values():
-            found = kernel.ends([grads[i] for i in held], [steps[i] for i in held], masked)
+    if taken is not None:
+        for held in taken.batches:
+            found = taken.kernel.ends([grads[i] for i in held], [steps[i] for i in held], masked)
             rows.update(zip(held, (found if masked else found[:, :2]).unbind()))
     for i, (grad, step) in enumerate(zip(grads, steps)):
         if i not in rows:
@@ -158,17 +188,6 @@ def _ends(
     return [rows[i] for i in range(len(grads))]
 
 
-def _supported(
-    kernel: GuardKernel, rows: Sequence[int], grads: Sequence[Tensor], *leaves: Sequence[Tensor]
-) -> dict[torch.dtype, list[int]]:
-    """The rows that the kernel supports, by the dtype of their gradients."""
-    batches: dict[torch.dtype, list[int]] = {}
-    for i in rows:
-        if kernel.supports(grads[i], *(leaf[i] for leaf in leaves)):
-            batches.setdefault(grads[i].dtype, []).append(i)
-    return batches
-
-
 def check_last_step(
     work: Work,
     states: Sequence[State],
@@ -176,7 +195,7 @@ def check_last_step(
     all_states: Mapping[Tensor, State],
     rule: UpdateRule,
     peers: Peers = ALONE,
-    kernel: GuardKernel | None = None,
+    taken: Taken | None = None,
 ) -> tuple[bool, bool]:
     """Undo the last step if the loss has risen too far; skip a batch without a usable gradient.
 
@@ -189,16 +208,12 @@ def check_last_step(
         all_states: the state of every parameter.
         rule: the optimizer's, which may say what rise is too far.
         peers: the processes with the model's other parameters.
-        kernel: see `loss_rise`.
+        taken: see `loss_rise`.
 
     Returns:
         Whether to take the next step; and whether the gradient is finite in every coordinate.
     """
-    for (_, param, _), state in zip(work, states):
-        if LAST_STEP not in state:
-            with torch.inference_mode(False):
-                state.update(init_guard_state(param))
-    (rise, finite, norm), group = loss_rise(work, states, peers, kernel), groups[0]
+    (rise, finite, norm), group = loss_rise(work, states, peers, taken), groups[0]
     largest = group["largest_gradient"]
     # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
     # row is the fault of the step before them; a second gradient that is far larger than all before
@@ -267,7 +282,7 @@ class LastStep:
         update: the leaf in which the rule keeps its last update, if it keeps it; no copy is needed
             then.
         rate: what a group's lr becomes in this step.
-        kernel: keeps the updates of the tensors that it supports.
+        taken: the tensors that a kernel takes.
     """
 
     def __init__(
@@ -277,10 +292,10 @@ class LastStep:
         finite: bool,
         update: str | None = None,
         rate: Callable[[float], float] = float,
-        kernel: GuardKernel | None = None,
+        taken: Taken | None = None,
     ) -> None:
         self._work, self._states, self._finite = work, states, finite
-        self._update, self._rate, self._kernel = update, rate, kernel
+        self._update, self._rate, self._taken = update, rate, taken
         # all in order: processes may step their parts in another order, and this may communicate
         self._grads = [local_gradient(grad, param) for _, param, grad in work]
         self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
@@ -303,21 +318,29 @@ class LastStep:
             self._slopes[row] = _slope(self._grads[row], old, masked=not self._finite)
 
     def _keep_by_kernel(self, rows: Sequence[int], leaf: str) -> set[int]:
-        """As `_keep_update`, of the rows that the kernel supports; returns these."""
-        if self._kernel is None:
-            return set()
-        updates = [state[leaf] for state in self._states]
-        steps = [state[LAST_STEP] for state in self._states]
-        batches = _supported(self._kernel, rows, self._grads, steps, updates)
-        for held in batches.values():
-            grads, changes, kept = (
-                [leaves[row] for row in held] for leaves in (self._grads, updates, steps)
-            )
-            rates = [self._lr(row) for row in held]
-            slopes = self._kernel.keep(grads, changes, kept, rates, not self._finite)
-            for row, slope in zip(held, slopes.unbind()):
-                self._slopes[row] = slope
-        return {row for held in batches.values() for row in held}
+        """As `_keep_update`, of the rows that the kernel takes; returns these."""
+        done: set[int] = set()
+        if self._taken is None:
+            return done
+        kernel, wanted = self._taken.kernel, set(rows)
+        for batch in self._taken.batches:
+            held = [
+                row for row in batch
+                if row in wanted
+                and kernel.keeps(self._states[row][leaf], self._states[row][LAST_STEP])
+            ]  # fmt: skip
+            if held:
+                slopes = kernel.keep(
+                    [self._grads[row] for row in held],
+                    [self._states[row][leaf] for row in held],
+                    [self._states[row][LAST_STEP] for row in held],
+                    [self._lr(row) for row in held],
+                    not self._finite,
+                )
+                for row, slope in zip(held, slopes.unbind()):
+                    self._slopes[row] = slope
+            done.update(held)
+        return done
 
     def _lr(self, row: int) -> float:
         return self._rate(as_number("lr", self._work[row][0]["lr"]))
@@ -353,10 +376,11 @@ class LastStep:
             new.append(cast(Tensor, slope))
         for old, new in by_device.values():
             torch._foreach_copy_(old, new)
-        stepped = set(params)
-        for param, state in all_states.items():
-            if LAST_STEP in state and param not in stepped:
-                forget(state)
+        if len(all_states) > len(params):
+            stepped = set(params)
+            for param, state in all_states.items():
+                if LAST_STEP in state and param not in stepped:
+                    forget(state)
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:

@@ -23,7 +23,7 @@ from rnnopt.optim import optimizer as optimizer_module
 from rnnopt.optim import safeguard
 from rnnopt.optim.kernels import choice
 from rnnopt.optim.kernels.fused import Piece
-from rnnopt.optim.safeguard import LAST_STEP, LastStep, init_guard_state, loss_rise
+from rnnopt.optim.safeguard import LAST_STEP, LastStep, init_guard_state, loss_rise, taken_by
 from rnnopt.rules.two_level import WIDEST
 
 # the interpreter computes with numpy, which warns where a GPU makes a NaN
@@ -276,7 +276,7 @@ def test_the_statistics_are_those_of_the_plain_rule(device):
 
 
 def guarded(device, dtype, spoilt):
-    """Work of the guard, and its kernel: tensors of all sizes, with a last step and an update."""
+    """Work of the guard, with a last step and an update, and what of it its kernel takes."""
     from rnnopt.optim.kernels.guard_triton import TritonGuard
 
     generator = torch.Generator().manual_seed(0)
@@ -294,26 +294,27 @@ def guarded(device, dtype, spoilt):
     single = torch.zeros(4, device=device, dtype=torch.float64)  # no kernel takes it
     work.append(({"lr": 1.0}, single, torch.ones_like(single)))
     states.append(init_guard_state(single) | {"change": single + 2})
-    device = work[0][1].device
-    return work, states, TritonGuard(device)
+    taken = taken_by(TritonGuard(work[0][1].device), work, states)
+    assert taken.batches == [[0, 1, 2, 3, 4]]
+    return work, states, taken
 
 
 @everywhere
 @pytest.mark.parametrize("spoilt", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_rise_by_the_kernel_is_that_without_it(device, dtype, spoilt):
-    work, states, kernel = guarded(device, dtype, spoilt)
-    ours, theirs = (loss_rise(work, states, kernel=each) for each in (kernel, None))
+    work, states, taken = guarded(device, dtype, spoilt)
+    ours, theirs = (loss_rise(work, states, taken=each) for each in (taken, None))
     assert ours[1] == theirs[1] == (not spoilt)
     assert (ours[0], ours[2]) == pytest.approx((theirs[0], theirs[2]), rel=1e-5)
 
 
 @everywhere
 def test_without_a_finite_gradient_the_rise_is_infinite_by_the_kernel_too(device):
-    work, states, kernel = guarded(device, torch.float32, True)
+    work, states, taken = guarded(device, torch.float32, True)
     for _, _, grad in work:
         grad.fill_(float("nan"))
-    assert loss_rise(work, states, kernel=kernel) == (float("inf"), False, 0.0)
+    assert loss_rise(work, states, taken=taken) == (float("inf"), False, 0.0)
 
 
 @everywhere
@@ -322,9 +323,9 @@ def test_without_a_finite_gradient_the_rise_is_infinite_by_the_kernel_too(device
 def test_the_step_that_the_kernel_keeps_is_that_without_it(device, dtype, spoilt):
     kept = []
     for with_kernel in (True, False):
-        work, states, kernel = guarded(device, dtype, spoilt)
+        work, states, taken = guarded(device, dtype, spoilt)
         last = LastStep(
-            work, states, not spoilt, "change", lambda lr: lr / 2, kernel if with_kernel else None
+            work, states, not spoilt, "change", lambda lr: lr / 2, taken if with_kernel else None
         )
         for rows in ([4, 0, 3], [1, 2, 5]):
             with last.recorded(rows):
@@ -379,6 +380,17 @@ def test_a_step_has_as_many_operations_whatever_the_size_of_a_tensor(device, gua
     counts = []
     for size in (10, 10_000):
         fused, _ = twins(device, shapes=[(size,)], guard=guard)
+        walk((fused,), 2)
+        counts.append(operations_of(fused))
+    assert counts[0] == counts[1]
+
+
+@everywhere
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_step_has_as_many_operations_whatever_the_number_of_tensors(device, guard):
+    counts = []
+    for tensors in (2, 8):
+        fused, _ = twins(device, shapes=[(4, 3), *[(9,)] * tensors], guard=guard)
         walk((fused,), 2)
         counts.append(operations_of(fused))
     assert counts[0] == counts[1]

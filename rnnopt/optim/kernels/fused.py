@@ -142,8 +142,12 @@ class GuardKernel(Protocol):
     Products are in float32. Masked means that coordinates without a finite gradient count as zeros.
     """
 
-    def supports(self, grad: Tensor, step: Tensor, update: Tensor | None = None) -> bool:
-        """Whether the kernel takes a gradient, a kept step (N,), and an update to keep, (N,)."""
+    def supports(self, grad: Tensor, step: Tensor) -> bool:
+        """Whether the kernel takes a gradient and a kept step, (N,)."""
+        ...
+
+    def keeps(self, update: Tensor, step: Tensor) -> bool:
+        """Whether the kernel takes an update, (N,), beside a step that it supports."""
         ...
 
     def ends(self, grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool) -> Tensor:

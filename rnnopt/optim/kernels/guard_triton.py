@@ -86,23 +86,24 @@ class TritonGuard(GuardKernel):
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def supports(self, grad: Tensor, step: Tensor, update: Tensor | None = None) -> bool:
+    def supports(self, grad: Tensor, step: Tensor) -> bool:
         """See `GuardKernel.supports`."""
-        size, device = grad.numel(), self._device
-
-        def fits(leaf: Tensor, dtype: torch.dtype) -> bool:  # a kernel trusts its pointers
-            return (
-                leaf.dtype == dtype
-                and leaf.numel() == size
-                and leaf.device == device
-                and leaf.is_contiguous()
-            )
-
         return (
             grad.dtype in TYPES
-            and fits(grad, grad.dtype)
-            and fits(step, torch.bfloat16)
-            and (update is None or fits(update, torch.float32))
+            and self._fits(grad, grad.dtype, step)
+            and self._fits(step, torch.bfloat16, step)
+        )
+
+    def keeps(self, update: Tensor, step: Tensor) -> bool:
+        """See `GuardKernel.keeps`."""
+        return self._fits(update, torch.float32, step)
+
+    def _fits(self, leaf: Tensor, dtype: torch.dtype, step: Tensor) -> bool:
+        return (  # a kernel trusts its pointers
+            leaf.dtype == dtype
+            and leaf.device == self._device
+            and leaf.numel() == step.numel()
+            and leaf.is_contiguous()
         )
 
     def ends(self, grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool) -> Tensor:

@@ -112,7 +112,7 @@ class TritonStep(FusedStep):
         with current(device):
             matrix, known = leaves.of([piece.state for piece in pieces], leaf_names(rule))
             sizes = [
-                count if len(piece.state["cell"]) else 0 for piece, count in zip(pieces, counts)
+                count if piece.state["cell"].numel() else 0 for piece, count in zip(pieces, counts)
             ]
             directions = torch.empty(sum(sizes), device=device, dtype=torch.float32)
             # Made at every step, because gradients move and rates change, and a check whether any
@@ -213,12 +213,13 @@ def _table(
     table = np.zeros(len(pieces), dtype=LAYOUT)
     starts = directions.data_ptr() + directions.element_size() * np.cumsum([0, *sizes])
     table["pointers"] = [
-        [
-            piece.param.data_ptr(), grad.data_ptr(),
-            *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
-            piece.state["cell"].data_ptr() if size else 0, start if size else 0, 0,
-        ]
+        (
+            piece.param.data_ptr(), grad.data_ptr(), state["m"].data_ptr(), state["v"].data_ptr(),
+            state["change"].data_ptr(), state["cell"].data_ptr() if size else 0,
+            start if size else 0, 0,
+        )
         for piece, grad, start, size in zip(pieces, grads, starts.tolist(), sizes)
+        for state in [piece.state]
     ]  # fmt: skip
     table["count"] = [piece.param.numel() for piece in pieces]
     table["lr"] = [piece.lr for piece in pieces]
