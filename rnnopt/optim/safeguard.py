@@ -373,7 +373,7 @@ class LastStep:
         for state, slope in zip(self._states, sum_over_shards(self._slopes, params)):
             old, new = by_device.setdefault(state[LAST_SLOPE].device, ([], []))
             old.append(state[LAST_SLOPE])
-            new.append(cast(Tensor, slope))
+            new.append(cast(Tensor, slope).float())
         for old, new in by_device.values():
             torch._foreach_copy_(old, new)
         if len(all_states) > len(params):

@@ -331,7 +331,7 @@ def share_out(states: Sequence[State], params: Sequence[Tensor], names: Sequence
     for state, param, total in zip(states, params, sum_over_shards(rows, params)):
         if is_sharded(param):
             for name, value in zip(names, cast(Tensor, total)):
-                state[name] = value / shard_count(param)
+                state[name].copy_(value / shard_count(param))
 
 
 def shard_count(param: Tensor) -> int:
