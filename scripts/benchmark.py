@@ -340,7 +340,12 @@ def arguments(description: str, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
+def save(report: Report, options: argparse.Namespace) -> None:
+    """Write the file with what has been measured so far."""
+    report.write(options.json, {k: v for k, v in vars(options).items() if k in SETTINGS})
+
+
 def finish(report: Report, options: argparse.Namespace) -> None:
     """Print the table, write the file."""
     print(report.table())
-    report.write(options.json, {k: v for k, v in vars(options).items() if k in SETTINGS})
+    save(report, options)

@@ -4,17 +4,18 @@
 
 MINILM is a folder with all-MiniLM-L6-v2; without it a model of the same shape with random weights
 is made, which takes as long. Tokens are random. Each peak of memory is that of a fresh process that
-loads the model, makes one gradient, and then a meta-step; what is timed runs in turns in one
-process.
+loads the model, makes one gradient, and then a meta-step; a GPU's memory is counted by torch, and
+there one process does all of them. What is timed runs in turns in one process.
 
 Time: about 25 minutes on one core of a server processor. Memory: 4 GiB of our own; the others get
 85 % of what is free, and where that is too little, fewer steps.
-Prints a Markdown table; the file holds every repeat.
+Prints a Markdown table; the file holds every repeat, and until the end what there is so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from benchmark import (
     interleave,
     mebibytes,
     progress,
+    save,
 )
 
 from rnnopt import LearnedOptimizer
@@ -140,11 +142,10 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace, report: Report) -> None:
-        self.options = options
+        self.options, self.report = options, report
         self.device = "cuda" if options.device == "cuda" else "cpu"
         self._peaks: dict[Config, dict[str, float]] = {}
         self._longest: dict[tuple[str, int], int] = {}
-        self._record = report.data.setdefault("peaks", [])
 
     def work(self, config: Config) -> Workload:
         """The model for a method."""
@@ -157,15 +158,22 @@ class Bench:
         config = Config(method, tune, steps, self.device)
         if config not in self._peaks:
             progress(f"memory: {config}")
-            found = peak(self.work(config), config) if self.options.tiny else self._child(config)
+            here = self.options.tiny or self.device == "cuda"
+            found = (self._here if here else self._child)(config)
             self._peaks[config] = found
-            self._record.append({**config._asdict(), **found})
+            self.report.data.setdefault("peaks", []).append({**config._asdict(), **found})
+            save(self.report, self.options)
         return self._peaks[config]
+
+    def _here(self, config: Config) -> dict[str, float]:
+        gc.collect()  # unrolls leave cycles of references, and in them tensors
+        work = self.work(config)
+        forget_peak(torch.device(config.device))  # that of the meta-step before
+        return peak(work, config)
 
     def _child(self, config: Config) -> dict[str, float]:
         command = [sys.executable, __file__, "--child", json.dumps(config), "--json", "-"]
-        if self.options.encoder:
-            command += ["--encoder", self.options.encoder]
+        command += ["--encoder", self.options.encoder] if self.options.encoder else []
         command += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -189,7 +197,8 @@ class Bench:
             try:
                 end = self.peak(method, most)[what]
                 break
-            except subprocess.CalledProcessError:  # killed: somebody else took the memory
+            # killed: somebody else took the memory
+            except (subprocess.CalledProcessError, torch.OutOfMemoryError):
                 if most <= 3:
                     raise
                 most = self._longest[method, wanted] = most * 3 // 4
@@ -221,12 +230,9 @@ def memory_rows(report: Report, bench: Bench, lengths: Sequence[int], compared: 
             words = f"{ours / theirs:.3g}: {mebibytes(ours)} / {mebibytes(theirs)}{note}"
             report.add(figure, ours / theirs, words, target)
     full = bench.peak(OURS, min(LENGTH, last), "full")
-    report.add(
-        f"meta-step over all parameters, T = {min(LENGTH, last)}: peak memory in GiB",
-        full["process"] / 2**30,
-        f"{full['process'] / 2**30:.2f}; {duration(full['seconds'])}",
-        Target(6),
-    )
+    figure = f"meta-step over all parameters, T = {min(LENGTH, last)}: peak memory in GiB"
+    size = full["process"] / 2**30
+    report.add(figure, size, f"{size:.2f}; {duration(full['seconds'])}", Target(6))
 
 
 _WHAT = {"process": "whole process", "increase": "beyond the model with one gradient made"}
@@ -320,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     length = min(LENGTH, lengths[-1])
     memory_rows(report, bench, lengths, compared)
     time_rows(report, bench, length, options.repeats)
+    save(report, options)
     gpu = options.device != "cpu" and torch.cuda.is_available()
     gpu_row(report, bench, length, options.repeats, gpu)
     if not options.tiny or options.plot:

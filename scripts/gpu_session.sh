@@ -47,7 +47,7 @@ marker=gpu
 [ "$device" = cuda ] || marker="not slow and not gpu"
 part tests 150 "$python" -m pytest -q -p no:cacheprovider -m "$marker" tests/test_gpu.py tests/optim/test_two_level_cuda.py
 part step 120 "$python" scripts/benchmark_step.py --device "$device" "${small[@]}" --json "$out/step.json"
-part unroll 120 "$python" scripts/benchmark_unroll.py --device "$device" "${small[@]}" --json "$out/unroll.json"
+part unroll 200 "$python" scripts/benchmark_unroll.py --device "$device" "${small[@]}" --json "$out/unroll.json"
 if [ -n "$pack" ]; then
   two=scripts/two_level where=(--encoder "$pack/encoder" --cache "$pack" --device "$device" --processes "$processes")
   batches=10 cells=core

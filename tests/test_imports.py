@@ -107,7 +107,8 @@ def importers(library):
         ),
         ("rich", {"cli/progress.py", "evaluation/report/tables.py"}),
         ("pandas", set()),  # see rnnopt.data.delimited
-        ("triton", {"optim/kernels/two_level_triton.py"}),  # of use on a GPU only
+        # of use on a GPU only
+        ("triton", {f"optim/kernels/{name}_triton.py" for name in ("two_level", "guard")}),
     ],
 )
 def test_a_heavy_library_has_one_door(library, doors):

@@ -22,18 +22,19 @@ from rnnopt.optim.arguments import (
 from rnnopt.optim.checkpoint import loading, saving
 from rnnopt.optim.history import has_gradient
 from rnnopt.optim.kernels.choice import fused_step
-from rnnopt.optim.kernels.fused import Around, FusedStep, Piece, plain_step, unwatched
+from rnnopt.optim.kernels.fused import Around, FusedStep, Leaves, Piece, plain_step, unwatched
 from rnnopt.optim.parts import refuse_mixed_tensors, warn_of_parts, watch
 from rnnopt.optim.peers import ALONE, find_peers
 from rnnopt.optim.safeguard import (
     GROUP_STATE,
-    LAST_SLOPE,
-    LAST_STEP,
     GuardedRule,
     LastStep,
     Work,
+    begin_guard,
     check_guard,
     check_last_step,
+    taken_by,
+    unguarded,
 )
 from rnnopt.optim.sharding import (
     find_flat_shards,
@@ -206,12 +207,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._apply(work, self._has_gradient)
 
     def _guarded_step(self, work: Work, states: Sequence[State]) -> None:
+        begin_guard(work, states)
+        kernel = self._kernel(self.rule)
+        guard = None if kernel is None else kernel.guard
+        taken = None if guard is None else taken_by(guard, work, states)
         proceed, finite = check_last_step(
-            work, states, self.param_groups, self.state, self.rule, self._peers
+            work, states, self.param_groups, self.state, self.rule, self._peers, taken
         )
         if proceed:
             update = getattr(self.rule, "last_update", None)
-            last = LastStep(work, states, finite, update, self._active_rule()[1])
+            last = LastStep(work, states, finite, update, self._active_rule()[1], taken)
             self._apply(work, self._has_gradient, last.recorded)
             last.finish(self.state)
 
@@ -239,21 +244,30 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         refuse_sparse(work)
         rule, multiplier = self._active_rule()
-        pieces = [self._piece(rule, *item, multiplier) for item in work]
+        pieces = self._pieces(rule, work, multiplier)
         kernel = self._kernel(rule) if counts else None
         batches: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, piece in enumerate(pieces):
             if kernel is not None and kernel.supports(piece):
                 batches.setdefault(piece.dtypes, []).append(i)
+        leaves: dict[Any, Leaves] = self.__dict__.setdefault("_leaves", {})
+        fused = cast(FusedStep, kernel)
         measured = [
-            (batch, cast(FusedStep, kernel).measure([pieces[i] for i in batch]))
-            for batch in batches.values()
+            (batch, fused.measure([pieces[i] for i in batch], leaves.setdefault(kind, Leaves())))
+            for kind, batch in batches.items()
         ]
+        alone = self._peers.alone and all(piece.whole for piece in pieces)
+        if alone and [len(batch) for batch, _ in measured] == [len(work)]:
+            ((batch, found),) = measured
+            context = fused.context(found)
+            fused.step(found, context, batch, around)
+            return list(context)
         statistics: dict[int, Tensor | None] = {
             i: row for batch, found in measured for i, row in zip(batch, found.statistics)
         }
         plain = [i for i in range(len(work)) if i not in statistics]
         for i in plain:
+            pieces[i].state = unguarded(pieces[i].state)
             statistics[i] = statistics_of(rule, pieces[i].param, pieces[i].grad, pieces[i].state)
         # all tensors in order: another process may divide them otherwise between kernel and rule
         rows = [statistics[i] for i in range(len(work))]
@@ -261,7 +275,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         contexts = self._peers.contexts(rule, sums, [piece.state for piece in pieces])
         for batch, found in measured:
             context = torch.stack([cast(Tensor, contexts[i]) for i in batch])
-            cast(FusedStep, kernel).step(found, context, batch, around)
+            fused.step(found, context, batch, around)
         for i in plain:
             with around([i]):
                 state = plain_step(rule, pieces[i], contexts[i])
@@ -290,26 +304,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state: State = self.state[param]
         return state
 
-    def _piece(
-        self,
-        rule: UpdateRule,
-        group: dict[str, Any],
-        param: Tensor,
-        grad: Tensor,
-        multiplier: Callable[[float], float],
-    ) -> Piece:
-        """This process's shard of a parameter, with all that a step needs."""
-        state = {
-            name: leaf
-            for name, leaf in self._state_of(param).items()
-            if name not in (LAST_STEP, LAST_SLOPE)
-        }
-        return Piece(
-            local(param), local_gradient(grad, param), state,
-            multiplier(as_number("lr", group["lr"])),
-            as_number("weight_decay", group["weight_decay"]),
-            on_shards(matrix_transform(rule, whole(param)), param), not is_sharded(param),
-        )  # fmt: skip
+    def _pieces(
+        self, rule: UpdateRule, work: Work, multiplier: Callable[[float], float]
+    ) -> list[Piece]:
+        """This process's shard of each parameter, with all that a step needs."""
+        rates: dict[int, tuple[float, float]] = {}  # of each group
+        pieces = []
+        for group, param, grad in work:
+            if id(group) not in rates:
+                lr, decay = (as_number(name, group[name]) for name in ("lr", "weight_decay"))
+                rates[id(group)] = multiplier(lr), decay
+            sharded = is_sharded(param)
+            transform = matrix_transform(rule, whole(param) if sharded else param)
+            if sharded:
+                transform = on_shards(transform, param)
+            state, (lr, decay) = self._state_of(param), rates[id(group)]
+            part = local_gradient(grad, param)
+            pieces.append(Piece(local(param), part, state, lr, decay, transform, not sharded))
+        return pieces
 
     def _kernel(self, rule: UpdateRule) -> FusedStep | None:
         """The fused step of a rule, unless there is none or `fused` is False."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rnnopt.optim.arguments import as_number
+from rnnopt.optim.kernels.fused import GuardKernel
 from rnnopt.optim.peers import ALONE, Peers
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
 from rnnopt.rules.protocol import State, UpdateRule, statistics_of
@@ -28,8 +29,9 @@ MAX_RISE = 1.0
 # loss along it at its start. Undoing a step need not be exact.
 LAST_STEP, LAST_SLOPE = "last_step", "last_slope"
 _STEP_DTYPE = torch.bfloat16
-# Coordinates that are converted at once: a copy of a whole tensor would take much memory.
-_CHUNK = 1 << 16
+# Coordinates that are converted at once: a copy of a whole tensor would take much memory. On a GPU
+# each operation costs a launch, and few coordinates are done in less time than that.
+_CHUNK, _CHUNK_ELSEWHERE = 1 << 16, 1 << 23
 # Its state in every param group: the number of steps undone; nats by which the loss has risen since
 # its minimum; whether the last batch was skipped; the norm of the largest gradient stepped by.
 GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradient": 0.0}
@@ -77,6 +79,36 @@ class ScaleFreeRule(GuardedRule, Protocol):
         ...
 
 
+class Taken(NamedTuple):
+    """The tensors of a step that a kernel takes.
+
+    Attributes:
+        kernel: the kernel.
+        batches: rows of the work; gradients of a batch have one dtype.
+    """
+
+    kernel: GuardKernel
+    batches: list[list[int]]
+
+
+def taken_by(kernel: GuardKernel, work: Work, states: Sequence[State]) -> Taken:
+    """The tensors that the kernel supports; their states have the guard's leaves."""
+    batches: dict[torch.dtype, list[int]] = {}
+    for row, ((_, param, grad), state) in enumerate(zip(work, states)):
+        part = local_gradient(grad, param)
+        if kernel.supports(part, state[LAST_STEP]):
+            batches.setdefault(part.dtype, []).append(row)
+    return Taken(kernel, list(batches.values()))
+
+
+def begin_guard(work: Work, states: Sequence[State]) -> None:
+    """Give the states the guard's leaves where they have none."""
+    for (_, param, _), state in zip(work, states):
+        if LAST_STEP not in state:
+            with torch.inference_mode(False):
+                state.update(init_guard_state(param))
+
+
 def check_guard(guard: bool | None, rule: UpdateRule) -> None:
     """Check that a required guard can be had.
 
@@ -104,7 +136,10 @@ def init_guard_state(param: Tensor) -> State:
 
 
 def loss_rise(
-    work: Work, states: Sequence[State], peers: Peers = ALONE
+    work: Work,
+    states: Sequence[State],
+    peers: Peers = ALONE,
+    taken: Taken | None = None,
 ) -> tuple[float, bool, float]:
     """Nats by which the loss rose in the last step. Waits for the device.
 
@@ -112,29 +147,45 @@ def loss_rise(
         work: (param group, parameter, its gradient after the last step).
         states: each parameter's state, with the last step in it.
         peers: the processes with the model's other parameters.
+        taken: the tensors that a kernel takes.
 
     Returns:
         The estimate, infinite if no gradient is finite after the step; whether the gradient is
         finite in every coordinate; and the norm of the finite ones.
     """
-    items = [(local_gradient(grad, param), state) for (_, param, grad), state in zip(work, states)]
-    params = [param for _, param, _ in work]
-    ends = [
-        torch.stack([_slope(grad, state[LAST_STEP]), _slope(grad, grad)]) for grad, state in items
-    ]
-    found = total(_with_start(sum_over_shards(ends, params), states))
-    change, square = peers.total(found, 2)
+    grads = [local_gradient(grad, param) for _, param, grad in work]
+    params, steps = [param for _, param, _ in work], [state[LAST_STEP] for state in states]
+    slopes = [state[LAST_SLOPE] for state in states]
+
+    def summed(masked: bool) -> list[float]:
+        rows = sum_over_shards(_ends(grads, steps, masked, taken), params)
+        return peers.total(total(rows, slopes), 4 if masked else 2)
+
+    change, square = summed(masked=False)
     if math.isfinite(change):  # then every coordinate is: one that is not makes the sum infinite
         return change, True, math.sqrt(square)
-    rows = []
-    for grad, state in items:
-        end = _slope(grad, state[LAST_STEP], masked=True)
-        counts = state[LAST_STEP].count_nonzero(), torch.isfinite(grad).count_nonzero()
-        clean = torch.where(torch.isfinite(grad), grad, 0)
-        rows.append(torch.stack([end, _slope(clean, clean), *(c.to(end) for c in counts)]))
-    found = total(_with_start(sum_over_shards(rows, params), states))
-    change, square, moved, finite = peers.total(found, 4)
+    change, square, moved, finite = summed(masked=True)
     return math.inf if moved and not finite else change, False, math.sqrt(square)
+
+
+def _ends(
+    grads: Sequence[Tensor], steps: Sequence[Tensor], masked: bool, taken: Taken | None
+) -> list[Tensor]:
+    """The first two sums of `GuardKernel.ends` for each tensor; masked, all four."""
+    rows: dict[int, Tensor] = {}
+    if taken is not None:
+        for held in taken.batches:
+            found = taken.kernel.ends([grads[i] for i in held], [steps[i] for i in held], masked)
+            rows.update(zip(held, (found if masked else found[:, :2]).unbind()))
+    for i, (grad, step) in enumerate(zip(grads, steps)):
+        if i not in rows:
+            clean = torch.where(torch.isfinite(grad), grad, 0) if masked else grad
+            sums = [_slope(grad, step, masked), _slope(clean, clean)]
+            if masked:
+                counts = step.count_nonzero(), torch.isfinite(grad).count_nonzero()
+                sums += [count.to(sums[0]) for count in counts]
+            rows[i] = torch.stack(sums)
+    return [rows[i] for i in range(len(grads))]
 
 
 def check_last_step(
@@ -144,6 +195,7 @@ def check_last_step(
     all_states: Mapping[Tensor, State],
     rule: UpdateRule,
     peers: Peers = ALONE,
+    taken: Taken | None = None,
 ) -> tuple[bool, bool]:
     """Undo the last step if the loss has risen too far; skip a batch without a usable gradient.
 
@@ -156,15 +208,12 @@ def check_last_step(
         all_states: the state of every parameter.
         rule: the optimizer's, which may say what rise is too far.
         peers: the processes with the model's other parameters.
+        taken: see `loss_rise`.
 
     Returns:
         Whether to take the next step; and whether the gradient is finite in every coordinate.
     """
-    for (_, param, _), state in zip(work, states):
-        if LAST_STEP not in state:
-            with torch.inference_mode(False):
-                state.update(init_guard_state(param))
-    (rise, finite, norm), group = loss_rise(work, states, peers), groups[0]
+    (rise, finite, norm), group = loss_rise(work, states, peers, taken), groups[0]
     largest = group["largest_gradient"]
     # One batch without a finite gradient may be the data's fault and is skipped. A second one in a
     # row is the fault of the step before them; a second gradient that is far larger than all before
@@ -218,6 +267,11 @@ def forget(state: State) -> None:
     state[LAST_SLOPE].zero_()
 
 
+def unguarded(state: State) -> State:
+    """A state without what the guard keeps in it."""
+    return {name: leaf for name, leaf in state.items() if name not in (LAST_STEP, LAST_SLOPE)}
+
+
 class LastStep:
     """Stores a step in the guard's state, in parts: the copy of all parameters would be large.
 
@@ -228,6 +282,7 @@ class LastStep:
         update: the leaf in which the rule keeps its last update, if it keeps it; no copy is needed
             then.
         rate: what a group's lr becomes in this step.
+        taken: the tensors that a kernel takes.
     """
 
     def __init__(
@@ -237,9 +292,10 @@ class LastStep:
         finite: bool,
         update: str | None = None,
         rate: Callable[[float], float] = float,
+        taken: Taken | None = None,
     ) -> None:
         self._work, self._states, self._finite = work, states, finite
-        self._update, self._rate = update, rate
+        self._update, self._rate, self._taken = update, rate, taken
         # all in order: processes may step their parts in another order, and this may communicate
         self._grads = [local_gradient(grad, param) for _, param, grad in work]
         self._slopes: list[Tensor] = [state[LAST_SLOPE] for state in states]
@@ -249,8 +305,10 @@ class LastStep:
         """Within it these rows of the work, and no others, are stepped."""
         if self._update is not None:
             yield
+            kept = self._keep_by_kernel(rows, self._update)
             for row in rows:
-                self._slopes[row] = self._keep_update(row, self._update)
+                if row not in kept:
+                    self._slopes[row] = self._keep_update(row, self._update)
             return
         before = [local(self._work[row][1]).clone() for row in rows]
         yield
@@ -259,16 +317,43 @@ class LastStep:
             self._states[row][LAST_STEP].copy_(old.reshape(-1))
             self._slopes[row] = _slope(self._grads[row], old, masked=not self._finite)
 
+    def _keep_by_kernel(self, rows: Sequence[int], leaf: str) -> set[int]:
+        """As `_keep_update`, of the rows that the kernel takes; returns these."""
+        done: set[int] = set()
+        if self._taken is None:
+            return done
+        kernel, wanted = self._taken.kernel, set(rows)
+        for batch in self._taken.batches:
+            held = [
+                row for row in batch
+                if row in wanted
+                and kernel.keeps(self._states[row][leaf], self._states[row][LAST_STEP])
+            ]  # fmt: skip
+            if held:
+                slopes = kernel.keep(
+                    [self._grads[row] for row in held],
+                    [self._states[row][leaf] for row in held],
+                    [self._states[row][LAST_STEP] for row in held],
+                    [self._lr(row) for row in held],
+                    not self._finite,
+                )
+                for row, slope in zip(held, slopes.unbind()):
+                    self._slopes[row] = slope
+            done.update(held)
+        return done
+
+    def _lr(self, row: int) -> float:
+        return self._rate(as_number("lr", self._work[row][0]["lr"]))
+
     def _keep_update(self, row: int, leaf: str) -> Tensor:
         """Store lr times the rule's update, chunk by chunk; weight decay is left out.
 
         Returns:
             The slope along it, 0-d.
         """
-        (group, _, _), state, slopes = self._work[row], self._states[row], []
-        lr = self._rate(as_number("lr", group["lr"]))
+        state, lr, slopes = self._states[row], self._lr(row), []
         leaves = self._grads[row].reshape(-1), state[leaf], state[LAST_STEP]
-        for grad, update, kept in zip(*(torch.split(x, _CHUNK) for x in leaves)):
+        for grad, update, kept in zip(*(torch.split(x, _chunk(x)) for x in leaves)):
             step = lr * update
             if not self._finite:  # coordinates without a finite gradient kept their values
                 step = torch.where(torch.isfinite(grad), step, 0)
@@ -284,13 +369,18 @@ class LastStep:
                 cleared, because their last step is not part of this one.
         """
         params = [param for _, param, _ in self._work]
-        rows = sum_over_shards([slope.reshape(1) for slope in self._slopes], params)
-        for state, row in zip(self._states, rows):
-            state[LAST_SLOPE].copy_(cast(Tensor, row)[0])
-        stepped = set(params)
-        for param, state in all_states.items():
-            if LAST_STEP in state and param not in stepped:
-                forget(state)
+        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        for state, slope in zip(self._states, sum_over_shards(self._slopes, params)):
+            old, new = by_device.setdefault(state[LAST_SLOPE].device, ([], []))
+            old.append(state[LAST_SLOPE])
+            new.append(cast(Tensor, slope).float())
+        for old, new in by_device.values():
+            torch._foreach_copy_(old, new)
+        if len(all_states) > len(params):
+            stepped = set(params)
+            for param, state in all_states.items():
+                if LAST_STEP in state and param not in stepped:
+                    forget(state)
 
 
 def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
@@ -299,7 +389,7 @@ def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
     Masked, it is over the coordinates with a finite gradient, which takes several passes.
     """
     dtype, parts = torch.promote_types(grad.dtype, torch.float32), []
-    for flat, move in zip(*(torch.split(x.reshape(-1), _CHUNK) for x in (grad, step))):
+    for flat, move in zip(*(torch.split(x.reshape(-1), _chunk(x)) for x in (grad, step))):
         part = flat.to(dtype)
         if masked:
             part = torch.where(torch.isfinite(part), part, 0)
@@ -307,23 +397,28 @@ def _slope(grad: Tensor, step: Tensor, masked: bool = False) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def _with_start(rows: Sequence[Tensor | None], states: Sequence[State]) -> list[Tensor]:
-    """Rows that begin with the slope at the end of the last step -> with the change of the loss."""
-    found = []
-    for row, state in zip(rows, states):
-        end = cast(Tensor, row)
-        change = (state[LAST_SLOPE] + end[:1]) / 2
-        found.append(torch.cat([change, end[1:]]).float())
-    return found
+def _chunk(tensor: Tensor) -> int:
+    """How many coordinates to convert at once."""
+    return _CHUNK if tensor.is_cpu else _CHUNK_ELSEWHERE
 
 
-def total(rows: Sequence[Tensor | None]) -> list[float]:
-    """The sum of all rows. Waits once for each device that holds some."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for row in rows:
-        by_device.setdefault(cast(Tensor, row).device, []).append(cast(Tensor, row))
-    if not by_device:
-        return []
-    sums = [torch.stack(held).sum(dim=0).cpu() for held in by_device.values()]
-    together: list[float] = torch.stack(sums).sum(dim=0).tolist()
+def total(rows: Sequence[Tensor | None], starts: Sequence[Tensor] | None = None) -> list[float]:
+    """The sum of all rows. Waits once for each device that holds some.
+
+    Args:
+        rows: (M,) for each tensor.
+        starts: slopes at the start of the last step, 0-d, where rows begin with those at its end:
+            then they begin with the change of the loss instead.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, row in enumerate(rows):
+        known = cast(Tensor, row)
+        kinds.setdefault((known.device, known.dtype), []).append(i)
+    sums = []
+    for held in kinds.values():
+        found = torch.stack([cast(Tensor, rows[i]) for i in held])
+        if starts is not None:
+            found[:, 0] = (torch.stack([starts[i] for i in held]) + found[:, 0]) / 2
+        sums.append(found.float().sum(dim=0).cpu())
+    together: list[float] = torch.stack(sums).sum(dim=0).tolist() if sums else []
     return together

@@ -37,13 +37,15 @@ class FlatShard:
     group: Any
 
 
+_FSDP1 = "torch.distributed.fsdp._flat_param"
+_ORDINARY = (Tensor, torch.nn.Parameter)
 # None for a parameter of FSDP1 that is not divided
 _flat_shards: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def find_flat_shards(params: Sequence[Tensor]) -> None:
     """Note which of the parameters are parts that FSDP1 has made. Nothing tells an optimizer."""
-    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    module = sys.modules.get(_FSDP1)
     unknown = [p for p in params if is_of_fsdp1(p) and p not in _flat_shards] if module else []
     if not unknown:
         return
@@ -74,12 +76,14 @@ def is_of_fsdp1(tensor: Tensor) -> bool:
 
 def mixes_tensors(param: Tensor) -> bool:
     """Whether this is a flat parameter of FSDP1, in which several tensors lie."""
-    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    module = sys.modules.get(_FSDP1)
     return module is not None and isinstance(param, module.FlatParameter)
 
 
 def flat_shard(tensor: Tensor) -> FlatShard | None:
     """Where this part lies in its parameter, if FSDP1 has made it."""
+    if _FSDP1 not in sys.modules:
+        return None
     known = cast(dict[Tensor, FlatShard | None], _flat_shards)  # its methods have no types
     return known.get(tensor) if len(known) else None
 
@@ -134,6 +138,8 @@ def _flat_groups(params: Sequence[Tensor]) -> dict[Any, list[int]]:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in _ORDINARY:  # most are, and each step asks several times for each tensor
+        return False
     # without an import of the module there are no DTensors, and importing it takes a while
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -281,8 +287,9 @@ def sum_over_shards(
 ) -> list[Tensor | None]:
     """Sums over this process's shards -> sums over the whole tensors.
 
-    One all-reduce for each process group. Every process that holds shards has to call this with
-    the same parameters in the same order.
+    One all-reduce for each process group and device: some of a model's shards may be offloaded to
+    the CPU. Every process that holds shards has to call this with the same parameters in the same
+    order.
 
     Args:
         statistics: (M,) for each parameter, or None for all of them.
@@ -294,12 +301,12 @@ def sum_over_shards(
     Raises:
         TypeError: a parameter is a partial sum, not a shard or a replica.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[Any, str], list[int]] = {}
     for row, param in enumerate(params):
         for group in _shard_groups(param):
-            groups.setdefault(group, []).append(row)
+            groups.setdefault((group, param.device.type), []).append(row)
     totals = list(statistics)
-    for group, rows in groups.items():
+    for (group, _), rows in groups.items():
         if totals[rows[0]] is None:
             break  # the rule treats every coordinate separately
         part = torch.stack([cast(Tensor, totals[row]) for row in rows])
@@ -324,7 +331,7 @@ def share_out(states: Sequence[State], params: Sequence[Tensor], names: Sequence
     for state, param, total in zip(states, params, sum_over_shards(rows, params)):
         if is_sharded(param):
             for name, value in zip(names, cast(Tensor, total)):
-                state[name] = value / shard_count(param)
+                state[name].copy_(value / shard_count(param))
 
 
 def shard_count(param: Tensor) -> int:

@@ -117,6 +117,7 @@ class TwoLevelLSTM(nn.Module):
     step_size = 1e-3  # the unit of decoupled weight decay
     # Leaves that belong to a tensor as a whole and are not 0-d.
     tensor_state = frozenset(_VECTORS)
+    vectors = _VECTORS  # the same in the order of the context
     # Leaves that are sums over coordinates, see `rnnopt.optim.sharding.share_out`.
     summed = ("slope",)
     last_update = "change"  # the leaf that holds it, see `rnnopt.optim.safeguard.LastStep`
@@ -159,11 +160,11 @@ class TwoLevelLSTM(nn.Module):
 
     def largest_rise(self, states: Sequence[State]) -> Tensor:
         """`MAX_RISE` base steps' decrease; see `rnnopt.optim.safeguard.ScaleFreeRule`."""
-        return MAX_RISE * torch.stack([state["unit"] for state in states]).max()
+        return MAX_RISE * _stacked([state["unit"] for state in states]).max()
 
     def promised(self, statistics: Sequence[Tensor]) -> Tensor:
         """The first-order decrease of a base step, 0-d."""
-        sums = Sums(*torch.stack(list(statistics)).unbind(-1))
+        sums = Sums(*_stacked(statistics).unbind(-1))
         return (base_rates(sums)[0] * sums.g_abs).sum()
 
     @property
@@ -371,6 +372,11 @@ class TwoLevelLSTM(nn.Module):
     def _cast(self, tensor: Tensor) -> Tensor:
         """In the dtype of the rule's weights, within bounds whose squares can be summed."""
         return tensor.to(self.output.weight.dtype).clamp(-BOUND, BOUND)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of tensors that may lie on several devices, on that of the first."""
+    return torch.stack([row.to(rows[0]) for row in rows])
 
 
 def advanced_moments(

@@ -448,3 +448,46 @@ def test_a_step_in_parts_is_the_step(units, monkeypatch):
             [*params, *(leaf for state in optimizer.state.values() for leaf in state.values())]
         )
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("how", ["replaced", "changed in place", "in other memory"])
+def test_leaves_that_somebody_changes_count_in_the_next_step(how):
+    """The kernel keeps them as views of one matrix from step to step."""
+    fused, plain = twins(SHAPES)
+    walk((fused, plain), 2)
+    for optimizer in (fused, plain):
+        for param in params_of(optimizer)[:3]:
+            state = optimizer.state[param]
+            for name in ("slope", "last_rate", "memory"):
+                new = -2 * state[name]
+                if how == "replaced":
+                    state[name] = new
+                elif how == "in other memory":  # as those do who move the state to another device
+                    state[name].data = new
+                else:
+                    state[name].copy_(new)
+    walk((fused, plain), 2)
+    assert_equal(fused, plain)
+
+
+def test_tensors_may_join_and_leave_from_step_to_step():
+    fused, plain = twins(SHAPES)
+    generator = torch.Generator().manual_seed(0)
+    for out in (0, 2, 2, 5, 0):
+        for i, (ours, theirs) in enumerate(zip(*map(params_of, (fused, plain)))):
+            grad = 1e-3 * torch.randn(ours.shape, generator=generator)
+            ours.grad, theirs.grad = (None if i == out else grad.clone() for _ in range(2))
+        fused.step(), plain.step()
+    assert_equal(fused, plain)
+
+
+def test_a_copy_of_an_optimizer_has_leaves_of_its_own():
+    fused, _ = twins(SHAPES[:2])
+    walk((fused,), 2)
+    twin, saved = copy.deepcopy(fused), copy.deepcopy(fused.state_dict())
+    before = copy.deepcopy(saved)
+    walk((fused,), 2)
+    for ours, theirs in zip(tree_leaves(saved), tree_leaves(before)):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    walk((twin,), 2)
+    assert_same(fused, twin, 0)

@@ -16,13 +16,18 @@ import pytest
 import torch
 from kernel_twins import assert_equal, params_of
 from rule_table import random_lstm
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rnnopt import LearnedOptimizer
 from rnnopt.optim import optimizer as optimizer_module
+from rnnopt.optim import safeguard
 from rnnopt.optim.kernels import choice
 from rnnopt.optim.kernels.fused import Piece
+from rnnopt.optim.safeguard import LAST_STEP, LastStep, init_guard_state, loss_rise, taken_by
 from rnnopt.rules.two_level import WIDEST
 
+# the interpreter computes with numpy, which warns where a GPU makes a NaN
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -83,6 +88,13 @@ def device(request, monkeypatch):
             return function.rewrite()(*args, **options)
 
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        launched = interpreter.GridExecutor.__call__
+
+        def launch(*args, **options):
+            with _disable_current_modes():  # a launch is none of torch's operations
+                return launched(*args, **options)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
         # every operation takes the interpreter as long, whatever its size; two tiles to a block
         for name, value in {"_LANES": 1024, "_TILES": 2, "_STEP_TILE": 1024}.items():
             monkeypatch.setattr(two_level_cuda, name, value)
@@ -263,6 +275,141 @@ def test_the_statistics_are_those_of_the_plain_rule(device):
     torch.testing.assert_close(found, torch.stack(expected), rtol=2e-5, atol=1e-6)
 
 
+def guarded(device, dtype, spoilt):
+    """Work of the guard, with a last step and an update, and what of it its kernel takes."""
+    from rnnopt.optim.kernels.guard_triton import TritonGuard
+
+    generator = torch.Generator().manual_seed(0)
+    work, states = [], []
+    for shape in [(5000,), (2048,), (), (0,), (3, 7)]:
+        param = torch.zeros(shape, device=device, dtype=dtype)
+        grad, step, update = (torch.randn(shape, generator=generator).flatten() for _ in range(3))
+        if spoilt:
+            grad[-1:], grad[:3], step[1:2] = float("nan"), float("inf"), 0.0
+        state = init_guard_state(param) | {"change": update.to(device)}
+        state[LAST_STEP].copy_(step)
+        state["last_slope"].fill_(0.5)
+        work.append(({"lr": 0.3 + len(work)}, param, grad.view(shape).to(param)))
+        states.append(state)
+    single = torch.zeros(4, device=device, dtype=torch.float64)  # no kernel takes it
+    work.append(({"lr": 1.0}, single, torch.ones_like(single)))
+    states.append(init_guard_state(single) | {"change": single + 2})
+    taken = taken_by(TritonGuard(work[0][1].device), work, states)
+    assert taken.batches == [[0, 1, 2, 3, 4]]
+    return work, states, taken
+
+
+@everywhere
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rise_by_the_kernel_is_that_without_it(device, dtype, spoilt):
+    work, states, taken = guarded(device, dtype, spoilt)
+    ours, theirs = (loss_rise(work, states, taken=each) for each in (taken, None))
+    assert ours[1] == theirs[1] == (not spoilt)
+    assert (ours[0], ours[2]) == pytest.approx((theirs[0], theirs[2]), rel=1e-4, abs=1e-3)
+
+
+@everywhere
+def test_without_a_finite_gradient_the_rise_is_infinite_by_the_kernel_too(device):
+    work, states, taken = guarded(device, torch.float32, True)
+    for _, _, grad in work:
+        grad.fill_(float("nan"))
+    assert loss_rise(work, states, taken=taken) == (float("inf"), False, 0.0)
+
+
+@everywhere
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_that_the_kernel_keeps_is_that_without_it(device, dtype, spoilt):
+    kept = []
+    for with_kernel in (True, False):
+        work, states, taken = guarded(device, dtype, spoilt)
+        last = LastStep(
+            work, states, not spoilt, "change", lambda lr: lr / 2, taken if with_kernel else None
+        )
+        for rows in ([4, 0, 3], [1, 2, 5]):
+            with last.recorded(rows):
+                pass
+        last.finish({})
+        kept.append(states)
+    for ours, theirs in zip(*kept):
+        assert torch.equal(ours[LAST_STEP], theirs[LAST_STEP])
+        torch.testing.assert_close(ours["last_slope"], theirs["last_slope"], rtol=1e-4, atol=1e-3)
+
+
+@everywhere
+def test_the_guard_takes_tensors_by_its_kernel_where_the_step_has_one(device, monkeypatch):
+    from rnnopt.optim.kernels.guard_triton import TritonGuard
+
+    fused, plain = twins(device, shapes=[(40, 30), (5,)], guard=True)
+    walk((fused, plain), 2)
+    called = []
+    for name in ("ends", "keep"):
+        method = getattr(TritonGuard, name)
+        monkeypatch.setattr(
+            TritonGuard, name, lambda *a, _m=method, _n=name: called.append(_n) or _m(*a)
+        )
+    walk((plain,), 1)
+    assert called == []
+    walk((fused,), 1)
+    assert called == ["ends", "keep"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of(optimizer):
+    """How many operations of torch its next step takes; launches of kernels do not count."""
+    with Operations() as seen:
+        optimizer.step()
+    return seen.count
+
+
+@everywhere
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_step_has_as_many_operations_whatever_the_size_of_a_tensor(device, guard, monkeypatch):
+    for name in ("_CHUNK", "_CHUNK_ELSEWHERE"):
+        monkeypatch.setattr(safeguard, name, 1000)
+    counts = []
+    for size in (10, 10_000):
+        fused, _ = twins(device, shapes=[(size,)], guard=guard)
+        walk((fused,), 2)
+        counts.append(operations_of(fused))
+    assert counts[0] == counts[1]
+
+
+@everywhere
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_step_has_as_many_operations_whatever_the_number_of_tensors(device, guard):
+    counts = []
+    for tensors in (2, 8):
+        fused, _ = twins(device, shapes=[(4, 3), *[(9,)] * tensors], guard=guard)
+        walk((fused,), 2)
+        counts.append(operations_of(fused))
+    assert counts[0] == counts[1]
+
+
+@everywhere
+def test_a_step_that_ruins_the_model_is_undone_by_the_kernel_as_without_it(device):
+    fused, plain = twins(device, shapes=[(40, 30), (5,)], guard=True, lr=10.0)
+    for _ in range(4):
+        for optimizer in (fused, plain):
+            for param in params_of(optimizer):
+                param.grad = 100.0 * param.detach()
+            optimizer.step()
+        assert fused.undone == plain.undone
+        for ours, theirs in zip(params_of(fused), params_of(plain)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)  # of steps of 2
+    assert fused.undone > 0
+
+
 @everywhere
 def test_it_takes_what_its_pointers_can_bear(device):
     from rnnopt.optim.kernels.two_level_cuda import TritonStep
@@ -344,8 +491,9 @@ def test_large_tensors_of_20_steps_are_those_of_the_plain_rule(device):
 
 
 @gpu_only
-def test_beside_its_state_a_step_takes_four_bytes_a_coordinate(device):
-    fused, _ = twins(device, shapes=[(4_000_000,)])
+@pytest.mark.parametrize("guard", [False, True])
+def test_beside_its_state_a_step_takes_four_bytes_a_coordinate(device, guard):
+    fused, _ = twins(device, shapes=[(4_000_000,)], guard=guard)
     fused.param_groups[0]["params"][0].grad = torch.ones(4_000_000, device=device)
     for _ in range(2):
         fused.step()

@@ -238,3 +238,14 @@ def test_normalised_directions_fade_with_the_gradient():
             update, state = rule(size * grad, state, param)
         rate = FIRST_DISTANCE / math.sqrt(50)
         assert update.square().mean().sqrt() == pytest.approx(length * rate, rel=1e-3)
+
+
+def test_what_the_guard_asks_takes_tensors_of_several_devices():
+    """A tensor without values stands for one on another device."""
+    rule, params = random_lstm(), tensors()
+    states = [rule.init_state(param) for param in params]
+    rows = [statistics_of(rule, param, param, state) for param, state in zip(params, states)]
+    assert not rule.largest_rise(states).is_meta and not rule.promised(rows).is_meta
+    states[0] = {name: leaf.to("meta") for name, leaf in states[0].items()}
+    assert rule.largest_rise(states).is_meta
+    assert rule.promised([rows[0].to("meta"), *rows[1:]]).is_meta

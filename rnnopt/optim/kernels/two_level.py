@@ -20,19 +20,22 @@ from rnnopt.optim.kernels.cpu import blocks_of, load, share
 from rnnopt.optim.kernels.fused import (
     Around,
     FusedStep,
+    Leaves,
     Measured,
     Piece,
     parts_by_size,
     unwatched,
 )
 from rnnopt.optim.kernels.narrow import narrow_matrices
+from rnnopt.rules.protocol import State
 from rnnopt.rules.tensor_features import FLOOR, Sums
 from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
 
 SOURCE = Path(__file__).with_name("two_level.c")
 # Those that two_level.c adds up, in its order. The other one, `slope`, is a leaf of the state.
 ADDED = [i for i, name in enumerate(Sums._fields) if name != "slope"]
-_POINTERS = ("param", "grad", "m", "v", "change", "cell", "direction")
+_COORDINATE_WISE = ("m", "v", "change", "cell")
+_POINTERS = ("param", "grad", *_COORDINATE_WISE, "direction")
 _NUMBERS = (
     "m_correction", "v_correction", "last_rate", "begun", "last_rms", "growth", "rate", "adam",
     "gradient", "last", "of_cell", "lr", "decay",
@@ -54,7 +57,8 @@ class TwoLevelStep(FusedStep):
     def supports(self, piece: Piece) -> bool:
         """See `FusedStep.supports`."""
         rule, size = self._two_level, piece.param.numel()
-        tensors = (piece.param, piece.grad, *piece.state.values())
+        leaves = [piece.state[name] for name in (*_COORDINATE_WISE, *leaf_names(rule))]
+        tensors = (piece.param, piece.grad, *leaves)
         return (
             # directions of a matrix are computed for it as a whole
             (piece.transform is None or piece.whole)
@@ -63,11 +67,13 @@ class TwoLevelStep(FusedStep):
             and all(piece.state[name].shape == (size,) for name in ("m", "v", "change"))
             and piece.state["cell"].shape in ((0, size), (rule.coordinate_units, size))
             and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-            and all(x.is_contiguous() for x in (piece.param, *piece.state.values()))
+            and all(x.is_contiguous() for x in (piece.param, *leaves))
         )
 
-    def measure(self, pieces: Sequence[Piece]) -> Measured:
+    def measure(self, pieces: Sequence[Piece], leaves: Leaves | None = None) -> Measured:
         """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
+        leaves = leaves or Leaves()
+        shared = leaves.of([piece.state for piece in pieces], leaf_names(self._two_level))
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
         directions = [
             torch.empty(piece.param.numel())
@@ -76,7 +82,7 @@ class TwoLevelStep(FusedStep):
             else torch.zeros(0 if piece.transform is None else piece.param.numel())
             for piece in pieces
         ]
-        rule, tensors = self._rule_record(), self._table(pieces, grads, directions)
+        rule, tensors = self._rule_record(), self._table(pieces, grads, directions, shared[1])
         blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
         partial = np.zeros((len(blocks), len(ADDED)))
         pointers = [array.ctypes.data for array in (rule, tensors, blocks)]
@@ -90,16 +96,21 @@ class TwoLevelStep(FusedStep):
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(partial))
         statistics = torch.zeros(len(pieces), len(Sums._fields))
         statistics[:, ADDED] = sums.float()
-        slopes = torch.stack([piece.state["slope"] for piece in pieces])
-        statistics[:, Sums._fields.index("slope")] = slopes
-        return Measured(pieces, statistics, (rule, tensors, blocks, grads, directions))
+        statistics[:, Sums._fields.index("slope")] = shared[1]["slope"]
+        kept = (rule, tensors, blocks, grads, directions)
+        return Measured(pieces, statistics, (*shared, *kept))
+
+    def context(self, measured: Measured) -> Tensor:
+        """See `FusedStep.context`."""
+        return context_of(self._two_level, measured.statistics, measured.kept[1])
 
     def step(
         self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
         around: Around = unwatched,
     ) -> None:  # fmt: skip
         """See `FusedStep.step`; the context is (P, K)."""
-        pieces, (rule, tensors, blocks, grads, directions) = measured.pieces, measured.kept
+        pieces, (matrix, _, *kept) = measured.pieces, measured.kept
+        rule, tensors, blocks, grads, directions = kept
         decisions = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
         tensors["growth"] = torch.expm1(decisions.growth).numpy()
         for name in ("rate", "adam", "gradient", "last"):
@@ -125,12 +136,16 @@ class TwoLevelStep(FusedStep):
                 share(step_blocks, blocks[first:last])
         sums = torch.zeros(len(pieces), dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(blocks["tensor"].copy()), torch.from_numpy(slopes))
-        keep_leaves(self._two_level, pieces, context, sums.float())
+        keep_leaves(matrix, context, sums.float())
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
     def _table(
-        self, pieces: Sequence[Piece], grads: Sequence[Tensor], directions: Sequence[Tensor]
+        self,
+        pieces: Sequence[Piece],
+        grads: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        leaves: State,
     ) -> np.ndarray:
         """`Tensor` of two_level.c for each piece, without what depends on the context."""
         rule, tensors = self._two_level, np.zeros(len(pieces), dtype=self._layout)
@@ -144,7 +159,7 @@ class TwoLevelStep(FusedStep):
             for piece, grad, direction in zip(pieces, grads, directions)
         ]  # fmt: skip
         tensors["count"] = [piece.param.numel() for piece in pieces]
-        numbers = numbers_before_step(rule, pieces)
+        numbers = numbers_before_step(rule, leaves)
         tensors["gate_shift"][:, :-1] = numbers.pop("gate_shift").numpy()
         for name, values in numbers.items():
             tensors[name] = values.numpy()
@@ -170,22 +185,31 @@ class TwoLevelStep(FusedStep):
         return np.concatenate([*padded, constants]).astype(np.float32)
 
 
-def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+def leaf_names(rule: TwoLevelLSTM) -> tuple[str, ...]:
+    """The leaves of tensors as a whole; those that a step changes are the first and the last."""
+    return ("slope", *rule.leaves, *rule.vectors)
+
+
+def context_of(rule: TwoLevelLSTM, statistics: Tensor, leaves: State) -> Tensor:
+    """`TwoLevelLSTM.cross_tensor_context` of tensors with these leaves, stacked."""
+    known = {name: leaves[name] for name in rule.leaves}
+    known |= {name: leaves[name].contiguous() for name in rule.vectors}
+    return rule.cross_tensor_context(statistics, known)
+
+
+def numbers_before_step(rule: TwoLevelLSTM, leaves: State) -> dict[str, Tensor]:
     """What all coordinates of a tensor share before the step, on the device of the state.
 
     Args:
         rule: the rule.
-        pieces: P of them.
+        leaves: of P tensors, stacked.
 
     Returns:
         gate_shift (P, 3 H), then (P,) each: m_correction and v_correction, 1 / (1 - beta^t);
         last_rate, 1 / (the last rate + FLOOR); begun, 1 after the first step; and last_rms, the
         logarithm of the RMS of the last gradient + FLOOR.
     """
-    step, rate, rms, hidden = (
-        torch.stack([piece.state[name] for piece in pieces])
-        for name in ("step", "last_rate", "last_rms", "hidden")
-    )
+    step, rms, hidden = leaves["step"], leaves["last_rms"], leaves["hidden"].contiguous()
     shift = hidden[:, :0]
     if rule.coordinate_units:
         shift = F.linear(hidden, rule.gates_context.weight, rule.gates.bias).detach()
@@ -193,29 +217,23 @@ def numbers_before_step(rule: TwoLevelLSTM, pieces: Sequence[Piece]) -> dict[str
         "gate_shift": shift,
         "m_correction": 1 / (1 - BETAS[0] ** (step + 1)),
         "v_correction": 1 / (1 - BETAS[1] ** (step + 1)),
-        "last_rate": 1 / (rate + FLOOR),
+        "last_rate": 1 / (leaves["last_rate"] + FLOOR),
         "begun": (rms > 0).to(rms.dtype),
         "last_rms": torch.log(rms + FLOOR),
     }
 
 
-def keep_leaves(
-    rule: TwoLevelLSTM, pieces: Sequence[Piece], context: Tensor, slopes: Tensor
-) -> None:
+def keep_leaves(matrix: Tensor, context: Tensor, slopes: Tensor) -> None:
     """Write the leaves of the state that belong to whole tensors, and the slopes.
 
     Args:
-        rule: the rule.
-        pieces: P of them.
-        context: (P, K).
-        slopes: the sum of update times gradient of each piece, (P,).
+        matrix: `leaf_names` of P tensors, see `Leaves.of`.
+        context: (P, K); `TwoLevelLSTM.leaves_of` are its last columns, in the matrix's order.
+        slopes: the sum of update times gradient of each tensor, (P,).
     """
-    old: list[Tensor] = []
-    new: list[Tensor] = []
-    for name, values in {"slope": slopes, **rule.leaves_of(context)}.items():
-        old += [piece.state[name] for piece in pieces]
-        new += values.unbind()
-    torch._foreach_copy_(old, new)
+    new = context[:, len(Decisions._fields) :]
+    matrix[:, 0] = slopes
+    matrix[:, -new.shape[1] :] = new
 
 
 def build_two_level(units: int) -> ctypes.CDLL:

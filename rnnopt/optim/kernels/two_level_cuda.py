@@ -10,7 +10,6 @@ Shapes: P tensors, H units of the coordinate-wise LSTM, M statistics, K numbers 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnopt.optim.kernels.fused import Around, FusedStep, Measured, Piece, unwatched
+from rnnopt.optim.kernels.fused import Around, FusedStep, Leaves, Measured, Piece, unwatched
+from rnnopt.optim.kernels.guard_triton import TritonGuard
+from rnnopt.optim.kernels.launch import (
+    OPTIONS,
+    WARPS,
+    blocks_of,
+    current,
+    sums_of_blocks,
+    to_device,
+)
 from rnnopt.optim.kernels.narrow import narrow_matrices
-from rnnopt.optim.kernels.two_level import keep_leaves, numbers_before_step
+from rnnopt.optim.kernels.two_level import (
+    context_of,
+    keep_leaves,
+    leaf_names,
+    numbers_before_step,
+)
 from rnnopt.optim.kernels.two_level_triton import (
     SUMS,
     TYPES,
-    added,
     measure_block,
     step_block,
 )
@@ -33,20 +45,12 @@ from rnnopt.rules.tensor_features import Sums
 from rnnopt.rules.two_level import BETAS, BOUND, Decisions, TwoLevelLSTM
 
 MAX_UNITS = 32
-_WARPS = 4
-_LANES = 32 * _WARPS
+_LANES = 32 * WARPS
 # With so many units at most, a thread has two coordinates in the first pass, which share each load
 # of a weight. The inputs of more would not fit the registers.
 _PAIRED_UNITS = 4
 _TILES = 8  # of a block in the first pass: its 15 sums across threads take as long as half a tile
 _STEP_TILE = 4 * _LANES
-_ADDED = 4096  # numbers that are added up at once
-_OPTIONS: dict[str, Any] = {
-    "num_warps": _WARPS,
-    # Triton's default changes with its version; without it every product is rounded, at twice the
-    # instructions
-    "enable_fp_fusion": True,
-}
 _CONSTANTS: dict[str, Any] = {
     "BETA1": BETAS[0], "GAIN1": 1 - BETAS[0], "BETA2": BETAS[1], "GAIN2": 1 - BETAS[1],
 }  # fmt: skip
@@ -68,53 +72,65 @@ class TritonStep(FusedStep):
         two_level: the rule; the step runs on its device.
     """
 
+    guard: TritonGuard
+
     def __init__(self, two_level: TwoLevelLSTM) -> None:
         self._two_level = two_level
         # kept, since looking up a module's weight takes longer than all checks of a tensor
         self._units, self._device = two_level.coordinate_units, two_level.output.weight.device
+        self.guard = TritonGuard(self._device)
 
     def supports(self, piece: Piece) -> bool:
         """See `FusedStep.supports`."""
-        state, size, device = piece.state, piece.param.numel(), self._device
-        cell = state["cell"]
-        pointed = (state["m"], state["v"], state["change"], cell)
+        param, grad, state, device = piece.param, piece.grad, piece.state, self._device
+        m, v, change, cell = (state[name] for name in ("m", "v", "change", "cell"))
+        size = (param.numel(),)
+        for leaf in (m, v, change, cell):
+            if leaf.dtype != torch.float32 or leaf.device != device or not leaf.is_contiguous():
+                return False
         return (
             # directions of a matrix are computed for it as a whole
             (piece.transform is None or piece.whole)
             # a kernel trusts its pointers; the plain rule raises where sizes differ
-            and piece.grad.shape == piece.param.shape
-            and all(leaf.shape == (size,) for leaf in pointed[:3])
-            and (cell.shape == (self._units, size) or cell.shape == (0, size))
-            and piece.param.dtype in TYPES
-            and piece.grad.dtype in TYPES
-            and all(leaf.dtype == torch.float32 for leaf in pointed)
-            and all(x.device == device for x in (piece.param, piece.grad, *pointed))
-            and all(x.is_contiguous() for x in (piece.param, *pointed))
+            and grad.shape == param.shape
+            and m.shape == v.shape == change.shape == size
+            and cell.shape in ((self._units, *size), (0, *size))
+            and param.dtype in TYPES
+            and grad.dtype in TYPES
+            and param.device == device
+            and grad.device == device
+            and param.is_contiguous()
         )
 
-    def measure(self, pieces: Sequence[Piece]) -> Measured:
+    def measure(self, pieces: Sequence[Piece], leaves: Leaves | None = None) -> Measured:
         """See `FusedStep.measure`; the statistics are `Sums`. The coordinate-wise LSTM advances."""
         rule, device = self._two_level, self._device
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive to the last launch
         counts = tuple(piece.param.numel() for piece in pieces)
         types = [TYPES[dtype] for dtype in pieces[0].dtypes]
-        with _current(device):
+        leaves = leaves or Leaves()
+        with current(device):
+            matrix, known = leaves.of([piece.state for piece in pieces], leaf_names(rule))
             sizes = [
-                count if len(piece.state["cell"]) else 0 for piece, count in zip(pieces, counts)
+                count if piece.state["cell"].numel() else 0 for piece, count in zip(pieces, counts)
             ]
             directions = torch.empty(sum(sizes), device=device, dtype=torch.float32)
             # Made at every step, because gradients move and rates change, and a check whether any
-            # did would take as long. 80 bytes per tensor from pinned memory, which torch keeps
-            # until the copy is done, so the host does not wait.
+            # did would take as long. 80 bytes per tensor.
             rows = _table(rule, pieces, grads, directions, sizes).view(np.int64)
-            table = _to_device(rows.reshape(len(pieces), -1), device)
-            numbers = numbers_before_step(rule, pieces)
+            table = to_device(rows.reshape(len(pieces), -1), device)
+            numbers = numbers_before_step(rule, known)
             shared = torch.column_stack(tuple(numbers.values()))
             sums = _sums(rule, table, shared, counts, types)
-            slopes = torch.stack([piece.state["slope"] for piece in pieces]).unsqueeze(1)
             place = Sums._fields.index("slope")
+            slopes = known["slope"].unsqueeze(1)
             statistics = torch.cat([sums[:, :place], slopes, sums[:, place:]], 1)
-        return Measured(pieces, statistics, (table, numbers, counts, types, grads, directions))
+        kept = (matrix, known, table, numbers, counts, types, grads, directions)
+        return Measured(pieces, statistics, kept)
+
+    def context(self, measured: Measured) -> Tensor:
+        """See `FusedStep.context`."""
+        return context_of(self._two_level, measured.statistics, measured.kept[1])
 
     def step(
         self, measured: Measured, context: Tensor, rows: Sequence[int] = (),
@@ -122,20 +138,20 @@ class TritonStep(FusedStep):
     ) -> None:  # fmt: skip
         """See `FusedStep.step`; the context is (P, K). All pieces are one part."""
         rule, pieces = self._two_level, measured.pieces
-        table, numbers, counts, types, grads, _ = measured.kept
+        matrix, _, table, numbers, counts, types, grads, _ = measured.kept
         d = Decisions(*context[:, : len(Decisions._fields)].unbind(1))
-        with _current(table.device):
+        with current(table.device):
             extra = _orthogonal_directions(pieces, grads, d)  # alive to the last launch
             if extra:
                 pointers = [extra[i].data_ptr() if i in extra else 0 for i in range(len(pieces))]
-                table[:, _EXTRA] = _to_device(np.array(pointers), table.device)
+                table[:, _EXTRA] = to_device(np.array(pointers), table.device)
             decided = (
                 numbers["m_correction"], numbers["v_correction"], torch.expm1(d.growth), d.rate,
                 d.adam, d.gradient, d.last, d.cell,
             )  # fmt: skip
             with around(rows):
                 slopes = _step(rule, table, torch.stack(decided, 1), counts, types)
-        keep_leaves(rule, pieces, context, slopes)
+        keep_leaves(matrix, context, slopes)
         # autograd did not see the writes; this makes it refuse an older graph, as it does otherwise
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
 
@@ -158,11 +174,6 @@ def _orthogonal_directions(
     return extra
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make it CUDA's current device: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 @functools.cache
 def problem(units: int, device: torch.device) -> str | None:
     """Why there is no kernel for this many units of a coordinate on this device; None if there is.
@@ -178,10 +189,13 @@ def problem(units: int, device: torch.device) -> str | None:
     piece = Piece(param, param.clone(), rule.init_state(param), 1.0, 0.0)
     try:
         with torch.no_grad():
-            step, leaves = TritonStep(rule), (*rule.leaves, *rule.tensor_state)
+            step = TritonStep(rule)
             measured = step.measure([piece])
-            states = {name: piece.state[name].unsqueeze(0) for name in leaves}
-            step.step(measured, rule.cross_tensor_context(measured.statistics, states))
+            step.step(measured, step.context(measured))
+            kept = torch.zeros_like(param, dtype=torch.bfloat16)
+            for masked in (False, True):
+                step.guard.keep([param], [param], [kept], [1.0], masked)
+                step.guard.ends([param], [kept], masked)
     except Exception as error:  # Triton's tool chain raises many undocumented classes
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -199,12 +213,13 @@ def _table(
     table = np.zeros(len(pieces), dtype=LAYOUT)
     starts = directions.data_ptr() + directions.element_size() * np.cumsum([0, *sizes])
     table["pointers"] = [
-        [
-            piece.param.data_ptr(), grad.data_ptr(),
-            *(piece.state[name].data_ptr() for name in ("m", "v", "change")),
-            piece.state["cell"].data_ptr() if size else 0, start if size else 0, 0,
-        ]
+        (
+            piece.param.data_ptr(), grad.data_ptr(), state["m"].data_ptr(), state["v"].data_ptr(),
+            state["change"].data_ptr(), state["cell"].data_ptr() if size else 0,
+            start if size else 0, 0,
+        )
         for piece, grad, start, size in zip(pieces, grads, starts.tolist(), sizes)
+        for state in [piece.state]
     ]  # fmt: skip
     table["count"] = [piece.param.numel() for piece in pieces]
     table["lr"] = [piece.lr for piece in pieces]
@@ -225,15 +240,15 @@ def _sums(
     tile = (2 if paired else 1) * _LANES
     # left to itself the compiler takes so many registers that fewer blocks run at once
     limit = {} if torch.version.hip else {"maxnreg": 96 if paired else 128}
-    blocks, starts = _blocks(counts, _TILES * tile, table.device)
+    blocks, starts = blocks_of(counts, _TILES * tile, table.device)
     partial = torch.empty(len(blocks), SUMS, device=table.device, dtype=torch.float32)
     if len(blocks):
         measure_block[(len(blocks),)](
             table, blocks, shared, *weights, partial, BOUND, **_CONSTANTS, HIDDEN=units,
             LANES=_LANES, TILE=tile, TILES=_TILES, PARAM=types[0], GRAD=types[1],
-            **_OPTIONS, **limit,
+            **OPTIONS, **limit,
         )  # fmt: skip
-    return _added(partial, starts, len(counts))
+    return sums_of_blocks(partial, starts, len(counts))
 
 
 def _step(
@@ -244,44 +259,11 @@ def _step(
     types: Sequence[Any],
 ) -> Tensor:
     """The second pass: the slopes, the sums of update times gradient, (P,); deterministic."""
-    blocks, starts = _blocks(counts, _STEP_TILE, table.device)
+    blocks, starts = blocks_of(counts, _STEP_TILE, table.device)
     slopes = torch.empty(len(blocks), 1, device=table.device, dtype=torch.float32)
     if len(blocks):
         step_block[(len(blocks),)](
             table, blocks, decided, slopes, BOUND, **_CONSTANTS, HIDDEN=rule.coordinate_units,
-            TILE=_STEP_TILE, PARAM=types[0], GRAD=types[1], **_OPTIONS,
+            TILE=_STEP_TILE, PARAM=types[0], GRAD=types[1], **OPTIONS,
         )  # fmt: skip
-    return _added(slopes, starts, len(counts)).squeeze(1)
-
-
-def _added(partial: Tensor, starts: Tensor, tensors: int) -> Tensor:
-    """The rows of each tensor's blocks added up, (P, columns)."""
-    columns = partial.shape[1]
-    width = 1 << (columns - 1).bit_length()
-    sums = torch.empty(tensors, columns, device=partial.device, dtype=torch.float32)
-    added[(tensors,)](
-        starts, partial, sums, COLUMNS=columns, WIDTH=width, ROWS=_ADDED // width, **_OPTIONS
-    )
-    return sums
-
-
-@functools.lru_cache(maxsize=32)
-def _blocks(counts: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every tensor cut into blocks of `size` coordinates.
-
-    Returns:
-        For each block the index of its tensor and its index there, (blocks, 2); for each tensor the
-        index of its first block, and the number of all blocks, (P + 1,).
-    """
-    block_counts = -(-np.array(counts, dtype=np.int64) // size)
-    starts = np.concatenate([[0], np.cumsum(block_counts)])
-    tensors = np.repeat(np.arange(len(counts)), block_counts)
-    blocks = np.stack([tensors, np.arange(starts[-1]) - starts[tensors]], axis=1)
-    return _to_device(blocks.astype(np.int32), device), _to_device(starts.astype(np.int32), device)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return sums_of_blocks(slopes, starts, len(counts)).squeeze(1)
