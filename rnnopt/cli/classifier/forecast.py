@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import JUDGED, affordable
-from rnnopt.tasks.text.estimator.evidence import MOST_FOLDS, Labelled
+from rnnopt.tasks.text.estimator.adaptation import ADAPTATION_FOLDS, JUDGED, affordable
+from rnnopt.tasks.text.estimator.evidence import Labelled
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.steps import Adaptation, Plan
 
@@ -51,7 +51,7 @@ def forecast(
         step = adaptation.seconds_per_step()
     finally:
         adaptation.end(keep=False)
-    most = len(objective.folds(labels, MOST_FOLDS, plan.seed))
+    most = len(objective.folds(labels, ADAPTATION_FOLDS, plan.seed))
     folds = affordable(most, plan, step) if plan.steps else 0
     judged = len({*JUDGED, plan.steps} & {*range(1, plan.steps + 1)})
     seconds = (folds + 1) * plan.steps * step + judged * len(texts) * forward if folds else 0.0
