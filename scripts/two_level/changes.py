@@ -19,7 +19,7 @@ RATE, GROWTH, ADAM = (Decisions._fields.index(name) for name in ("rate", "growth
 # in the context, which has no rows and columns
 LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
 TOP = 3  # layers, at most: those of a cache
-GROWN = 0.05  # weight of growth in steps
+GROWN = 0.1  # weight of growth in steps
 MOST = 0.98  # of a bound, which an output reaches at infinity only
 
 

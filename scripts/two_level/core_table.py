@@ -114,6 +114,8 @@ def one_setting(cells: dict[str, tuple[Figures, dict[str, Figures]]]) -> list[st
     lines = []
     for kind in ("head", "lora", "full"):
         own = [found for cell, found in cells.items() if f"-{kind}-" in cell]
+        if not own:
+            continue
         named = {name for _, methods in own for name in methods if ".safetensors" not in name}
         for name in ["the rule", *sorted(named, key=_order)]:
             found = [
@@ -136,9 +138,10 @@ def _compared(found: list[tuple[Figures, Figures | None]], place: int) -> tuple[
     if any(own is None or len(own["accuracy"]) <= place for pair in found for own in pair):
         return "-", "-"
     means = np.array([[own["accuracy"][place].mean() for own in pair if own] for pair in found])
+    if found[0][0] is found[0][1] or len(means) < 2:  # one value has no interval
+        return f"{means[:, 1].mean():.3f}", ""
     more = interval(means[:, 0] - means[:, 1])
-    same = found[0][0] is found[0][1]
-    return f"{means[:, 1].mean():.3f}", "" if same else f"{more['mean']:+.3f} ± {more['ci95']:.3f}"
+    return f"{means[:, 1].mean():.3f}", f"{more['mean']:+.3f} ± {more['ci95']:.3f}"
 
 
 def main(words: Sequence[str] | None = None) -> None:

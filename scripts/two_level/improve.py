@@ -24,30 +24,23 @@ import argparse
 import json
 import multiprocessing
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from changes import KINDS, Changes, aimed_at, changed, kind_of, missed
+from changes import KINDS, Changes, changed, kind_of
 from curriculum import CPU, GPU, Drawn, Profile, draw
 from encoder import Encoder
+from lessons import MOST_STEPS, teach
 from tasks import TaskBatch
 from texts import Texts
 from torch import Tensor
 from train import STATE_FILE, Draw, MetaTraining, drawing, material
-from unroll import (
-    TrainedRule,
-    gradients,
-    initial_states,
-    measure,
-    meta_loss_of,
-    move,
-    tensor_leaves,
-)
+from unroll import TrainedRule, adapted, meta_loss_of
 
+from rnnopt.rules.protocol import State
 from rnnopt.storage.files import write_atomically
 
 # The values tried of each change, one after the other, each with the best of those before; rates by
@@ -56,36 +49,25 @@ TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "g
 RATES = {
     "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }  # fmt: skip
-MOST_STEPS = 16
 JUDGED = (1, 2, 3, 5, 10)  # numbers of steps besides the last
 # Tasks as users have them: of the encoder itself, two or three layers. Without second order they
 # take little memory. The curriculum's are mostly smaller, and a head may grow faster in them.
 USUAL = CPU._replace(depths=(0.1, 0.5, 0.4), whole=0.2, tasks=3, gigabytes=12.0)
 USUAL_ON_GPU = GPU._replace(depths=(0.1, 0.5, 0.4), whole=0.5, tasks=8, gigabytes=400.0)
-# Of the batches by which the rule is taught: as users have them; and of kinds with changes, each of
-# which is as frequent as the others.
-OF_USUAL, ASKED = 0.8, 0.6
-META_LR, LAST_META_LR = 6e-3, 4e-4
-COORDINATES = 0.1  # weight of what the coordinate-wise LSTM is told
 
 
 def meta_loss(rule: TrainedRule, tasks: TaskBatch, changes: Changes) -> Tensor:
     """The weighted query losses with these changes, the mean over tasks, 0-d; for `no_grad`."""
-    params, states = list(tasks.start), initial_states(rule, tasks)
     steps = tasks.spec.steps
     judged = [step for step in JUDGED if step < steps]
     weights = {step: 0.6 * step / sum(judged) for step in judged} | {steps: 0.4}
     total = torch.zeros(())
-    lowest = tasks.query_losses(params)[0]
-    for step in range(1, steps + 1):
-        leaves = [x.detach().requires_grad_() for x in params]
-        with torch.enable_grad():
-            grads = gradients(tasks, leaves, create_graph=False)
-        measured = measure(rule, tasks, params, grads, states)
-        context = rule.cross_tensor_context(measured.statistics, tensor_leaves(states))
-        context = changed(context, changes.of(tasks, step))
-        updates, states = move(rule, tasks, measured, states, context)
-        params = [param + update for param, update in zip(params, updates)]
+    lowest = tasks.query_losses(tasks.start)[0]
+
+    def decide(step: int, statistics: Tensor, seen: State) -> Tensor:
+        return changed(rule.cross_tensor_context(statistics, seen), changes.of(tasks, step))
+
+    for step, params in enumerate(adapted(rule, tasks, decide)):
         if step in weights:
             plain, best, _ = tasks.query_losses(params)
             total = total + weights[step] * meta_loss_of(plain, best, lowest, tasks.spec.ways)
@@ -187,92 +169,6 @@ def training(state: Path, texts: Texts, encoders: list[Encoder]) -> MetaTraining
     run.restore(state)
     run.rule.load_state_dict(run.average)
     return run
-
-
-class Pupil(NamedTuple):
-    """A rule whose decisions are compared, and the outputs behind the latest ones."""
-
-    rule: TrainedRule
-    outputs: list[Tensor]
-
-    @classmethod
-    def of(cls, rule: TrainedRule) -> Pupil:
-        """Keep what the rule's output layer gives."""
-        outputs = list[Tensor]()
-        rule.output.register_forward_hook(lambda _, __, output: outputs.append(output))
-        return cls(rule, outputs)
-
-
-def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes) -> Tensor:
-    """How far a rule's outputs are from its teacher's with the changes, where the rule goes."""
-    params, states = list(tasks.start), initial_states(pupil.rule, tasks)
-    units = pupil.rule.tensor_units
-    own: dict[str, Tensor] = {}
-    other: dict[str, Tensor] = {}
-    losses = []
-    for step in range(1, tasks.spec.steps + 1):
-        leaves = [x.detach().requires_grad_() for x in params]
-        grads = gradients(tasks, leaves, create_graph=False)
-        with torch.no_grad():
-            measured = measure(pupil.rule, tasks, params, grads, states)
-            seen = tensor_leaves(states)
-            aim = teacher.rule.cross_tensor_context(measured.statistics, {**seen, **other})
-            other = {"hidden": aim[..., -2 * units : -units], "memory": aim[..., -units:]}
-        context = pupil.rule.cross_tensor_context(measured.statistics, {**seen, **own})
-        own = {"hidden": context[..., -2 * units : -units], "memory": context[..., -units:]}
-        asked = changes.of(tasks, step)
-        target = aimed_at(teacher.outputs.pop(), asked, measured.statistics)
-        losses.append(missed(pupil.outputs.pop(), target, measured.statistics))
-        to_coordinates = teacher.rule.gates_context.weight
-        told = (own["hidden"] - other["hidden"]) @ to_coordinates.T
-        losses.append(COORDINATES * told.square().mean())
-        with torch.no_grad():
-            updates, states = move(pupil.rule, tasks, measured, states, context.detach())
-            params = [param + update for param, update in zip(params, updates)]
-    return torch.stack(losses).sum() / tasks.spec.steps
-
-
-def teach(
-    run: MetaTraining, usual: Draw, kinds: Mapping[str, tuple[Changes, Draw]], updates: int
-) -> None:
-    """Train the tensor-wise LSTM, in place.
-
-    Args:
-        run: whose rule is both the pupil and, as it is now, the teacher.
-        usual: draws tasks as users have them, for which changes hold.
-        kinds: what to change in a kind of task, and what draws such tasks; others are to stay as
-            they are.
-        updates: of the weights, a batch each.
-    """
-    teacher = TrainedRule(**run.rule.config)
-    teacher.load_state_dict(run.rule.state_dict())
-    pupil, shown = Pupil.of(run.rule), Pupil.of(teacher.requires_grad_(False))
-    trained = [p for n, p in run.rule.named_parameters()
-               if n.split(".")[0] in ("tensor_cell", "message", "output")]  # fmt: skip
-    optimizer = torch.optim.Adam(trained, META_LR)
-    recent = list[float]()
-    for number in range(updates):
-        optimizer.param_groups[0]["lr"] = META_LR * (LAST_META_LR / META_LR) ** (number / updates)
-        rng = random.Random(f"teach {number}")
-        as_usual, with_changes = rng.random() < OF_USUAL, rng.random() < ASKED
-        if kinds and with_changes:
-            as_usual, draw_batch = True, kinds[rng.choice(sorted(kinds))][1]
-        else:
-            draw_batch = usual if as_usual else run.draw_batch
-        drawn, make = draw_batch(rng, 1.0)
-        tasks = make()
-        tasks.spec = replace(drawn.spec, steps=min(drawn.spec.steps, MOST_STEPS))
-        kind = kind_of(drawn)
-        asked = kinds[kind][0] if as_usual and kind in kinds else Changes()
-        loss = difference(pupil, shown, tasks, asked)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        recent = [*recent[-49:], float(loss.detach())]
-        if (number + 1) % 50 == 0:
-            print(f"{number + 1} updates: difference {sum(recent) / len(recent):.4f}", flush=True)
-    run.average = {name: param.detach().clone() for name, param in run.params.items()}
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

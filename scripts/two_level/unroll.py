@@ -6,7 +6,7 @@ Shapes: B tasks, T steps, P tensors that train, N coordinates of one of them, M 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ CHUNK_OF_GPU = 1 << 24  # coordinates of all tensors of a group at a time, so th
 # Share of the query loss at its best temperature: what is left pays for confidence, which grows
 # fastest in tasks that are all but solved.
 CALIBRATED = 0.75
+# Of the number of a step, from 1, statistics (B, P, M) and `TENSOR_LEAVES`: the context (B, P, K).
+Decide = Callable[[int, Tensor, State], Tensor]
 ABOVE_LOWEST = 0.5  # weight of what a query loss exceeds the lowest one before it by
 # Leaves of a state that the tensor-wise LSTM reads, those of `cross_tensor_context`.
 TENSOR_LEAVES = (*TwoLevelLSTM.leaves, *sorted(TwoLevelLSTM.tensor_state))
@@ -223,22 +225,44 @@ def adapt(
         judged: numbers of steps, from 0; None means all.
         lr: a factor on the updates, as that of `rnnopt.LearnedOptimizer`.
     """
-    params, states = list(tasks.start), initial_states(rule, tasks)
     losses, accuracies = [], []
     with torch.no_grad():
-        for at in range(tasks.spec.steps + 1):
-            if at:
-                leaves = [x.detach().requires_grad_() for x in params]
-                with torch.enable_grad():
-                    grads = gradients(tasks, leaves, create_graph=False)
-                updates, states = step(rule, tasks, params, grads, states)
-                params = [param + lr * update for param, update in zip(params, updates)]
-            if judged is not None and at not in judged:
-                continue
-            loss, _, correct = tasks.query_losses(params)
-            losses.append(loss)
-            accuracies.append(correct)
+        for at, params in enumerate(adapted(rule, tasks, lr=lr)):
+            if judged is None or at in judged:
+                loss, _, correct = tasks.query_losses(params)
+                losses.append(loss)
+                accuracies.append(correct)
     return torch.stack(losses), torch.stack(accuracies)
+
+
+def adapted(
+    rule: TrainedRule, tasks: TaskBatch, decide: Decide | None = None, lr: float = 1.0
+) -> Iterator[list[Tensor]]:
+    """Parameters at the start and after each step, (B, N) each, without a graph.
+
+    Args:
+        rule: to adapt by.
+        tasks: the tasks.
+        decide: what tensors do in a step, in place of `TwoLevelLSTM.cross_tensor_context`.
+        lr: a factor on the updates.
+    """
+    params, states = list(tasks.start), initial_states(rule, tasks)
+    yield params
+    for at in range(1, tasks.spec.steps + 1):
+        leaves = [x.detach().requires_grad_() for x in params]
+        with torch.enable_grad():
+            grads = gradients(tasks, leaves, create_graph=False)
+        with torch.no_grad():
+            measured = measure(rule, tasks, params, grads, states)
+        seen = tensor_leaves(states)
+        if decide is None:
+            context = rule.cross_tensor_context(measured.statistics, seen)
+        else:
+            context = decide(at, measured.statistics, seen)
+        with torch.no_grad():
+            updates, states = move(rule, tasks, measured, states, context.detach())
+            params = [param + lr * update for param, update in zip(params, updates)]
+        yield params
 
 
 def gradients(tasks: TaskBatch, leaves: list[Tensor], create_graph: bool) -> list[Tensor]:

@@ -87,7 +87,7 @@ def test_the_outputs_aimed_at_decide_as_the_changes_do(script, tasks, rule, valu
     states = unroll.initial_states(rule, batch)
     leaves = [x.clone().requires_grad_() for x in batch.start]
     grads = unroll.gradients(batch, leaves, create_graph=False)
-    shown = script("improve").Pupil.of(rule)
+    shown = script("lessons").Pupil.of(rule)
     with torch.no_grad():
         measured = unroll.measure(rule, batch, batch.start, grads, states)
         seen = unroll.tensor_leaves(states)
@@ -151,8 +151,8 @@ def test_changes_of_nothing_change_nothing(script, tasks, rule):
 
 
 def test_a_rule_learns_to_take_the_changes_by_itself(script, tasks, rule, monkeypatch):
-    improve, train = script("improve"), script("train")
-    monkeypatch.setattr(improve, "ASKED", 1.0)
+    improve, lessons, train = script("improve"), script("lessons"), script("train")
+    monkeypatch.setattr(lessons, "ASKED", 1.0)
     run = train.MetaTraining(rule, tasks)
     asked = improve.Changes(0.5, 0.5, 1.0)
     batch = tasks(random.Random(1))[1]()
@@ -160,12 +160,12 @@ def test_a_rule_learns_to_take_the_changes_by_itself(script, tasks, rule, monkey
     def difference():
         teacher = script("unroll").TrainedRule()
         teacher.load_state_dict(begun)
-        pupils = [improve.Pupil.of(x) for x in (rule, teacher.requires_grad_(False))]
-        return float(improve.difference(*pupils, batch, asked).detach())
+        pupils = [lessons.Pupil.of(x) for x in (rule, teacher.requires_grad_(False))]
+        return float(lessons.difference(*pupils, batch, asked).detach())
 
     begun = {name: leaf.clone() for name, leaf in rule.state_dict().items()}
     before = difference()
-    improve.teach(run, tasks, {"lora cls cold, top layers": (asked, tasks)}, 60)
+    lessons.teach(run, tasks, {"lora cls cold, top layers": (asked, tasks)}, 60)
     assert difference() < before / 2
     assert torch.equal(rule.candidate.weight, begun["candidate.weight"])
     assert all(torch.equal(run.average[name], leaf) for name, leaf in run.params.items())

@@ -308,8 +308,9 @@ def test_a_pack_holds_the_same_encoders_and_texts(script, pack, encoder, tmp_pat
 def test_the_core_cells_of_a_pack_make_a_table(script, pack, monkeypatch, tmp_path, capsys):
     evaluate, table = script("evaluate"), script("core_table")
     cell = evaluate.Cell("clinc150", 10, 1, "head", 1, "unit", "prototype")
-    monkeypatch.setattr(evaluate, "CORE", {"core-a": cell})
-    monkeypatch.setattr(evaluate, "CELLS", {"core-a": cell, "A": cell})
+    cells = {"core-a-head-x": cell, "core-b-head-x": cell}
+    monkeypatch.setattr(evaluate, "CORE", cells)
+    monkeypatch.setattr(evaluate, "CELLS", {**cells, "A": cell})
     rule, figures = tmp_path / "rule.safetensors", tmp_path / "figures.jsonl"
     script("rnnopt.rules.files").save_rule(TwoLevelLSTM(), rule, {})
     words = [str(rule), "--encoder", str(pack / "encoder"), "--cache", str(pack)]
@@ -318,9 +319,19 @@ def test_the_core_cells_of_a_pack_make_a_table(script, pack, monkeypatch, tmp_pa
     capsys.readouterr()
     table.main([str(figures)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| a | ") and "±" in lines[2]
+    assert lines[2].startswith("| a-head-x | ") and "±" in lines[2]
     assert lines[-1] == "0 cells left out"
-    assert all(" | 1 | " in line for line in lines[6:-2])  # a cell for each target
+    targets = lines[7 : lines.index("", 7)]
+    assert len(targets) == len(table.TARGETS)
+    assert all(" | 2 | " in line for line in targets)  # both cells count
+    # the rule, five rates, three without tuning, and logistic regression have one line each
+    settings = [line for line in lines if line.startswith("| head | 2 | ")]
+    assert len(settings) == 10
+    assert settings[0].startswith("| head | 2 | the rule | ")
+    after_three = float(settings[0].split(" | ")[3])
+    for line in settings[1:]:
+        mean, more = line.split(" | ")[3:5]
+        assert after_three - float(mean) == pytest.approx(float(more.split()[0]), abs=2e-3)
 
 
 @pytest.mark.slow
