@@ -32,12 +32,13 @@ from pathlib import Path
 import torch
 from changes import KINDS, Changes, changed, kind_of
 from curriculum import CPU, GPU, Drawn, Profile, draw
+from drawing import Draw, drawing, material
 from encoder import Encoder
 from lessons import MOST_STEPS, teach
 from tasks import TaskBatch
 from texts import Texts
 from torch import Tensor
-from train import STATE_FILE, Draw, MetaTraining, drawing, material
+from train import STATE_FILE, MetaTraining
 from unroll import TrainedRule, adapted, meta_loss_of
 
 from rnnopt.rules.protocol import State

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from changes import Changes, aimed_at, kind_of, missed
+from drawing import Draw
 from tasks import TaskBatch
 from torch import Tensor
-from train import Draw, MetaTraining
+from train import MetaTraining
 from unroll import TrainedRule, adapted
 
 from rnnopt.rules.protocol import State

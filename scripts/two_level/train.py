@@ -32,16 +32,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from curriculum import CPU, GPU, Drawn, Profile, cost, draw, judgement, second_order, segment
-from encoder import Encoder, read_encoder, read_small
+from curriculum import CPU, GPU, Drawn, cost, judgement, second_order, segment
+from drawing import Draw, drawing, material
 from safetensors import safe_open
 from tasks import TaskBatch
-from texts import Texts, read_texts
 from torch import Tensor, distributed
 from unroll import TrainedRule, unroll
 
@@ -58,12 +56,8 @@ LAST_RATE = 0.25  # share of it at the end of the curriculum
 MEMORY = 0.99  # decay of the averaged weights
 LARGE_SKIPPED = 0.7  # of the batches leave the coordinate-wise LSTM out in large tensors
 LOGGED, SAVED = 10, 50  # meta-steps
-TRIES = 1000  # of shapes that no source has enough texts for
 RECENT = 50  # meta-steps that a line of the log averages over
 COUNTS = 5  # numbers of a batch behind its meta-gradient
-
-# Of a random generator and the progress of the curriculum: a batch's shape, and what makes it.
-Draw = Callable[[random.Random, float], tuple[Drawn, Callable[[], TaskBatch]]]
 
 
 class MetaTraining:
@@ -245,34 +239,6 @@ class MetaTraining:
                 f"{path} holds no state of a run with this rule ({error}); name the "
                 f"{STATE_FILE} that train.py wrote"
             ) from error
-
-
-def material(options: argparse.Namespace) -> tuple[Texts, list[Encoder]]:
-    """Training texts, and the encoders, the encoder itself first."""
-    encoders = [read_encoder(options.encoder)]
-    small = sorted(options.cache.glob("small_*.safetensors"))
-    encoders += [read_small(path, encoders[0]) for path in small]
-    return read_texts(options.cache / "train.safetensors"), encoders
-
-
-def drawing(texts: Texts, encoders: Sequence[Encoder], profile: Profile = CPU) -> Draw:
-    """Batches from these texts and encoders, the encoder itself first; see `curriculum.draw`."""
-
-    def draw_batch(rng: random.Random, progress: float) -> tuple[Drawn, Callable[[], TaskBatch]]:
-        for _ in range(TRIES):
-            drawn = draw(rng, encoders, progress, profile)
-            spec = drawn.spec
-            try:
-                episodes = [
-                    texts.draw(rng, spec.ways, spec.shots, spec.queries, long=drawn.long)
-                    for _ in range(drawn.size)
-                ]
-            except InputError:  # with few sources some shapes can't be had
-                continue
-            return drawn, partial(TaskBatch, texts, spec, episodes, rng.randrange(1 << 30))
-        raise InputError("no task fits the texts in the cache: prepare it with more sources")
-
-    return draw_batch
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
