@@ -5,11 +5,11 @@
 
 RUN/rule.safetensors is a rule that train.py wrote, one or more; MINILM the folder of
 all-MiniLM-L6-v2, and CACHE what prepare.py filled. Cells are those of cells.py: capital letters
-take six layers and small ones two, at a third of the time. AdamW (its defaults but for the rate) is run
-at each of --rates, and logistic regression with C = 10 on the same frozen embeddings. --free adds
-optimizers that claim to need no tuning, at their documented settings (Prodigy, Schedule-Free AdamW,
-D-Adaptation; pip install "rnnopt[compare]"). All methods of a cell have the same episodes and
-initial values. --without leaves parts of the rules out.
+take six layers and small ones two, at a third of the time. AdamW (its defaults but for the rate) is
+run at each of --rates, and logistic regression with C = 10 on the same frozen embeddings. --free
+adds optimizers that claim to need no tuning, at their documented settings (Prodigy, Schedule-Free
+AdamW, D-Adaptation; pip install "rnnopt[compare]"). All methods of a cell have the same episodes
+and initial values. --without leaves parts of the rules out.
 
 --output gets a JSON object for each cell and method with the figures of every episode, and what it
 has with the same settings is not run again: more cells and rules go into the same file.
