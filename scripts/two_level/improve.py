@@ -6,11 +6,11 @@
 The meta-gradient of a task is noisy, and moves a rule slowly out of a habit that all tasks share:
 in heads that begin at random, of steps that are several times too long. This goes on in two parts.
 First, for each kind of task, it runs the rule with changes, and keeps those with the lowest
-meta-loss on training tasks: factors on its steps, one for the head at the first step, one for the
-head later, and one for all else, or AdamW's steps at one of several rates in place of its own.
-Then it trains the tensor-wise LSTM to decide by itself what the rule decides with these changes,
-on tasks of all kinds that the LSTM in training runs through (Ross et al. 2011, arXiv:1011.0686).
-Training goes on from RUN with `train.py --resume RUN`.
+meta-loss less accuracy on training tasks: factors on its steps, one for the head at the first step,
+one for the head later, and one for all else, or AdamW's steps at one of several rates in place of
+its own. Then it trains the tensor-wise LSTM to decide by itself what the rule decides with these
+changes, on tasks of all kinds that the LSTM in training runs through (Ross et al. 2011,
+arXiv:1011.0686). Training goes on from RUN with `train.py --resume RUN`.
 
 RUN/changes.json gets the changes. Kinds that it has are not searched for again, and changes of
 one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py.
@@ -50,6 +50,9 @@ TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "g
 RATES = {
     "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }  # fmt: skip
+# What meta-loss and accuracy count for: the loss alone prefers heads that are soon confident, even
+# where slower ones end with more right answers.
+GAIN = (-1.0, 1.0)
 JUDGED = (1, 2, 3, 5, 10)  # numbers of steps besides the last
 # Tasks as users have them: of the encoder itself, two or three layers. Without second order they
 # take little memory. The curriculum's are mostly smaller, and a head may grow faster in them.
@@ -57,12 +60,16 @@ USUAL = CPU._replace(depths=(0.1, 0.5, 0.4), whole=0.2, tasks=3, gigabytes=12.0)
 USUAL_ON_GPU = GPU._replace(depths=(0.1, 0.5, 0.4), whole=0.5, tasks=8, gigabytes=400.0)
 
 
-def meta_loss(rule: TrainedRule, tasks: TaskBatch, changes: Changes) -> Tensor:
-    """The weighted query losses with these changes, the mean over tasks, 0-d; for `no_grad`."""
+def judged_with(rule: TrainedRule, tasks: TaskBatch, changes: Changes) -> Tensor:
+    """The meta-loss with these changes, and the accuracy weighed in the same way; for `no_grad`.
+
+    Returns:
+        Both as means over the tasks, (2,).
+    """
     steps = tasks.spec.steps
     judged = [step for step in JUDGED if step < steps]
     weights = {step: 0.6 * step / sum(judged) for step in judged} | {steps: 0.4}
-    total = torch.zeros(())
+    total = torch.zeros(2)
     lowest = tasks.query_losses(tasks.start)[0]
 
     def decide(step: int, statistics: Tensor, seen: State) -> Tensor:
@@ -70,8 +77,9 @@ def meta_loss(rule: TrainedRule, tasks: TaskBatch, changes: Changes) -> Tensor:
 
     for step, params in enumerate(adapted(rule, tasks, decide)):
         if step in weights:
-            plain, best, _ = tasks.query_losses(params)
-            total = total + weights[step] * meta_loss_of(plain, best, lowest, tasks.spec.ways)
+            plain, best, correct = tasks.query_losses(params)
+            loss = meta_loss_of(plain, best, lowest, tasks.spec.ways)
+            total = total + weights[step] * torch.stack([loss, correct.mean()])
             lowest = torch.minimum(lowest, plain)
     return total
 
@@ -133,26 +141,30 @@ def search(kind: str, options: argparse.Namespace) -> tuple[str, Changes, list[s
     tasks = batches_of(kind, texts, encoders, usual(options), options.batches)
 
     def judge(changes: Changes) -> Tensor:
-        losses = []
+        found = []
         for number, batch in enumerate(tasks):
             batch.restart(number)
             torch.manual_seed(number)  # of dropout
             with torch.no_grad():
-                losses.append(meta_loss(rule, batch, changes))
-        return torch.stack(losses)
+                found.append(judged_with(rule, batch, changes))
+        return torch.stack(found)
 
-    best, least = Changes(), judge(Changes())
-    lines = [f"{kind}: {float(least.mean()):.4f} as it is, {sum(b.size for b in tasks)} tasks"]
+    def said(found: Tensor) -> str:
+        loss, accuracy = found.mean(0).tolist()
+        return f"meta-loss {loss:.4f}, accuracy {accuracy:.4f}"
+
+    best, most = Changes(), judge(Changes())
+    lines = [f"{kind}: {said(most)} as it is, {sum(batch.size for batch in tasks)} tasks"]
     for part, values in tries(kind).items():
         tried = best
         for value in values:
             changes = tried._replace(**{part: value})
-            loss = judge(changes)
-            gain = float((least - loss).mean())
-            better = int((loss < least).sum())
-            lines.append(f"  {changes}: {float(loss.mean()):.4f}, better in {better} batches")
-            if gain > 0:
-                best, least = changes, loss
+            found = judge(changes)
+            gains = (found - most) @ found.new_tensor(GAIN)
+            better = int((gains > 0).sum())
+            lines.append(f"  {changes}: {said(found)}, better in {better} batches")
+            if gains.mean() > 0:
+                best, most = changes, found
     return kind, best, lines
 
 

@@ -143,11 +143,30 @@ def test_changes_of_nothing_change_nothing(script, tasks, rule):
     improve, unroll = script("improve"), script("unroll")
     batch = tasks(random.Random(0))[1]()
     with torch.no_grad():
-        found = improve.meta_loss(rule, batch, improve.Changes())
-        other = improve.meta_loss(rule, batch, improve.Changes(later=0.1))
-    losses, _ = unroll.adapt(rule, batch)
-    assert float(found) != float(other)
-    assert float(found) == pytest.approx(float(losses[1:].mean()) / 0.693, rel=0.2)
+        found, accuracy = improve.judged_with(rule, batch, improve.Changes()).tolist()
+        other = improve.judged_with(rule, batch, improve.Changes(later=0.1)).tolist()
+    losses, accuracies = (values.mean(1) for values in unroll.adapt(rule, batch))
+    assert found != other[0]
+    assert found == pytest.approx(float(losses[1:].mean()) / 0.693, rel=0.2)
+    assert accuracy == pytest.approx(float(torch.tensor([0, 0.2, 0.4, 0.4]) @ accuracies))
+
+
+def test_the_search_keeps_what_has_the_lowest_loss_less_accuracy(script, tasks, rule, monkeypatch):
+    improve, found = script("improve"), []
+
+    def judged(rule, batch, changes):
+        found.append(changes)
+        return torch.tensor([1.0 + 0.1 * (changes.body == 0.5), 0.5 + 0.2 * (changes.body == 0.5)])
+
+    monkeypatch.setattr(improve, "judged_with", judged)
+    monkeypatch.setattr(improve, "material", lambda _: (None, []))
+    monkeypatch.setattr(improve, "batches_of", lambda *_: [tasks(random.Random(0))[1]()])
+    state = type("Run", (), {"rule": rule})
+    monkeypatch.setattr(improve, "training", lambda *_: state)
+    words = ["--encoder", "no", "--cache", "no", "--resume", "no", "--output", "no"]
+    kind, best, lines = improve.search("lora pairs, all layers", improve.arguments(words))
+    assert (kind, best) == ("lora pairs, all layers", improve.Changes(body=0.5))
+    assert len(lines) == len(found) == 1 + 2 + 1 + 4  # as it is, two factors, growth, four rates
 
 
 def test_a_rule_learns_to_take_the_changes_by_itself(script, tasks, rule, monkeypatch):
