@@ -1,4 +1,4 @@
-"""Find factors on the rule's steps that do better, and teach the rule to take them by itself.
+"""Find changes to the rule's steps that do better, and teach the rule to take them by itself.
 
     python scripts/two_level/improve.py --encoder MINILM --cache CACHE --output RUN \
         --resume scripts/two_level/checkpoint.safetensors
