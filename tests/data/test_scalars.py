@@ -73,7 +73,7 @@ def test_adaptation_draws_curves(encoder, texts):
     assert {("loss", step) for step in (1, 2, 3)} <= drawn
     assert {("held_out/log_loss", step) for step in (0, 2, 3)} <= drawn
     losses = [record for record in records if "loss" in record]
-    assert {record["fold"] for record in losses} >= {1, 2, 3, 4, 5}
+    assert {record["fold"] for record in losses} >= {1, 2, 3}
     first = [record["loss"] for record in losses if record["fold"] == 1]
     assert len(first) == 3 and all(loss > 0 for loss in first)
 
