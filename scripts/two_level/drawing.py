@@ -6,6 +6,7 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from curriculum import CPU, Drawn, Profile, draw
 from encoder import Encoder, read_encoder, read_small
@@ -18,6 +19,17 @@ TRIES = 1000  # of shapes that no source has enough texts for
 
 # Of a random generator and the progress of the curriculum: a batch's shape, and what makes it.
 Draw = Callable[[random.Random, float], tuple[Drawn, Callable[[], TaskBatch]]]
+
+
+def reading(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the folders that the scripts read."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
+    add("--cache", type=Path, required=True, help="folder that prepare.py or pack.py filled")
+    return parser
 
 
 def material(options: argparse.Namespace) -> tuple[Texts, list[Encoder]]:

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cells import CELLS, CORE, Cell
+from drawing import reading
 from encoder import Encoder, read_encoder
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -201,13 +202,9 @@ def row(name: str, figures: dict[str, Any]) -> str:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reading(__doc__)
     add = parser.add_argument
     add("rules", nargs="*", type=Path, help="rule files")
-    add("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
-    add("--cache", type=Path, required=True, help="folder that prepare.py or pack.py filled")
     add("--output", type=Path, required=True, help="file of the figures, JSON lines")
     add("--cells", nargs="+", choices=[*CELLS, "core"], default=["A", "B", "C", "D"],
         metavar="CELL", help="core: all cells whose name begins so")  # fmt: skip

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from changes import KINDS, Changes, changed, kind_of
 from curriculum import CPU, GPU, Drawn, Profile, draw
-from drawing import Draw, drawing, material
+from drawing import Draw, drawing, material, reading
 from encoder import Encoder
 from lessons import MOST_STEPS, teach
 from tasks import TaskBatch
@@ -186,12 +186,8 @@ def training(state: Path, texts: Texts, encoders: list[Encoder]) -> MetaTraining
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reading(__doc__)
     add = parser.add_argument
-    add("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
-    add("--cache", type=Path, required=True, help="folder that prepare.py filled")
     add("--resume", type=Path, required=True, help="a state.safetensors")
     add("--output", type=Path, required=True, help="folder of the run")
     add("--batches", type=int, default=3, help="of each kind of task (default: 3)")

@@ -43,7 +43,7 @@ class Pupil(NamedTuple):
 
 
 def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes) -> Tensor:
-    """How far a rule's outputs are from its teacher's with the changes, where the rule goes."""
+    """How far a pupil's outputs are from its teacher's with the changes, along the pupil's run."""
     units, losses = pupil.rule.tensor_units, list[Tensor]()
     own: dict[str, Tensor] = {}
     other: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from curriculum import CPU, GPU, Drawn, cost, judgement, second_order, segment
-from drawing import Draw, drawing, material
+from drawing import Draw, drawing, material, reading
 from safetensors import safe_open
 from tasks import TaskBatch
 from torch import Tensor, distributed
@@ -243,12 +243,8 @@ class MetaTraining:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reading(__doc__)
     add = parser.add_argument
-    add("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
-    add("--cache", type=Path, required=True, help="folder that prepare.py filled")
     add("--output", type=Path, required=True, help="folder of the run; what it holds is replaced")
     add("--resume", type=Path, help="a state.safetensors, or a run's folder")
     add("--minutes", type=float, default=60, help="begin no meta-step after so many (default: 60)")

@@ -110,6 +110,28 @@ def test_the_outputs_aimed_at_decide_as_the_changes_do(script, tasks, rule, valu
         )
 
 
+def test_an_error_in_growth_counts_by_the_steps_that_it_stands_for(script, tasks, rule):
+    """The same error of the outputs: larger where parameters are large beside the step."""
+    changes, unroll = script("changes"), script("unroll")
+    batch = tasks(random.Random(0))[1]()
+    states = unroll.initial_states(rule, batch)
+    grads = unroll.gradients(
+        batch, [x.clone().requires_grad_() for x in batch.start], create_graph=False
+    )
+
+    def missed(column, factor):
+        with torch.no_grad():
+            params = [factor * x for x in batch.start]
+            statistics = unroll.measure(rule, batch, params, grads, states).statistics
+        aim = torch.zeros(*statistics.shape[:2], len(changes.Decisions._fields))
+        output = aim.clone()
+        output[..., column] = 0.1
+        return float(changes.missed(output, aim, statistics))
+
+    assert missed(changes.RATE, 1.0) == missed(changes.RATE, 100.0) == pytest.approx(0.01 / 8)
+    assert missed(changes.GROWTH, 100.0) > missed(changes.GROWTH, 1.0) > missed(changes.RATE, 1.0)
+
+
 def test_steps_of_adam_are_those_of_torch(script, tasks, rule):
     """With AdamW's rates asked for, the rule goes where `torch.optim.Adam` goes."""
     improve, unroll = script("changes"), script("unroll")
