@@ -5,7 +5,8 @@
 
 `DATA` is a folder with the labelled sets, each a folder of gzip JSON lines. Every draw takes all
 classes of a set's test part (HuffPost has none: its validation part), some texts of each to fit on,
-and up to 300 others to judge by. All methods see the same texts and the same encoder:
+and up to 300 others to judge by. AG News and the languages of NusaX are in no part of
+meta-training. All methods see the same texts and the same encoder:
 
 - logistic: scikit-learn's logistic regression, C = 10, on the frozen, unit-length embeddings;
 - nearest mean: softmax of minus the squared distance to the class means of the same embeddings;
@@ -20,7 +21,7 @@ The last two lines are run only where `--methods` names them.
 
 "difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
 one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
-that figures do not depend on the machine. `--part choose` takes other classes, to choose by. A run
+that figures do not depend on the machine. `--part choose` takes other classes (of NusaX, other texts), to choose by. A run
 that was stopped goes on. A draw takes 5 minutes of a core. Last line: `| mean | ...`.
 """
 
@@ -35,7 +36,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,11 +49,35 @@ from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.figures import Figures
 from rnnopt.tasks.text.estimator.heads import log_softmax
 
-SETS = {  # the part to report on, and the part to choose by
-    "clinc150": ("test", "val"),
-    "stackoverflow20": ("test", "val"), "trec28": ("test", "val"),
-    "huffpost36": ("val", "train"),
+
+class Part(NamedTuple):
+    """Where a set's texts lie below DATA, without ``.jsonl.gz``."""
+
+    report: str
+    choose: str = ""  # "" where there is nothing to choose by
+    domain: str = ""  # the texts of this domain only; "" for all
+
+
+SETS = {
+    **{
+        name: Part(f"{name}/test", f"{name}/val")
+        for name in ("clinc150", "stackoverflow20", "trec28", "hwu64", "liu54", "amazon16_partial")
+    },
+    "huffpost36": Part("huffpost36/val", "huffpost36/train"),
+    "agnews": Part("agnews_test/all"),
+    **{
+        f"reviews {product}": Part("arsc_sentiment/test", "", product)
+        for product in ("books", "dvd", "electronics", "kitchen_housewares")
+    },
+    **{
+        f"nusax {language}": Part("nusax/sentiment.test", "nusax/sentiment.val", language)
+        for language in (
+            "acehnese", "balinese", "banjarese", "buginese", "english", "indonesian", "javanese",
+            "madurese", "minangkabau", "ngaju", "sundanese", "toba_batak",
+        )
+    },
 }  # fmt: skip
+SHORT_SETS = ("clinc150", "stackoverflow20", "trec28", "huffpost36")
 JUDGED = 300  # texts to judge by, at most, as many of every class
 USUAL = ("logistic", "nearest mean", "frozen", "rnnopt")
 ADAMW_RATES = ("5e-5", "1e-4", "3e-4", "1e-3")
@@ -62,9 +87,11 @@ SHOWN = {"accuracy": 3, "log_loss": 3, "calibration_error": 3, "seconds": 1}
 Texts = tuple[list[str], np.ndarray]
 
 
-def draw(path: Path, shots: int, seed: int) -> tuple[Texts, Texts]:
-    """Texts to fit on, `shots` of each class, and texts to judge by."""
-    corpus = read_corpus(path)
+def draw(path: Path, shots: int, seed: int, domain: str = "") -> tuple[Texts, Texts]:
+    """Texts to fit on, `shots` of each class, and others to judge by; of `domain`, if named."""
+    corpus = read_corpus(path, domain_column="domain" if domain else None)
+    if domain:
+        corpus = corpus.take(i for i, name in enumerate(corpus.domains) if name == domain)
     judged = JUDGED // len(corpus.classes)
     generator = np.random.default_rng([seed, shots])
     fit: Texts = ([], np.array([], int))
@@ -156,8 +183,11 @@ def measure(options: argparse.Namespace) -> None:
     done = {tuple(line["cell"]) for line in read(options.output)}
     for seed, name, shots in product(range(options.draws), options.sets, options.shots):
         methods = [m for m in options.methods if (name, shots, m, seed) not in done]
-        part = SETS[name][options.part == "choose"]
-        fit, judge = draw(Path(options.data, name, f"{part}.jsonl.gz"), shots, seed)
+        part = SETS[name]
+        place = getattr(part, options.part)
+        if not place:
+            raise SystemExit(f"{name} has no classes to choose by: leave it out of --sets")
+        fit, judge = draw(Path(options.data, f"{place}.jsonl.gz"), shots, seed, part.domain)
         vectors: Any = None
         for method in methods:
             kept = method
@@ -234,7 +264,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--encoder")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SHORT_SETS))
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--draws", type=int, default=3)

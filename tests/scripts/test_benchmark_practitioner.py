@@ -47,6 +47,26 @@ def test_every_method_has_its_row_and_a_stopped_run_goes_on(run, texts, encoder,
     assert others[:-1] == [*lines[-7:-1], *others[6:-1]]
 
 
+def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
+    run, texts, encoder, tmp_path
+):
+    (tmp_path / "nusax").mkdir()
+    rows = [
+        json.dumps({"text": f"{text} {domain}", "label": label, "domain": domain})
+        for domain in ("buginese", "english")
+        for text, label in texts[: 40 if domain == "buginese" else None]
+    ]
+    with gzip.open(tmp_path / "nusax" / "sentiment.test.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows))
+    words = "--data", tmp_path, "--encoder", encoder, "--output", tmp_path / "results.jsonl"
+    words += "--shots", 2, "--draws", 1, "--methods", "logistic"
+    lines = run(*words, "--sets", "nusax buginese")
+    classes = len({label for _, label in texts[:40]})
+    assert any(line.startswith(f"| nusax buginese, {classes} classes | 2 |") for line in lines)
+    with pytest.raises(SystemExit, match="agnews has no classes to choose by"):
+        run(*words, "--sets", "agnews", "--part", "choose")
+
+
 def test_the_picture_is_the_same_for_the_same_results(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("plot_practitioner")
