@@ -21,8 +21,9 @@ The last two lines are run only where `--methods` names them.
 
 "difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
 one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
-that figures do not depend on the machine. `--part choose` takes other classes (of NusaX, other texts), to choose by. A run
-that was stopped goes on. A draw takes 5 minutes of a core. Last line: `| mean | ...`.
+that figures do not depend on the machine. `--part choose` takes other classes (of NusaX, other
+texts), to choose by. A run that was stopped goes on. A draw takes 5 minutes of a core. Last line:
+`| mean | ...`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from cells import CELLS, CORE, Cell
 from drawing import reading
 from encoder import Encoder, read_encoder
+from parts import PARTS, leave_out
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from tasks import Spec, TaskBatch, query_losses
@@ -50,7 +51,6 @@ from unroll import TrainedRule, adapt
 from rnnopt.evaluation.baselines import BASELINES
 from rnnopt.evaluation.statistics import interval
 from rnnopt.rules.files import rule_fingerprint
-from rnnopt.rules.two_level import Decisions
 from rnnopt.tasks.adaptation import evaluation_point
 
 JUDGED = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40)  # numbers of steps
@@ -58,7 +58,6 @@ SHOWN = (0, 1, 2, 3, 5, 10, 20, 40)  # those in the tables
 INVERSE_PENALTY = 10.0  # of logistic regression, whose features have length 1
 LOGISTIC = "logistic regression"
 FREE = ("prodigy", "schedulefree", "dadapt")
-PARTS = ("coordinate-lstm", "message", "memory")
 
 Curves = tuple[Tensor, Tensor]  # query losses and accuracies after steps of `JUDGED`, (J, B)
 
@@ -134,20 +133,13 @@ def read_rule(path: Path, without: Sequence[str] = ()) -> TrainedRule:
 
     Args:
         path: the file.
-        without: those of `PARTS` that are left out, by weights that are set to zero.
+        without: those of `PARTS` that are left out.
     """
     weights = load_file(path, device=str(torch.get_default_device()))
     rule = TrainedRule(coordinate_units=len(weights.get("candidate.weight", ())))
     rule.load_state_dict(weights)
     rule.requires_grad_(False)
-    if "coordinate-lstm" in without:
-        index = Decisions._fields.index("cell")
-        rule.output.weight[index], rule.output.bias[index] = 0, 0
-    if "message" in without:
-        rule.message.weight.zero_()
-        rule.message.bias.zero_()
-    if "memory" in without:
-        rule.tensor_cell.weight_hh.zero_()
+    leave_out(rule, without)
     return rule
 
 

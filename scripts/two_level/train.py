@@ -31,13 +31,14 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from curriculum import CPU, GPU, Drawn, cost, judgement, second_order, segment
 from drawing import Draw, drawing, material, reading
+from parts import PARTS, leave_out
 from safetensors import safe_open
 from tasks import TaskBatch
 from torch import Tensor, distributed
@@ -69,6 +70,7 @@ class MetaTraining:
         seed: every meta-step draws from a generator of its own, by this and its number.
         meta_lr: the highest learning rate.
         horizon: meta-steps of the curriculum and of the learning rate's fall.
+        without: parts of the rule that are left out, see parts.py.
 
     Attributes:
         steps: meta-steps so far.
@@ -79,14 +81,17 @@ class MetaTraining:
 
     def __init__(
         self, rule: TrainedRule, draw_batch: Draw, seed: int = 1, meta_lr: float = 2e-3,
-        horizon: int = 600,
+        horizon: int = 600, without: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.rule, self.draw_batch = rule, draw_batch
         self.seed, self.meta_lr, self.horizon = seed, meta_lr, horizon
+        self.without = without
+        leave_out(rule, without)
         self.params = dict(rule.named_parameters())
         self.average = {name: param.detach().clone() for name, param in self.params.items()}
         self.optimizer = torch.optim.Adam(rule.parameters(), meta_lr, BETAS)
         self.steps = self.tasks = self.skipped = self.updates = 0
+        self.averaged = 0  # meta-steps since the average began
         # means over the batches: query loss over log(classes), share of steps above the start, norm
         self.recent: list[list[float]] = []
 
@@ -113,6 +118,7 @@ class MetaTraining:
             rng = random.Random(f"{self.seed} {self.steps} {number}")
             ready.append((*self.draw_batch(rng, progress), rng))
         self.steps += 1
+        self.averaged += 1
         sums = torch.zeros(sum(x.numel() for x in self.params.values()) + COUNTS)
         for number in self._own([cost(drawn) for drawn, _, _ in ready]):
             drawn, make, rng = ready[number]
@@ -176,8 +182,9 @@ class MetaTraining:
         self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        leave_out(self.rule, self.without)
         self.updates += 1
-        decay = min(MEMORY, 1 - 1 / (self.steps + 10))
+        decay = min(MEMORY, 1 - 1 / (self.averaged + 10))
         for name, param in self.params.items():
             self.average[name] = decay * self.average[name] + (1 - decay) * param.detach()
 
@@ -204,7 +211,8 @@ class MetaTraining:
             for letter, moment in (("m", "exp_avg"), ("v", "exp_avg_sq")):
                 tensors[f"{letter}.{name}"] = moments.get(moment, torch.zeros_like(param))
         tensors = {name: leaf.detach().cpu() for name, leaf in tensors.items()}
-        save_tensors(folder / STATE_FILE, tensors, {**self.counts(), **self.rule.config})
+        about = {**self.counts(), "averaged": self.averaged, "without": list(self.without)}
+        save_tensors(folder / STATE_FILE, tensors, {**about, **self.rule.config})
         with torch.device("cpu"):
             rule = TwoLevelLSTM(**self.rule.config)
             rule.load_state_dict(self.average)
@@ -239,6 +247,11 @@ class MetaTraining:
                 f"{path} holds no state of a run with this rule ({error}); name the "
                 f"{STATE_FILE} that train.py wrote"
             ) from error
+        self.averaged = about.get("averaged", self.steps)
+        if about.get("without", []) != list(self.without):  # the average is that of another rule
+            leave_out(self.rule, self.without)
+            self.average = {name: leaf.detach().clone() for name, leaf in self.params.items()}
+            self.averaged = 0
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -253,6 +266,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--meta-lr", type=float, default=2e-3, help="highest learning rate (default: 2e-3)")
     add("--horizon", type=int, default=1200, help="meta-steps of the curriculum (default: 1200)")
     add("--seed", type=int, default=1)
+    add("--without", nargs="*", choices=PARTS, default=[], help="parts of the rule to leave out")
     add("--device", default="cpu", help="cpu (the default) or cuda, with larger batches")
     add("--processes", type=int, default=1, help="that share a meta-step's batches (default: 1)")
     return parser.parse_args(words)
@@ -293,7 +307,12 @@ def meta_train(rank: int, options: argparse.Namespace, meeting: Path | None) -> 
     rule = TrainedRule()
     rule.largest = profile.largest
     training = MetaTraining(
-        rule, drawing(texts, encoders, profile), options.seed, options.meta_lr, options.horizon
+        rule,
+        drawing(texts, encoders, profile),
+        options.seed,
+        options.meta_lr,
+        options.horizon,
+        options.without,
     )
     if options.resume:
         resume = options.resume

@@ -363,3 +363,50 @@ def test_a_rise_above_the_lowest_loss_so_far_is_paid_for(script):
     risen = unroll.meta_loss_of(loss, loss, lower, 3)
     assert float(even) == pytest.approx(0.5 / math.log(3))
     assert float(risen - even) == pytest.approx(unroll.ABOVE_LOWEST * 0.2 / math.log(3))
+
+
+@pytest.mark.parametrize("part", ["memory", "message", "coordinate-lstm", "last", "growth"])
+def test_what_a_part_that_is_left_out_knew_makes_no_difference(script, training, part):
+    rule, fields = training().rule, script("parts").Decisions._fields
+    states = [rule.init_state(torch.zeros(6), (2, 3)) for _ in range(3)]
+    for state in states:
+        state.update({name: torch.rand_like(leaf) for name, leaf in state.items()})
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    statistics = torch.rand(3, 16).exp()
+
+    def decide(**changed):
+        context = rule.cross_tensor_context(statistics, {**stacked, **changed})
+        return dict(zip(fields, context[:, : len(fields)].unbind(-1)))
+
+    memory = {"hidden": torch.rand(3, 24), "memory": torch.rand(3, 24)}
+    other = {"fallen": stacked["fallen"] + torch.tensor([0, 0, 2.0])}
+    assert not torch.equal(decide(**memory)["rate"], decide()["rate"])
+    assert not torch.equal(decide(**other)["growth"][:2], decide()["growth"][:2])
+    script("parts").leave_out(rule, [part])
+    if part == "memory":
+        assert all(map(torch.equal, decide(**memory).values(), decide().values()))
+    elif part == "message":
+        assert torch.equal(decide(**other)["growth"][:2], decide()["growth"][:2])
+    else:
+        decided = decide()[{"coordinate-lstm": "cell"}.get(part, part)]
+        assert torch.equal(decided.abs(), torch.zeros(3))
+
+
+def test_a_part_stays_out_in_meta_training_and_when_it_goes_on(script, training, batches, tmp_path):
+    whole = training()
+    whole.save(tmp_path)
+    make = script("train").MetaTraining
+    through, first, second = (make(training().rule, batches, 4, without=["last"]) for _ in range(3))
+    for run in (through, first):
+        run.restore(tmp_path / "state.safetensors")
+        run.meta_step(1, print)
+    first.save(tmp_path)
+    second.restore(tmp_path / "state.safetensors")
+    for run in (through, second):
+        run.meta_step(1, print)
+    row = script("parts").Decisions._fields.index("last")
+    for weights in (second.params, second.average):
+        assert not weights["output.weight"][row].any() and not weights["output.bias"][row].any()
+    assert not torch.equal(second.params["output.weight"], whole.params["output.weight"])
+    for name, weight in through.average.items():
+        assert torch.equal(second.average[name], weight)
