@@ -1,7 +1,7 @@
 """What would a practitioner pick? `TextClassifier` beside logistic regression, with few labels.
 
     python scripts/benchmark_practitioner.py --data DATA --encoder MINILM --output results.jsonl
-    python scripts/benchmark_practitioner.py --output results.jsonl --table
+    python scripts/practitioner_tables.py results.jsonl --output OUT
 
 `DATA` is a folder with the labelled sets, each a folder of gzip JSON lines. Every draw takes all
 classes of a set's test part (HuffPost has none: its validation part), some texts of each to fit on,
@@ -19,11 +19,10 @@ meta-training. All methods see the same texts and the same encoder:
 
 The last two lines are run only where `--methods` names them.
 
-"difference" is that of the accuracy from logistic regression, draw by draw. Seconds are those of
-one core for fitting, embedding included. With --seconds -1 adaptation has no bound on its time, so
-that figures do not depend on the machine. `--part choose` takes other classes (of NusaX, other
-texts), to choose by. A run that was stopped goes on. A draw takes 5 minutes of a core. Last line:
-`| mean | ...`.
+Seconds are those of one core for fitting, embedding included. With --seconds -1 adaptation has no
+bound on its time, so that figures do not depend on the machine. `--part choose` takes other classes
+(of NusaX, other texts), to choose by. A run that was stopped goes on. A draw takes 5 minutes of a
+core. Last line: a row of the table of all cells, see practitioner_tables.py.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
@@ -41,11 +39,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from practitioner_tables import details, read
 from sklearn.linear_model import LogisticRegression
 
 from rnnopt import TextClassifier
 from rnnopt.data.files import read_corpus
-from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
 from rnnopt.tasks.text.estimator.figures import Figures
 from rnnopt.tasks.text.estimator.heads import log_softmax
@@ -84,7 +82,6 @@ USUAL = ("logistic", "nearest mean", "frozen", "rnnopt")
 ADAMW_RATES = ("5e-5", "1e-4", "3e-4", "1e-3")
 OTHERS = (*(f"adamw {rate}" for rate in ADAMW_RATES), "schedulefree", "prodigy")
 METHODS = (*USUAL, *OTHERS, "setfit")
-SHOWN = {"accuracy": 3, "log_loss": 3, "calibration_error": 3, "seconds": 1}
 Texts = tuple[list[str], np.ndarray]
 
 
@@ -213,52 +210,6 @@ def measure(options: argparse.Namespace) -> None:
             print(line["cell"], f"{line['accuracy']:.3f} {kept}", flush=True)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def show(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval; of one value itself, of none nothing."""
-    if len(values) < 2:
-        return "".join(f"{value:.{digits}f}" for value in values)
-    return with_interval(interval(np.array(values)), digits)
-
-
-def table(lines: list[dict[str, Any]], say: Callable[[str], None] = print) -> None:
-    """Markdown: a row for every cell and method."""
-    cells: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
-        name, shots, method, seed = line["cell"]
-        cells[f"{name}, {line['ways']} classes", shots, method][seed] = line
-    say("| set | labels a class | method (draws) | accuracy | difference | log loss | ECE | s |")
-    say("|---|---|---|---|---|---|---|---|")
-    gains = defaultdict(list)
-    places = sorted({key[:2] for key in cells}, key=lambda place: (place[0], place[1]))
-    for name, shots in places:
-        base = cells[name, shots, "logistic"]
-        for method in METHODS:
-            draws = cells.get((name, shots, method))
-            if not draws:
-                continue
-            figures = [
-                show([line[key] for line in draws.values()], digits)
-                for key, digits in SHOWN.items()
-            ]
-            paired = [
-                draws[seed]["accuracy"] - base[seed]["accuracy"] for seed in draws if seed in base
-            ]
-            gains[method] += [float(np.mean(paired))] if paired else []
-            kept = sum("adaptation" in line["kept"] for line in draws.values())
-            note = f", adapted in {kept}" if method in ("rnnopt", *OTHERS) else ""
-            figures.insert(1, "" if method == "logistic" else show(paired, 3))
-            say(f"| {name} | {shots} | {method} ({len(draws)}{note}) | {' | '.join(figures)} |")
-    means = ", ".join(
-        f"{method} {np.mean(gains[method]):+.3f}" for method in METHODS[1:] if gains[method]
-    )
-    say(f"| mean | | | | {means} | | | |")
-
-
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -272,11 +223,9 @@ def main() -> None:
     parser.add_argument("--part", choices=["report", "choose"], default="report")
     parser.add_argument("--rule")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    if not options.table:
-        measure(options)
-    table(read(options.output))
+    measure(options)
+    print("\n".join(details(read(options.output))))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from benchmark_practitioner import read
+from practitioner_tables import read
 
 from rnnopt.evaluation.report.style import COLUMN, HEIGHT, STYLE, line_look
 from rnnopt.evaluation.statistics import interval

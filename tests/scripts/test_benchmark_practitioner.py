@@ -37,14 +37,18 @@ def test_every_method_has_its_row_and_a_stopped_run_goes_on(run, texts, encoder,
     first = output.read_text()
     lines = run(*words, "--shots", 2, "--draws", 2, "--seconds", 0)
     assert output.read_text().startswith(first)
-    for method in ("logistic (2)", "nearest mean (2)", "frozen (2)", "rnnopt (2, adapted in 0)"):
-        assert any(f"| trec28, 10 classes | 2 | {method} | 0." in line for line in lines)
-    run(*words, "--shots", 2, "--draws", 1, "--seconds", 0, "--methods", "adamw 5e-5", "prodigy")
-    others = run("--output", output, "--table")
-    for method in ("adamw 5e-5 (1, adapted in 0)", "prodigy (1, adapted in 0)"):
-        assert any(f"| trec28, 10 classes | 2 | {method} | 0." in line for line in others)
-    assert lines[-1].startswith("| mean | | | | nearest mean ")
-    assert others[:-1] == [*lines[-7:-1], *others[6:-1]]
+    names = (
+        "logistic regression",
+        "nearest mean",
+        "TextClassifier, not adapted",
+        "**TextClassifier**",
+    )
+    for name, row in zip(names, lines[-4:], strict=True):
+        assert row.startswith(f"| trec28, 10 classes | 2 | {name} | 2 | 0.")
+    others = "adamw 5e-5", "prodigy"
+    lines = run(*words, "--shots", 2, "--draws", 1, "--seconds", 0, "--methods", *others)
+    for name, row in zip(others, lines[-2:], strict=True):
+        assert row.startswith(f"| trec28, 10 classes | 2 | the same by {name} | 1 | 0.")
 
 
 def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
@@ -65,6 +69,37 @@ def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
     assert any(line.startswith(f"| nusax buginese, {classes} classes | 2 |") for line in lines)
     with pytest.raises(SystemExit, match="agnews has no classes to choose by"):
         run(*words, "--sets", "agnews", "--part", "choose")
+
+
+def test_the_tables_pair_draws_and_unite_families(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("practitioner_tables")
+    accuracy = {  # of the draws
+        ("nusax buginese", "rnnopt"): [0.8, 0.7], ("nusax english", "rnnopt"): [0.9, 0.6],
+        ("nusax buginese", "logistic"): [0.7, 0.6, 0.0], ("nusax english", "logistic"): [0.8, 0.5],
+        ("nusax english", "setfit"): [0.95], ("nusax english", "prodigy"): [0.9],
+    }  # fmt: skip
+    lines = [
+        {"cell": [name, 5, method, seed], "ways": 3, "accuracy": value, "log_loss": 1.0,
+         "calibration_error": 0.1, "seconds": 20.0}
+        for (name, method), values in accuracy.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    twice = [{**lines[0], "accuracy": 0.0}]  # of a cell that is there already
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in twice))
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["practitioner_tables.py", *files, "--output", str(tmp_path)])
+    module.main()
+    assert capsys.readouterr().out == "7 rows\n"
+    row = (tmp_path / "practitioner-summary.md").read_text().splitlines()[2]
+    assert row.startswith("| NusaX, 2 languages, 3 classes | 5 | 4 | 0.650 ± ")
+    assert "| 0.950 | 0.750 ± " in row  # of SetFit a draw, and the four of TextClassifier
+    assert "| +0.100 ± 0.000 | -0.050 | 1.00 (1.00, 1.00) | 0.100 | 20 (20) |" in row
+    rows = (tmp_path / "practitioner-cells.md").read_text().splitlines()
+    assert rows[2].startswith("| nusax buginese, 3 classes | 5 | logistic regression | 3 | 0.433")
+    assert "| +0.100 ± 0.000 |" in rows[2]
+    assert rows[-1].startswith("| nusax english, 3 classes | 5 | the same by prodigy | 1 | 0.900 |")
 
 
 def test_the_picture_is_the_same_for_the_same_results(monkeypatch, capsys, tmp_path):
