@@ -618,6 +618,11 @@ def test_settings_that_can_not_be_used(setting, message, encoder, few):
         TextClassifier(**{"encoder": encoder, "seconds": None, **setting}).fit(*few)
 
 
+def test_a_rule_file_is_read_before_the_encoder(few):
+    with pytest.raises(InputError, match=r"can't read no\.safetensors"):
+        TextClassifier("no/such folder", rule="no.safetensors").fit(*few)
+
+
 def test_settings_may_be_numbers_of_numpy(encoder, few, tmp_path):
     """A grid of scikit-learn's often is an array."""
     numbers = {"steps": np.int64(1), "lora_rank": np.int64(2), "random_state": np.int64(3)}

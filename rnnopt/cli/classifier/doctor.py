@@ -26,7 +26,7 @@ from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, rea
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.report import spread
-from rnnopt.tasks.text.estimator.steps import Plan, make_optimizer
+from rnnopt.tasks.text.estimator.steps import Plan
 
 _TIMED = 64  # texts of the timed forward pass
 _UNEVEN = 10  # times as many texts of one label as of another, from where on it is worth a word
@@ -84,7 +84,6 @@ def _machine() -> None:
 def _settings(settings: Doctor) -> None:
     classifier = unfitted(settings)
     check_settings(classifier.get_params(deep=False))
-    make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], settings.rule)
     if settings.output is not None:
         check_new(settings.output)
     print(f"ok       settings: rule {settings.rule or 'that ships'}, seed {settings.seed}")
