@@ -62,6 +62,9 @@ def test_fit_says_what_it_did_and_why(csv_file, encoder, tmp_path, capsys):
     assert "240 texts, 10 classes" in out and "kept " in out and "rnnopt predict --model" in out
     saved = TextClassifier.load(tmp_path / "saved")
     assert (saved.abstain_below, saved.random_state, saved.steps) == (0.4, 3, 0)
+    line = fails(capsys, *words, "--output", csv_file / "saved")
+    assert f"saved can't be made in {csv_file}; choose another folder" in line
+    assert capsys.readouterr().out == ""  # said before anything was fitted
     line = fails(capsys, *words, "--output", tmp_path / "saved")
     assert "has something in it, and nothing is overwritten; choose another folder" in line
 

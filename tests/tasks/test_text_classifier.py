@@ -460,6 +460,12 @@ def test_padding_does_not_reach_the_vectors(pooling, side, encoder):
         assert made.tolist() == [wanted, wanted + 1, wanted + 2]
 
 
+def test_another_pooling_leaves_the_length_of_texts_as_it_is(few, tmp_path):
+    folder = sentence_folder(tmp_path / "encoder", few[0], Layout("mean", True, 16, ""))
+    layout = SentenceEncoder.load(folder, CPU, "cls").layout
+    assert (layout.pooling, layout.normalized, layout.max_length) == ("cls", True, 16)
+
+
 def test_a_layout_comes_back_from_its_files(tmp_path):
     for number, layout in enumerate([Layout("mean", True, 64, ""), Layout("last", False, 9, "")]):
         folder = tmp_path / str(number)
@@ -514,6 +520,8 @@ def test_a_saved_classifier_gives_the_same_probabilities_to_the_bit(adapted, tmp
     assert {"model.safetensors", "head.safetensors", "modules.json", "README.md"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".py"))]
     card = (tmp_path / "saved" / "README.md").read_text()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*.*")}
+    assert modes == {0o644}  # a service under another user can read it
     assert adapted.report_.data in card and adapted.report_.kept in card and "Limits" in card
 
 
@@ -564,7 +572,10 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", None], ["x", "y"], "text 1 is None, of type NoneType; every text must be a string"),
         (["a", 3.0], ["x", "y"], "text 1 is 3.0, of type float; .* leave it out with its label"),
         ("a text", ["x"], "texts is one string, 'a text'; a list of texts is needed"),
-        (5, ["x"], "texts is 5, of type int; give a list of strings"),
+        ({"a": 1, "b": 2}, ["x", "y"], "texts is {'a': 1, 'b': 2}, of type dict; give a list"),
+        ({"a"}, ["x"], "texts is {'a'}, of type set; give a list"),
+        (["a", "b"], {"x": 1, "y": 2}, "labels is {'x': 1, 'y': 2}, of type dict; give a list"),
+        (5, ["x"], "texts is 5, of type int; give a list of texts"),
         (["a", "\ud800"], ["x", "y"], "half a surrogate pair, .* delete"),
         (["a", "b"], ["x"], "2 texts and 1 labels; give each text one label"),
         (["a", "b"], ["x", None], "label 1 is None, of type NoneType; labels must be strings"),
@@ -572,7 +583,7 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], [float("nan"), 1], "label 0 is nan, of type float"),
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
-        (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),
+        (["a", "b"], "xy", "labels is 'xy', of type str; give a list of labels"),
         (
             ["a", "b"],
             [-1, 2**63],
@@ -586,6 +597,18 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
 def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
     with pytest.raises(InputError, match=message):
         TextClassifier(encoder).fit(rows, labels)
+
+
+def test_a_table_is_not_taken_for_its_columns_names(encoder):
+    """There are as many columns as labels, so that nothing else would tell."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["a", "b"], "label": ["x", "y"]})
+    classifier = TextClassifier(encoder, steps=0, device="cpu")
+    with pytest.raises(InputError, match="texts is a DataFrame with the columns text, label; give"):
+        classifier.fit(table, ["x", "y"])
+    with pytest.raises(InputError, match="labels is a DataFrame with the columns label; give one"):
+        classifier.fit(table["text"], table[["label"]])
+    assert classifier.fit(table["text"], table["label"]).classes_.tolist() == ["x", "y"]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class Layout:
         """
         modules = _json(folder / "modules.json", [])
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-        longest = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or _LONGEST
+        longest = _longest(folder)
         if not modules:
             return cls("mean", False, longest, "the encoder's files name none")
         if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
@@ -171,7 +171,7 @@ class SentenceEncoder(nn.Module):
             layout = Layout.read(folder)
         else:
             kinds = str(_json(folder / "modules.json", []))
-            layout = Layout(pooling, "Normalize" in kinds, _LONGEST, "as asked")  # type: ignore[arg-type]
+            layout = Layout(pooling, "Normalize" in kinds, _longest(folder), "as asked")  # type: ignore[arg-type]
         if max_length is not None:
             layout = Layout(layout.pooling, layout.normalized, max_length, layout.source)
         with seeded(0):
@@ -235,6 +235,12 @@ class SentenceEncoder(nn.Module):
             self.encoder.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         self.layout.write(folder, self.width)
+
+
+def _longest(folder: Path) -> int:
+    """Tokens of a text at most, by the encoder's sentence-transformers files."""
+    found = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    return int(found or _LONGEST)
 
 
 def _json(path: Path, absent: Any) -> Any:
