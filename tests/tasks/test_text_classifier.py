@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from rnnopt.tasks.text.estimator.heads import (
     logistic_head,
 )
 from rnnopt.tasks.text.estimator.objective.one_label import stratified_folds
+from rnnopt.tasks.text.estimator.steps import Plan
 
 CPU = torch.device("cpu")
 
@@ -404,8 +406,26 @@ def test_a_function_that_makes_no_optimizer(encoder, few):
 
 def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
     classifier = TextClassifier(encoder, seconds=0, device="cpu").fit(*few)
-    assert "adaptation would take about" in classifier.report_.reason
+    assert "adaptation would take " in classifier.report_.reason
     assert "0 s are allowed; give more seconds" in classifier.report_.reason
+
+
+def test_folds_are_given_up_before_steps_and_steps_before_adaptation():
+    plan = Plan(None, steps=10, lora_rank=None, seconds=30.0, seed=0)
+    found = [adaptation.affordable(3, plan, step) for step in (0.7, 0.9, 1.1, 2.1, 5.0, 5.1)]
+    assert found == [(3, 10), (2, 10), (2, 9), (2, 4), (2, 2), (0, 0)]
+    assert adaptation.affordable(3, replace(plan, seconds=None), 99.0) == (3, 10)
+    assert adaptation.affordable(3, replace(plan, steps=1), 9.0) == (2, 1)
+
+
+def test_a_slow_machine_adapts_in_fewer_steps_and_says_so(encoder, few, monkeypatch):
+    monkeypatch.setattr(adaptation.Adaptation, "seconds_per_step", lambda self: 9.0)
+    rule = AdamW(step_size=1e-2)
+    classifier = TextClassifier(encoder, rule=rule, seconds=100, device="cpu").fit(*few)
+    assert classifier.report_.folds == 2
+    names = [tried.name for tried in classifier.report_.tried if "steps of" in tried.name]
+    assert names == ["2 steps of adaptation", "3 steps of adaptation"]
+    assert classifier.report_.reason.endswith("; for more than 3 steps give more seconds")
 
 
 def test_adaptation_that_takes_longer_than_foreseen_is_broken_off(encoder, few, monkeypatch):

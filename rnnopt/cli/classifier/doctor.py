@@ -21,6 +21,7 @@ from rnnopt.storage.memory import free_bytes, peak_bytes
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.adaptation import least_seconds
 from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
@@ -155,16 +156,21 @@ def _time(settings: Doctor, encoder: SentenceEncoder, texts: list[str], labels: 
     if ahead is not None and ahead.folds:
         print(
             f"plan     {start}, adapt in {ahead.folds} folds and once to all texts, "
-            f"{settings.steps} steps of about {ahead.step:.2f} s each: about "
+            f"{ahead.steps} steps of about {ahead.step:.2f} s each: about "
             f"{embedding + ahead.seconds:.0f} s together"
         )
+        if ahead.steps < settings.steps:
+            print(
+                f"note     time: --seconds {settings.seconds:g} allow {ahead.steps} of the "
+                f"{settings.steps} steps; give more to take all of them"
+            )
         return
     if not settings.steps:
         why = "--steps is 0"
     elif not why and max(objective_of(labels.places).counts(labels.places)) == 1:
         why = "every label has one text, and none can be held out"
     elif not why and ahead is not None:
-        needed = 3 * settings.steps * ahead.step
+        needed = least_seconds(plan, ahead.step)
         why = f"that takes {needed:.0f} s or more, and --seconds is {settings.seconds:g}"
     print(f"plan     {start}, and leave the encoder as it is ({why})")
 
