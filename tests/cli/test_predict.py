@@ -118,6 +118,18 @@ def test_standard_input_is_answered_as_it_comes(model, known):
     assert process.returncode == 0
 
 
+def test_a_pipe_that_nobody_reads_any_more_ends_it(model, texts, tmp_path, monkeypatch, capsys):
+    """As in `rnnopt predict ... | head -1`."""
+    path = tmp_path / "texts.csv"
+    path.write_text("text\n" + "".join(f"{text}\n" for text, _ in texts))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run("predict", "--model", model, "--data", path) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unlikely_text_has_no_label(model, capsys):
     words = "predict", "--model", model, "--text", "one", "two", "--abstain-below", 1.0
     assert run(*words) == 0
