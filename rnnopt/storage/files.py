@@ -177,6 +177,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
-            "format: make it again with `rnnopt meta-train`"
+            "format: make it again, or fetch it again"
         ) from error
     return tensors, about

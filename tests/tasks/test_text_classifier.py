@@ -517,6 +517,16 @@ def test_both_formats_of_sentence_transformers_are_read(config, pooling, tmp_pat
         assert Layout.read(tmp_path).pooling == pooling
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "3", "{"])
+def test_files_that_say_nothing_are_as_if_they_were_not_there(content, tmp_path):
+    (tmp_path / "1_Pooling").mkdir()
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        (tmp_path / name).write_text(content)
+    assert Layout.read(tmp_path) == Layout("mean", False, 256, "the encoder's files name none")
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "x"}')
+    assert Layout.read(tmp_path).max_length == 256
+
+
 def test_a_module_that_is_not_supported_is_refused(few, tmp_path):
     folder = sentence_folder(tmp_path / "e", few[0], Layout("mean", False, 16, ""))
     modules = json.loads((folder / "modules.json").read_text())
@@ -573,12 +583,20 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         TextClassifier.load(encoder)
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+    saved = path.read_text()
+    path.write_text(saved.replace('"format": 2', '"format": 9'))
     with pytest.raises(InputError, match="has format 9, and this rnnopt reads 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
     path.write_text('{"format": 2}')
     with pytest.raises(InputError, match="do not hold what they should"):
         TextClassifier.load(tmp_path / "saved")
+    facts = json.loads(saved)
+    for name, value in (
+        ("classes", None), ("floor", "x"), ("thresholds", ["a"]), ("settings", "ab"), ("known", 3),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**facts, name: value}))
+        with pytest.raises(InputError, match=r"do not hold what .*fit the classifier"):
+            TextClassifier.load(tmp_path / "saved")
 
 
 # -- bad input

@@ -71,7 +71,7 @@ class Layout:
         Raises:
             InputError: the files ask for something that is not supported.
         """
-        modules = _json(folder / "modules.json", [])
+        modules = [m for m in _json(folder / "modules.json", []) if isinstance(m, dict)]
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
         longest = _longest(folder)
         if not modules:
@@ -240,12 +240,13 @@ class SentenceEncoder(nn.Module):
 def _longest(folder: Path) -> int:
     """Tokens of a text at most, by the encoder's sentence-transformers files."""
     found = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
-    return int(found or _LONGEST)
+    return found if isinstance(found, int) and found > 0 else _LONGEST
 
 
 def _json(path: Path, absent: Any) -> Any:
-    """What a JSON file holds; `absent` if there is none that can be read."""
+    """What a JSON file holds; `absent` if it can't be read or is of another kind."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return absent
+    return found if isinstance(found, type(absent)) else absent

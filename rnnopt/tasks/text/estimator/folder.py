@@ -166,16 +166,17 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
         decision = Decision(
             np.array(facts["classes"]),
             None if thresholds is None else np.array(thresholds, float),
-            facts["floor"],
+            None if facts["floor"] is None else float(facts["floor"]),
         )
         report = Report.from_facts(facts["report"])
         fitted = Fitted(encoder, head, decision, report, frozenset(facts["known"]))
         settings = dict(facts["settings"])
-    except (KeyError, TypeError) as error:
+        fits = head.weight.shape == (len(decision.classes), encoder.width)
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{source}: its files do not hold what they should ({error}); fit the classifier again"
         ) from error
-    if head.weight.shape != (len(decision.classes), encoder.width):
+    if not fits:
         raise InputError(
             f"{source}: a head of shape {head.weight.shape} for {len(decision.classes)} labels and "
             f"an encoder of width {encoder.width}; the files are not of one classifier: fit again"
