@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import ADAPTATION_FOLDS, JUDGED, affordable
+from rnnopt.tasks.text.estimator.adaptation import ADAPTATION_FOLDS, JUDGED, affordable, seconds_of
 from rnnopt.tasks.text.estimator.evidence import Labelled
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.steps import Adaptation, Plan
@@ -21,7 +21,7 @@ class Forecast:
     Attributes:
         folds: of cross-validation; 0 where nothing is going to be adapted.
         steps: optimizer steps at most.
-        step: seconds of one step.
+        step: seconds of one step, in a fold.
         seconds: of adaptation, cross-validation included.
     """
 
@@ -56,5 +56,5 @@ def forecast(
     most = len(objective.folds(labels, ADAPTATION_FOLDS, plan.seed))
     folds, steps = affordable(most, plan, step) if plan.steps else (0, 0)
     judged = len({*JUDGED, steps} & {*range(1, steps + 1)})
-    seconds = (folds + 1) * steps * step + judged * len(texts) * forward if folds else 0.0
+    seconds = seconds_of(folds, steps, step) + judged * len(texts) * forward if folds else 0.0
     return Forecast(folds, steps, step, seconds)

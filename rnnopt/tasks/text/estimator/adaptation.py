@@ -32,6 +32,7 @@ JUDGED = (2, 5, 10, 20, 40)  # after these steps, and after the last
 # they gave the same accuracy within .003.
 ADAPTATION_FOLDS = 3
 _FEWEST = 2  # folds, and steps, that are worth it
+_ALL = 1.5  # a step on all texts, in steps on those of a fold, at most
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -209,20 +210,25 @@ def affordable(most: int, plan: Plan, step: float) -> tuple[int, int]:
     Args:
         most: folds.
         plan: says how many steps, and in what time.
-        step: seconds of one.
+        step: seconds of one in a fold.
     """
     if plan.seconds is None or not most:
         return most, plan.steps
     for folds in range(most, _FEWEST - 1, -1):
-        if (folds + 1) * plan.steps * step <= plan.seconds:
+        if seconds_of(folds, plan.steps, step) <= plan.seconds:
             return folds, plan.steps
-    steps = int(plan.seconds / ((_FEWEST + 1) * step))
+    steps = int(plan.seconds / seconds_of(_FEWEST, 1, step))
     return (_FEWEST, steps) if steps >= _FEWEST else (0, 0)
 
 
+def seconds_of(folds: int, steps: int, step: float) -> float:
+    """What so many steps take, in each fold and on all texts, at `step` seconds in a fold."""
+    return (folds + _ALL) * steps * step
+
+
 def least_seconds(plan: Plan, step: float) -> float:
-    """What adaptation takes at least, where a step takes `step` seconds."""
-    return (_FEWEST + 1) * min(_FEWEST, plan.steps) * step
+    """What adaptation takes at least, at `step` seconds in a fold."""
+    return seconds_of(_FEWEST, min(_FEWEST, plan.steps), step)
 
 
 def _figures(evidence: Evidence) -> str:
