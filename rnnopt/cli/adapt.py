@@ -138,16 +138,16 @@ def _check_lr(lr: float) -> None:
 
 def _job(settings: Adapt) -> _Job:
     """Read and load all that adaptation needs; nothing is written yet."""
+    device = choose_device(settings.device)
+    file, rule = choose_rule(settings.rule, device)
     train, held_out = user_texts(settings)
     names, labels, held_out_labels = label_numbers(train, held_out)
     classes = {
         name: sketch for facts in known_to(settings) for name, sketch in seen_in(facts).items()
     }
     seen = require_transfer({"classes": classes}, train, settings.data, settings.allow_overlap)
-    device = choose_device(settings.device)
     classifier = load_classifier(settings, len(names), device, settings.kind)
     start = choose_start(settings, classifier)
-    file, rule = choose_rule(settings.rule, start.params(classifier).values())
     support = in_batches(classifier, train.texts, labels)
     start.begin(classifier, TextTask(classifier, (support,), support, len(names)), settings.seed)
     return _Job(

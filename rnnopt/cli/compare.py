@@ -55,14 +55,14 @@ def run(settings: Compare) -> None:
     require_at_least(1, settings, "tuning_episodes", "tuned_steps")
     default_budgets(settings.steps)  # refuses no steps before anything is read
     with waiting("reading data and encoder"):
+        device = choose_device(settings.device)
+        _, rule = choose_rule(settings.rule, device)
         splits = comparison_data(settings)
         known = known_to(settings)
         overlap = _overlap(settings, known, splits.test)
         samplers = [comparison_sampler(settings, part) for part in (splits.validation, splits.test)]
-        device = choose_device(settings.device)
         classifier = load_classifier(settings, settings.ways, device, settings.kind)
         start = choose_start(settings, classifier)
-        _, rule = choose_rule(settings.rule, start.params(classifier).values())
     out = Path(settings.json)
     facts = _facts(settings, splits, classifier, start) | _fewer_ways(settings, samplers)
     journal = Journal(out.with_name(out.name + ".runs"), facts)

@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.commands import Inspect
 from rnnopt.cli.settings.loading import (
@@ -35,9 +37,10 @@ def run(settings: Inspect) -> None:
     if output is not None and output.suffix not in SUFFIXES:
         raise InputError(f"--output {output}: its name must end in {' or '.join(SUFFIXES)}")
     with waiting("reading data and encoder"):
+        device = choose_device(settings.device)
+        _, rule = choose_rule(settings.rule, device)
         corpus = read_data(settings).test
-        classifier = _classifier(settings, corpus)
-    _, rule = choose_rule(settings.rule, [param for _, param in classifier.trainable()])
+        classifier = _classifier(settings, corpus, device)
     task = TextTasks(episode_sampler(settings, corpus), classifier).load(0)
     classifier.reset(task.ways, seed=settings.seed)
     with waiting("adapting"):
@@ -57,9 +60,8 @@ def run(settings: Inspect) -> None:
     plot_inspection(found, title, output)
 
 
-def _classifier(settings: Inspect, corpus: Corpus) -> Classifier:
+def _classifier(settings: Inspect, corpus: Corpus, device: torch.device) -> Classifier:
     """Of --encoder, or of a random BERT that knows the words."""
-    device = choose_device(settings.device)
     if settings.encoder is not None:
         return load_classifier(settings, settings.ways, device, settings.kind)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ _EXTRAS = (
     "transformers",
     "yaml",
 )  # the extra `meta`
-_MISTAKE, _INTERRUPTED = 2, 130  # the latter is what a shell reports for Ctrl-C
+# the last two are what a shell reports for Ctrl-C, and for a pipe that nobody reads any more
+_MISTAKE, _INTERRUPTED, _UNREAD = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 for what the user can mend (one line on stderr, of one process where several share
-        the mistake; no traceback); 3 where --until was not met; 130 for Ctrl-C.
+        the mistake; no traceback); 3 where --until was not met; 130 for Ctrl-C; 141 where whoever
+        read the output has had enough, as in ``rnnopt predict ... | head``.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -51,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell(words, "interrupted")
         return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return _UNREAD
 
 
 def parse(words: Sequence[str]) -> Settings:

@@ -25,6 +25,7 @@ from torch import Tensor
 from rnnopt.errors import InputError
 
 _ABOUT = "rnnopt"
+_READABLE = 0o644  # a temporary file is private, and a result is for others, too
 _CHECK = "fingerprint of tensors"  # files that were written before 0.2 have none
 
 
@@ -50,7 +51,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # a temporary file is private, and a result should be readable
+        temporary.chmod(_READABLE)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -61,6 +62,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:  # also after Ctrl-C
             temporary.unlink(missing_ok=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Let other users read the files of a folder.
+
+    safetensors 0.8 writes files that their owner alone can read, so that a service under another
+    user would not start.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(_READABLE)
 
 
 def claim_folder(folder: Path) -> None:
@@ -165,6 +177,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no complete safetensors file ({error}); it may be truncated or of another "
-            "format: make it again with `rnnopt meta-train`"
+            "format: make it again, or fetch it again"
         ) from error
     return tensors, about

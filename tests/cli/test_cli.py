@@ -10,6 +10,7 @@ import pytest
 import torch
 from encoders import tiny_llama
 from rule_table import random_lstm
+from safetensors.torch import save_file
 
 from rnnopt import Adam, load_rule, save_rule
 from rnnopt.cli.main import main
@@ -339,6 +340,20 @@ def test_a_seed_out_of_range(csv_file, encoder, tmp_path, capsys, seed):
 def test_bad_options_of_adapt(csv_file, encoder, tmp_path, capsys, more, message):
     assert message in fails(adapt(csv_file, encoder, tmp_path / "out", *more), capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["adapt", "compare", "inspect"])
+def test_a_rule_that_can_not_be_read_is_found_before_data_and_encoder(command, tmp_path, capsys):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    output = ["--json" if command == "compare" else "--output", tmp_path / "out.json"]
+    words = [command, "--data", "no.csv", "--encoder", "no/such folder", *output]
+    rule = tmp_path / "other.safetensors"
+    if command == "inspect":
+        words += [rule, "--device", "cpu"]
+    else:
+        words += ["--rule", rule]
+    assert "holds 'no rnnopt rule', expected" in fails(words, capsys)
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_adapt_leaves_test_texts_out_of_training(csv_file, encoder, rule_file, tmp_path, capsys):

@@ -66,6 +66,13 @@ def test_it_says_why_nothing_is_adapted(words, why, few, encoder, capsys):
     assert code == 0 and re.search(why, out)
 
 
+def test_it_says_if_there_is_time_for_some_of_the_steps_alone(few, encoder, capsys):
+    words = "--data", few, "--encoder", encoder, "--steps", 100_000, "--seconds", 5
+    code, out = doctor(capsys, *words)
+    allowed = re.search(r"note     time: --seconds 5 allow (\d+) of the 100000 steps; give", out)
+    assert code == 0 and f"adapt in 2 folds and once to all texts, {allowed.group(1)} steps" in out
+
+
 def test_it_notes_what_is_odd_about_the_data(encoder, tmp_path, capsys):
     path = tmp_path / "f.csv"
     rows = [(f"a song number {i} " * (20 if i == 3 else 1), "music") for i in range(12)]

@@ -62,6 +62,9 @@ def test_fit_says_what_it_did_and_why(csv_file, encoder, tmp_path, capsys):
     assert "240 texts, 10 classes" in out and "kept " in out and "rnnopt predict --model" in out
     saved = TextClassifier.load(tmp_path / "saved")
     assert (saved.abstain_below, saved.random_state, saved.steps) == (0.4, 3, 0)
+    line = fails(capsys, *words, "--output", csv_file / "saved")
+    assert f"saved can't be made in {csv_file}; choose another folder" in line
+    assert capsys.readouterr().out == ""  # said before anything was fitted
     line = fails(capsys, *words, "--output", tmp_path / "saved")
     assert "has something in it, and nothing is overwritten; choose another folder" in line
 
@@ -113,6 +116,18 @@ def test_standard_input_is_answered_as_it_comes(model, known):
         process.stdin.close()
         assert process.stdout.read().startswith("no line end,")
     assert process.returncode == 0
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_it(model, texts, tmp_path, monkeypatch, capsys):
+    """As in `rnnopt predict ... | head -1`."""
+    path = tmp_path / "texts.csv"
+    path.write_text("text\n" + "".join(f"{text}\n" for text, _ in texts))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run("predict", "--model", model, "--data", path) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unlikely_text_has_no_label(model, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import socket
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from encoders import checkpointing
 
+import rnnopt
 from rnnopt import SGD, LearnedOptimizer
 
 transformers = pytest.importorskip("transformers")
@@ -160,3 +162,57 @@ def test_a_model_of_bfloat16_keeps_its_dtype(names):
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     state = [leaf for row in optimizer.state.values() for leaf in row.values()]
     assert any(leaf.dtype == torch.float32 for leaf in state)
+
+
+def test_fsdp2_steps_as_the_whole_model_does(names, monkeypatch):
+    """That two processes do, too, is tested in test_sharding.py."""
+    (code,) = code_of("FSDP2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    whole, everything = copy.deepcopy(names["model"]), names["batch"]
+    with torch.no_grad():
+        before = whole(**everything).logits
+    optimizer = LearnedOptimizer(whole.parameters())
+    for batch in names["loader"]:
+        optimizer.zero_grad()
+        whole(**batch).loss.backward()
+        optimizer.step()
+    try:
+        run(code, names)
+        # weights may differ: a key's bias has no gradient but rounding, and Adam steps by its sign
+        with torch.no_grad():
+            found, wanted = (net(**everything).logits for net in (names["model"], whole))
+        assert (found - wanted).abs().max() < 0.01 * (wanted - before).abs().max()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tensorboard(names, encoder, texts, tmp_path):
+    pytest.importorskip("tensorboard")
+    (code,) = code_of("TensorBoard")
+    points = torch.linspace(-1, 1, 5).unsqueeze(1)
+
+    def tasks(number):
+        return rnnopt.Task(
+            *[lambda net, step: (net(points) - number % 3 * points).square().mean()] * 2
+        )
+
+    few = [pair for pair in texts if pair[1] in ("food", "music")][::8]
+    short = code.replace("tasks, ", "tasks, meta_steps=2, steps=2, validation_tasks=2, ")
+    made = run(
+        short.replace("(encoder)", "(encoder, steps=2)"),
+        {
+            "learner": rnnopt.Learner(torch.nn.Linear(1, 1)),
+            "tasks": tasks,
+            "encoder": encoder,
+            "texts": [text for text, _ in few],
+            "labels": [label for _, label in few],
+        },
+    )
+    assert made and all(
+        list((tmp_path / "runs" / name).glob("events.*")) for name in ("rule", "fit")
+    )

@@ -506,6 +506,8 @@ def test_saving_leaves_nothing_but_the_folder(folders: dict[str, Path], tmp_path
     load(folders["bert"]).save(tmp_path / "saved", ["a", "b", "c"])
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert not list((tmp_path / "saved").glob("*.bin"))
+    # others can read them, too, unlike what safetensors 0.8 leaves
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o644}
 
 
 def test_a_failed_save_leaves_no_folder(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from rnnopt.tasks.text.estimator.heads import (
     logistic_head,
 )
 from rnnopt.tasks.text.estimator.objective.one_label import stratified_folds
+from rnnopt.tasks.text.estimator.steps import Plan
 
 CPU = torch.device("cpu")
 
@@ -404,8 +406,26 @@ def test_a_function_that_makes_no_optimizer(encoder, few):
 
 def test_adaptation_that_would_take_too_long_is_not_begun(encoder, few):
     classifier = TextClassifier(encoder, seconds=0, device="cpu").fit(*few)
-    assert "adaptation would take about" in classifier.report_.reason
+    assert "adaptation would take " in classifier.report_.reason
     assert "0 s are allowed; give more seconds" in classifier.report_.reason
+
+
+def test_folds_are_given_up_before_steps_and_steps_before_adaptation():
+    plan = Plan(None, steps=10, lora_rank=None, seconds=30.0, seed=0)
+    found = [adaptation.affordable(3, plan, step) for step in (0.66, 0.85, 0.9, 2.1, 4.2, 4.3)]
+    assert found == [(3, 10), (2, 10), (2, 9), (2, 4), (2, 2), (0, 0)]
+    assert adaptation.affordable(3, replace(plan, seconds=None), 99.0) == (3, 10)
+    assert adaptation.affordable(3, replace(plan, steps=1), 8.0) == (2, 1)
+
+
+def test_a_slow_machine_adapts_in_fewer_steps_and_says_so(encoder, few, monkeypatch):
+    monkeypatch.setattr(adaptation.Adaptation, "seconds_per_step", lambda self: 9.0)
+    rule = AdamW(step_size=1e-2)
+    classifier = TextClassifier(encoder, rule=rule, seconds=100, device="cpu").fit(*few)
+    assert classifier.report_.folds == 2
+    names = [tried.name for tried in classifier.report_.tried if "steps of" in tried.name]
+    assert names == ["2 steps of adaptation", "3 steps of adaptation"]
+    assert classifier.report_.reason.endswith("; for more than 3 steps give more seconds")
 
 
 def test_adaptation_that_takes_longer_than_foreseen_is_broken_off(encoder, few, monkeypatch):
@@ -460,6 +480,12 @@ def test_padding_does_not_reach_the_vectors(pooling, side, encoder):
         assert made.tolist() == [wanted, wanted + 1, wanted + 2]
 
 
+def test_another_pooling_leaves_the_length_of_texts_as_it_is(few, tmp_path):
+    folder = sentence_folder(tmp_path / "encoder", few[0], Layout("mean", True, 16, ""))
+    layout = SentenceEncoder.load(folder, CPU, "cls").layout
+    assert (layout.pooling, layout.normalized, layout.max_length) == ("cls", True, 16)
+
+
 def test_a_layout_comes_back_from_its_files(tmp_path):
     for number, layout in enumerate([Layout("mean", True, 64, ""), Layout("last", False, 9, "")]):
         folder = tmp_path / str(number)
@@ -491,6 +517,16 @@ def test_both_formats_of_sentence_transformers_are_read(config, pooling, tmp_pat
         assert Layout.read(tmp_path).pooling == pooling
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "3", "{"])
+def test_files_that_say_nothing_are_as_if_they_were_not_there(content, tmp_path):
+    (tmp_path / "1_Pooling").mkdir()
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        (tmp_path / name).write_text(content)
+    assert Layout.read(tmp_path) == Layout("mean", False, 256, "the encoder's files name none")
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "x"}')
+    assert Layout.read(tmp_path).max_length == 256
+
+
 def test_a_module_that_is_not_supported_is_refused(few, tmp_path):
     folder = sentence_folder(tmp_path / "e", few[0], Layout("mean", False, 16, ""))
     modules = json.loads((folder / "modules.json").read_text())
@@ -514,6 +550,8 @@ def test_a_saved_classifier_gives_the_same_probabilities_to_the_bit(adapted, tmp
     assert {"model.safetensors", "head.safetensors", "modules.json", "README.md"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".py"))]
     card = (tmp_path / "saved" / "README.md").read_text()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*.*")}
+    assert modes == {0o644}  # a service under another user can read it
     assert adapted.report_.data in card and adapted.report_.kept in card and "Limits" in card
 
 
@@ -545,12 +583,20 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         TextClassifier.load(encoder)
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / "classifier.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+    saved = path.read_text()
+    path.write_text(saved.replace('"format": 2', '"format": 9'))
     with pytest.raises(InputError, match="has format 9, and this rnnopt reads 2; fit the"):
         TextClassifier.load(tmp_path / "saved")
     path.write_text('{"format": 2}')
     with pytest.raises(InputError, match="do not hold what they should"):
         TextClassifier.load(tmp_path / "saved")
+    facts = json.loads(saved)
+    for name, value in (
+        ("classes", None), ("floor", "x"), ("thresholds", ["a"]), ("settings", "ab"), ("known", 3),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**facts, name: value}))
+        with pytest.raises(InputError, match=r"do not hold what .*fit the classifier"):
+            TextClassifier.load(tmp_path / "saved")
 
 
 # -- bad input
@@ -564,7 +610,10 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", None], ["x", "y"], "text 1 is None, of type NoneType; every text must be a string"),
         (["a", 3.0], ["x", "y"], "text 1 is 3.0, of type float; .* leave it out with its label"),
         ("a text", ["x"], "texts is one string, 'a text'; a list of texts is needed"),
-        (5, ["x"], "texts is 5, of type int; give a list of strings"),
+        ({"a": 1, "b": 2}, ["x", "y"], "texts is {'a': 1, 'b': 2}, of type dict; give a list"),
+        ({"a"}, ["x"], "texts is {'a'}, of type set; give a list"),
+        (["a", "b"], {"x": 1, "y": 2}, "labels is {'x': 1, 'y': 2}, of type dict; give a list"),
+        (5, ["x"], "texts is 5, of type int; give a list of texts"),
         (["a", "\ud800"], ["x", "y"], "half a surrogate pair, .* delete"),
         (["a", "b"], ["x"], "2 texts and 1 labels; give each text one label"),
         (["a", "b"], ["x", None], "label 1 is None, of type NoneType; labels must be strings"),
@@ -572,7 +621,7 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
         (["a", "b"], [float("nan"), 1], "label 0 is nan, of type float"),
         (["a", "b"], ["x", 1], "label 0 is 'x' and label 1 is 1; all labels must be of one kind"),
         (["a", "b"], [True, 1], "all labels must be of one kind: convert them to strings"),
-        (["a", "b"], "xy", "labels is 'xy', of type str; give a list, one label a text"),
+        (["a", "b"], "xy", "labels is 'xy', of type str; give a list of labels"),
         (
             ["a", "b"],
             [-1, 2**63],
@@ -586,6 +635,18 @@ def test_a_folder_that_is_no_classifier_is_refused(encoder, fitted, tmp_path):
 def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
     with pytest.raises(InputError, match=message):
         TextClassifier(encoder).fit(rows, labels)
+
+
+def test_a_table_is_not_taken_for_its_columns_names(encoder):
+    """There are as many columns as labels, so that nothing else would tell."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["a", "b"], "label": ["x", "y"]})
+    classifier = TextClassifier(encoder, steps=0, device="cpu")
+    with pytest.raises(InputError, match="texts is a DataFrame with the columns text, label; give"):
+        classifier.fit(table, ["x", "y"])
+    with pytest.raises(InputError, match="labels is a DataFrame with the columns label; give one"):
+        classifier.fit(table["text"], table[["label"]])
+    assert classifier.fit(table["text"], table["label"]).classes_.tolist() == ["x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -616,6 +677,11 @@ def test_texts_and_labels_that_can_not_be_used(rows, labels, message, encoder):
 def test_settings_that_can_not_be_used(setting, message, encoder, few):
     with pytest.raises(InputError, match=message):
         TextClassifier(**{"encoder": encoder, "seconds": None, **setting}).fit(*few)
+
+
+def test_a_rule_file_is_read_before_the_encoder(few):
+    with pytest.raises(InputError, match=r"can't read no\.safetensors"):
+        TextClassifier("no/such folder", rule="no.safetensors").fit(*few)
 
 
 def test_settings_may_be_numbers_of_numpy(encoder, few, tmp_path):

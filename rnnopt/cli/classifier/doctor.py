@@ -21,12 +21,13 @@ from rnnopt.storage.memory import free_bytes, peak_bytes
 from rnnopt.storage.provenance import versions
 from rnnopt.tasks.text.encoder.loading import encoder_name
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
+from rnnopt.tasks.text.estimator.adaptation import least_seconds
 from rnnopt.tasks.text.estimator.folder import check_new
 from rnnopt.tasks.text.estimator.inputs.labelled import Labels, check_texts, read_labels
 from rnnopt.tasks.text.estimator.inputs.settings import check_for_several_labels, check_settings
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.report import spread
-from rnnopt.tasks.text.estimator.steps import Plan, make_optimizer
+from rnnopt.tasks.text.estimator.steps import Plan
 
 _TIMED = 64  # texts of the timed forward pass
 _UNEVEN = 10  # times as many texts of one label as of another, from where on it is worth a word
@@ -84,7 +85,6 @@ def _machine() -> None:
 def _settings(settings: Doctor) -> None:
     classifier = unfitted(settings)
     check_settings(classifier.get_params(deep=False))
-    make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], settings.rule)
     if settings.output is not None:
         check_new(settings.output)
     print(f"ok       settings: rule {settings.rule or 'that ships'}, seed {settings.seed}")
@@ -156,16 +156,21 @@ def _time(settings: Doctor, encoder: SentenceEncoder, texts: list[str], labels: 
     if ahead is not None and ahead.folds:
         print(
             f"plan     {start}, adapt in {ahead.folds} folds and once to all texts, "
-            f"{settings.steps} steps of about {ahead.step:.2f} s each: about "
+            f"{ahead.steps} steps of about {ahead.step:.2f} s each: about "
             f"{embedding + ahead.seconds:.0f} s together"
         )
+        if ahead.steps < settings.steps:
+            print(
+                f"note     time: --seconds {settings.seconds:g} allow {ahead.steps} of the "
+                f"{settings.steps} steps; give more to take all of them"
+            )
         return
     if not settings.steps:
         why = "--steps is 0"
     elif not why and max(objective_of(labels.places).counts(labels.places)) == 1:
         why = "every label has one text, and none can be held out"
     elif not why and ahead is not None:
-        needed = 3 * settings.steps * ahead.step
+        needed = least_seconds(plan, ahead.step)
         why = f"that takes {needed:.0f} s or more, and --seconds is {settings.seconds:g}"
     print(f"plan     {start}, and leave the encoder as it is ({why})")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
-from rnnopt.tasks.text.estimator.adaptation import ADAPTATION_FOLDS, JUDGED, affordable
+from rnnopt.tasks.text.estimator.adaptation import ADAPTATION_FOLDS, JUDGED, affordable, seconds_of
 from rnnopt.tasks.text.estimator.evidence import Labelled
 from rnnopt.tasks.text.estimator.objective.choice import objective_of
 from rnnopt.tasks.text.estimator.steps import Adaptation, Plan
@@ -20,11 +20,13 @@ class Forecast:
 
     Attributes:
         folds: of cross-validation; 0 where nothing is going to be adapted.
-        step: seconds of one step.
+        steps: optimizer steps at most.
+        step: seconds of one step, in a fold.
         seconds: of adaptation, cross-validation included.
     """
 
     folds: int
+    steps: int
     step: float
     seconds: float
 
@@ -52,7 +54,7 @@ def forecast(
     finally:
         adaptation.end(keep=False)
     most = len(objective.folds(labels, ADAPTATION_FOLDS, plan.seed))
-    folds = affordable(most, plan, step) if plan.steps else 0
-    judged = len({*JUDGED, plan.steps} & {*range(1, plan.steps + 1)})
-    seconds = (folds + 1) * plan.steps * step + judged * len(texts) * forward if folds else 0.0
-    return Forecast(folds, step, seconds)
+    folds, steps = affordable(most, plan, step) if plan.steps else (0, 0)
+    judged = len({*JUDGED, steps} & {*range(1, steps + 1)})
+    seconds = seconds_of(folds, steps, step) + judged * len(texts) * forward if folds else 0.0
+    return Forecast(folds, steps, step, seconds)

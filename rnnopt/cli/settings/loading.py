@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rnnopt.cli.settings.commands import MetaTrain
 from rnnopt.cli.settings.groups import (
@@ -184,18 +183,18 @@ def known_to(settings: RuleSettings) -> list[dict[str, Any]]:
     return known + ([read_init_training(settings.init)] if settings.init else [])
 
 
-def choose_rule(rule: str | None, params: Iterable[Tensor]) -> tuple[Path, SavedRule]:
-    """--rule, or the shipped one: its file, and itself on the parameters' device.
+def choose_rule(rule: str | None, device: torch.device) -> tuple[Path, SavedRule]:
+    """--rule, or the shipped one: its file, and itself.
 
     Args:
         rule: a file or a folder; None for the one that ships.
-        params: what trains.
+        device: of what trains.
 
     Raises:
         InputError: the file can't be used.
     """
     file = Path(rule) if rule else SHIPPED_RULE
-    return file, load_rule(file).to(next(iter(params)).device)
+    return file, load_rule(file).to(device)
 
 
 def choose_device(name: str) -> torch.device:

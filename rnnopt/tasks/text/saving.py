@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import claim_folder
+from rnnopt.storage.files import claim_folder, let_others_read
 from rnnopt.tasks.text.encoder.loading import MeanPooled, first_line, silence
 from rnnopt.tasks.text.encoder.lora import save_adapter
 
@@ -64,6 +64,7 @@ def save_classifier(classifier: Saveable, folder: Path, label_names: Sequence[st
             tokenizer = copy.deepcopy(classifier.tokens.tokenizer)
             tokenizer.model_max_length = classifier.tokens.max_length
             tokenizer.save_pretrained(partial)
+        let_others_read(partial)
         os.replace(partial, folder)
     except BaseException as error:
         folder.rmdir()  # still empty
@@ -98,6 +99,7 @@ def save_initial_values(classifier: Saveable, folder: Path, values: Mapping[str,
             else:
                 _save_whole(classifier, folder, values)
             classifier.tokens.tokenizer.save_pretrained(folder)
+        let_others_read(folder)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(folder, error) from error
 

@@ -71,9 +71,9 @@ class Layout:
         Raises:
             InputError: the files ask for something that is not supported.
         """
-        modules = _json(folder / "modules.json", [])
+        modules = [m for m in _json(folder / "modules.json", []) if isinstance(m, dict)]
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-        longest = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or _LONGEST
+        longest = _longest(folder)
         if not modules:
             return cls("mean", False, longest, "the encoder's files name none")
         if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
@@ -171,7 +171,7 @@ class SentenceEncoder(nn.Module):
             layout = Layout.read(folder)
         else:
             kinds = str(_json(folder / "modules.json", []))
-            layout = Layout(pooling, "Normalize" in kinds, _LONGEST, "as asked")  # type: ignore[arg-type]
+            layout = Layout(pooling, "Normalize" in kinds, _longest(folder), "as asked")  # type: ignore[arg-type]
         if max_length is not None:
             layout = Layout(layout.pooling, layout.normalized, max_length, layout.source)
         with seeded(0):
@@ -237,9 +237,16 @@ class SentenceEncoder(nn.Module):
         self.layout.write(folder, self.width)
 
 
+def _longest(folder: Path) -> int:
+    """Tokens of a text at most, by the encoder's sentence-transformers files."""
+    found = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    return found if isinstance(found, int) and found > 0 else _LONGEST
+
+
 def _json(path: Path, absent: Any) -> Any:
-    """What a JSON file holds; `absent` if there is none that can be read."""
+    """What a JSON file holds; `absent` if it can't be read or is of another kind."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return absent
+    return found if isinstance(found, type(absent)) else absent

@@ -31,6 +31,8 @@ JUDGED = (2, 5, 10, 20, 40)  # after these steps, and after the last
 # Five take three fifths more time. On six draws of classes to choose by, with five labels a class,
 # they gave the same accuracy within .003.
 ADAPTATION_FOLDS = 3
+_FEWEST = 2  # folds, and steps, that are worth it
+_ALL = 1.5  # a step on all texts, in steps on those of a fold, at most
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -122,17 +124,20 @@ def _cross_validate(
     adaptation: Adaptation, data: Labelled, start: Start, plan: Plan, report: Callback
 ) -> Verdict:
     """The verdict but for the head."""
-    folds = _affordable(adaptation, data, plan)
-    if isinstance(folds, Verdict):
-        return folds
+    afforded = _affordable(adaptation, data, plan)
+    if isinstance(afforded, Verdict):
+        return afforded
+    folds, steps = afforded
+    fewer = f"; for more than {counted(steps, 'step')} give more seconds"
+    fewer = "" if steps == plan.steps else fewer
     held = np.concatenate([held for _, held in folds])
     labels, weights = data.labels[held], data.weights[held]
     beginning = Judged.of(start.name, held_out_logits(data, folds, start.fit), labels, weights)
     found: dict[int, list[np.ndarray]] = {}
     for fold, (known, held_out) in enumerate(folds, start=1):
-        for step in adaptation.run(known, plan.steps):
+        for step in adaptation.run(known, steps):
             report({"step": step, "fold": fold, "loss": adaptation.loss})
-            if step in JUDGED or step == plan.steps:
+            if step in JUDGED or step == steps:
                 found.setdefault(step, []).append(
                     _refitted(start, adaptation.embedded(known), adaptation.embedded(held_out))
                 )
@@ -152,14 +157,17 @@ def _cross_validate(
     ]
     if better:
         kept = min(better, key=lambda one: one.evidence.log_loss)
-        reason = f"{_figures(kept.evidence)} on texts held out, and {start.name} {_figures(begun)}"
+        reason = (
+            f"{_figures(kept.evidence)} on texts held out, and {start.name} {_figures(begun)}"
+            f"{fewer}"
+        )
         return Verdict(reason, None, kept, begun, tried, len(folds))
     if not tried:
         return Verdict("adaptation diverged", start=begun, folds=len(folds))
     best = min(tried, key=lambda evidence: evidence.log_loss)
     reason = (
         f"{_figures(begun)} on texts held out, and adaptation at its best {_figures(best)} "
-        f"({best.name})"
+        f"({best.name}){fewer}"
     )
     return Verdict(reason, None, None, begun, tried, len(folds))
 
@@ -175,34 +183,52 @@ def _refitted(start: Start, known: Labelled, held_out: Labelled) -> np.ndarray:
     return start.fit(known).logits(held_out.embeddings)
 
 
-def _affordable(adaptation: Adaptation, data: Labelled, plan: Plan) -> list[Fold] | Verdict:
-    """As many folds as the time allows."""
-    most = objective_of(data.labels).folds(data.labels, ADAPTATION_FOLDS, plan.seed)
+def _affordable(
+    adaptation: Adaptation, data: Labelled, plan: Plan
+) -> tuple[list[Fold], int] | Verdict:
+    """As many folds and steps as the time allows."""
+    objective = objective_of(data.labels)
+    folds = objective.folds(data.labels, ADAPTATION_FOLDS, plan.seed)
     if plan.seconds is None:
-        return most
+        return folds, plan.steps
     step = adaptation.seconds_per_step()
-    count = affordable(len(most), plan, step)
+    count, steps = affordable(len(folds), plan, step)
     if count:
-        return objective_of(data.labels).folds(data.labels, count, plan.seed)
-    needed = 3 * plan.steps * step
+        return objective.folds(data.labels, count, plan.seed), steps
     return Verdict(
-        f"adaptation would take about {needed:.0f} s, and {plan.seconds:g} s are allowed; give "
-        "more seconds, or fewer steps"
+        f"adaptation would take {least_seconds(plan, step):.0f} s or more, and {plan.seconds:g} s "
+        "are allowed; give more seconds"
     )
 
 
-def affordable(most: int, plan: Plan, step: float) -> int:
-    """How many folds the time allows, at most `most`; 0 if not even two.
+def affordable(most: int, plan: Plan, step: float) -> tuple[int, int]:
+    """How many folds and steps the time allows; no folds if not even `_FEWEST` of each.
+
+    Folds are given up before steps. On two draws of TREC's validation classes with five labels
+    each, accuracy was .66 at the start, .78 after 2 steps, .83 after 5 and .84 after 10.
 
     Args:
         most: folds.
         plan: says how many steps, and in what time.
-        step: seconds of one.
+        step: seconds of one in a fold.
     """
-    if plan.seconds is None:
-        return most
-    fitting = (n for n in range(most, 1, -1) if (n + 1) * plan.steps * step <= plan.seconds)
-    return next(fitting, 0)
+    if plan.seconds is None or not most:
+        return most, plan.steps
+    for folds in range(most, _FEWEST - 1, -1):
+        if seconds_of(folds, plan.steps, step) <= plan.seconds:
+            return folds, plan.steps
+    steps = int(plan.seconds / seconds_of(_FEWEST, 1, step))
+    return (_FEWEST, steps) if steps >= _FEWEST else (0, 0)
+
+
+def seconds_of(folds: int, steps: int, step: float) -> float:
+    """What so many steps take, in each fold and on all texts, at `step` seconds in a fold."""
+    return (folds + _ALL) * steps * step
+
+
+def least_seconds(plan: Plan, step: float) -> float:
+    """What adaptation takes at least, at `step` seconds in a fold."""
+    return seconds_of(_FEWEST, min(_FEWEST, plan.steps), step)
 
 
 def _figures(evidence: Evidence) -> str:

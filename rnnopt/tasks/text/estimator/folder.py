@@ -16,7 +16,12 @@ import torch
 from safetensors import SafetensorError
 
 from rnnopt.errors import InputError
-from rnnopt.storage.files import read_tensors, save_tensors, write_atomically
+from rnnopt.storage.files import (
+    let_others_read,
+    read_tensors,
+    save_tensors,
+    write_atomically,
+)
 from rnnopt.storage.provenance import read_json, versions
 from rnnopt.tasks.text.encoder.loading import first_line
 from rnnopt.tasks.text.encoder.sentence import SentenceEncoder
@@ -48,10 +53,10 @@ class Fitted:
 
 
 def check_new(folder: str | Path) -> Path:
-    """Refuse a folder with something in it.
+    """Refuse a folder with something in it, or one that can't be made, before anything runs.
 
     Raises:
-        InputError: it is a file, holds something, or can't be read.
+        InputError: it is a file, holds something, or can't be written.
     """
     target = Path(folder)
     try:
@@ -59,10 +64,13 @@ def check_new(folder: str | Path) -> Path:
             raise InputError(
                 f"{target} has something in it, and nothing is overwritten; choose another folder"
             )
+        above = next(parent for parent in target.absolute().parents if parent.exists())
     except OSError as error:
         raise InputError(
             f"{target} can't be the classifier's folder ({error.strerror}); choose another"
         ) from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{target} can't be made in {above}; choose another folder")
     return target
 
 
@@ -99,6 +107,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        let_others_read(partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't write {target}: {first_line(error)}; choose another") from error
@@ -157,16 +166,17 @@ def load(folder: str | Path, device: torch.device) -> tuple[Fitted, dict[str, An
         decision = Decision(
             np.array(facts["classes"]),
             None if thresholds is None else np.array(thresholds, float),
-            facts["floor"],
+            None if facts["floor"] is None else float(facts["floor"]),
         )
         report = Report.from_facts(facts["report"])
         fitted = Fitted(encoder, head, decision, report, frozenset(facts["known"]))
         settings = dict(facts["settings"])
-    except (KeyError, TypeError) as error:
+        fits = head.weight.shape == (len(decision.classes), encoder.width)
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{source}: its files do not hold what they should ({error}); fit the classifier again"
         ) from error
-    if head.weight.shape != (len(decision.classes), encoder.width):
+    if not fits:
         raise InputError(
             f"{source}: a head of shape {head.weight.shape} for {len(decision.classes)} labels and "
             f"an encoder of width {encoder.width}; the files are not of one classifier: fit again"

@@ -150,9 +150,10 @@ class Adaptation:
         return replace(self._data.take(rows), embeddings=vectors.double().numpy())
 
     def seconds_per_step(self) -> float:
-        """How long a step takes, forward and backward pass included."""
+        """How long a step takes on two texts of three, forward and backward pass included."""
         optimizer = self._begin()
-        rows = next(_batches(np.arange(len(self._texts)), self._data.labels, self._plan.seed))
+        known = np.flatnonzero(np.arange(len(self._texts)) % 3)
+        rows = next(_batches(known, self._data.labels, self._plan.seed))
         took = []
         for _ in range(2):  # the first pass also allocates
             started = time.perf_counter()

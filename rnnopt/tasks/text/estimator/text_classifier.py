@@ -77,7 +77,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator, Exports):  # type: ignore[m
         lora_rank: None adapts the weights of all layers; a number adapts LoRA factors of this rank,
             which takes less memory and is less accurate.
         seconds: what adaptation may take, cross-validation included. A slower machine may hence
-            adapt with fewer folds, or not at all, which `report_` says; None sets no bound.
+            adapt in fewer folds, in fewer steps, or not at all, which `report_` says; None sets no
+            bound.
         class_weight: None, or ``"balanced"``: every class counts alike, whatever its texts. Or a
             weight for each label, of which those that are left out weigh 1. Where a text may have
             several labels it has to be None.

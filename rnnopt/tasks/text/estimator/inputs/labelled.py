@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,17 @@ def check_texts(texts: Any) -> list[str]:
     """The texts as a list of strings.
 
     Args:
-        texts: a list, tuple, array, pandas Series, or anything else that can be iterated over.
+        texts: a list, tuple, array, pandas Series, or anything else with an order.
 
     Raises:
-        InputError: a single string, an element that is no string, or one that no encoder can read.
+        InputError: a single string, a table, something without an order, an element that is no
+            string, or one that no encoder can read.
     """
     if isinstance(texts, str):
         raise InputError(
             f"texts is one string, {_shown(texts)}; a list of texts is needed: put it in [brackets]"
         )
-    if not isinstance(texts, Iterable):
-        raise InputError(
-            f"texts is {_shown(texts)}, of type {type(texts).__name__}; give a list of strings"
-        )
-    found = list(texts)
+    found = _as_list("texts", texts)
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise InputError(
@@ -79,7 +76,7 @@ def read_labels(labels: Any, count: int) -> Labels:
     Raises:
         InputError: as `check_labels` and `check_classes`; or no label tells texts apart.
     """
-    labels = _as_list(labels)
+    labels = _as_list("labels", labels)
     if not is_several(labels):
         found = check_labels(labels, count)
         return Labels(*check_classes(found), found.tolist())
@@ -145,11 +142,10 @@ def known_labels(labels: Any, count: int, classes: np.ndarray, several: bool) ->
     Raises:
         InputError: as `check_labels`; or a label is none of the classifier's.
     """
-    labels = _as_list(labels)
+    labels = _as_list("labels", labels)
     known = set(classes.tolist())
     if several:
-        given = labels if isinstance(labels, list) else [labels]
-        rows = check_several([[one] if isinstance(one, str) else one for one in given], count)
+        rows = check_several([[one] if isinstance(one, str) else one for one in labels], count)
         flat = [label for row in rows for label in row]
     elif is_several(labels):
         raise InputError(
@@ -178,12 +174,8 @@ def check_labels(labels: Any, count: int) -> np.ndarray:
     Raises:
         InputError: another number of labels, or labels of another kind or of several kinds.
     """
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        raise InputError(
-            f"labels is {_shown(labels)}, of type {type(labels).__name__}; give a list, one label "
-            "a text"
-        )
-    found = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    given = _as_list("labels", labels)
+    found = [label.item() if isinstance(label, np.generic) else label for label in given]
     if len(found) != count:
         raise InputError(f"{count} texts and {len(found)} labels; give each text one label")
     for i, label in enumerate(found):
@@ -266,9 +258,20 @@ def _half_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _as_list(labels: Any) -> Any:
-    """A list of what can be iterated over and is no string."""
-    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else labels
+def _as_list(name: str, values: Any) -> list[Any]:
+    """Texts or labels as a list.
+
+    Raises:
+        InputError: a string, a table, or something without an order, so that texts and labels could
+            not be told to belong together.
+    """
+    kind = type(values).__name__
+    if hasattr(values, "columns"):  # going through a DataFrame gives the names of its columns
+        named = ", ".join(map(str, values.columns))
+        raise InputError(f"{name} is a {kind} with the columns {named}; give one of them, a Series")
+    if isinstance(values, str | Mapping | Set) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {_shown(values)}, of type {kind}; give a list of {name}")
+    return list(values)
 
 
 def _shown(value: Any) -> str:

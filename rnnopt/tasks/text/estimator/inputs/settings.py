@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rnnopt.errors import InputError
+from rnnopt.rules.files import load_rule
 
 # and the least that they may be
 _INTEGERS = (("steps", 0), ("lora_rank", 1), ("max_length", 1), ("random_state", 0))
@@ -26,7 +27,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that `fit` can't use.
 
     Raises:
-        InputError: one is of another kind, or out of range.
+        InputError: one is of another kind, or out of range; the rule file can't be read.
     """
     encoder, rule = settings["encoder"], settings["rule"]
     if not isinstance(encoder, str | os.PathLike):
@@ -39,6 +40,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"rule is {rule!r}; give an rnnopt.UpdateRule, the path of a rule file, a function "
             "that makes a torch.optim.Optimizer of parameters, or None for the rule that ships"
         )
+    if isinstance(rule, str | os.PathLike):
+        load_rule(rule)  # each adaptation reads it again, on the encoder's device
     weight = settings["class_weight"]
     given = weight.values() if isinstance(weight, Mapping) else ()
     if not (given or weight in (None, "balanced")) or not all(map(_is_positive, given)):

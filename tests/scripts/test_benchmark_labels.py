@@ -1,4 +1,4 @@
-"""`benchmark_abstention.py` and `benchmark_several_labels.py` on sets of the tests."""
+"""`benchmark_labels.py` on sets of the tests."""
 
 import gzip
 import importlib
@@ -29,20 +29,18 @@ def data(texts, tmp_path):
     return tmp_path
 
 
-def lines_of(name, monkeypatch, capsys, *words):
+def lines_of(monkeypatch, capsys, *words):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    module = importlib.import_module("benchmark_labels")
+    monkeypatch.setattr(sys, "argv", ["benchmark_labels.py", *map(str, words)])
     module.main()
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("part", ["report", "choose"])
 def test_abstention(part, data, encoder, monkeypatch, capsys):
-    words = "--data", data, "--encoder", encoder, "--ways", 3, "--shots", 4, "--draws", 2
-    lines = lines_of(
-        "benchmark_abstention", monkeypatch, capsys, *words, "--abstain", 0.2, "--part", part
-    )
+    words = "none", "--data", data, "--encoder", encoder, "--ways", 3, "--shots", 4, "--draws", 2
+    lines = lines_of(monkeypatch, capsys, *words, "--abstain", 0.2, "--part", part)
     assert [line.split(" | ")[:3] for line in lines[2:]] == [
         ["| 3", "4", "logit"], ["| 3", "4", "probability"],
     ]  # fmt: skip
@@ -54,8 +52,8 @@ def test_abstention(part, data, encoder, monkeypatch, capsys):
 
 
 def test_several_labels(data, encoder, monkeypatch, capsys):
-    words = "--data", data, "--encoder", encoder, "--texts", 40, "--draws", 2
-    lines = lines_of("benchmark_several_labels", monkeypatch, capsys, *words)
+    words = "several", "--data", data, "--encoder", encoder, "--texts", 40, "--draws", 2
+    lines = lines_of(monkeypatch, capsys, *words)
     named = [line.split(" | ")[:3] for line in lines[2:]]
     assert [row[2] for row in named] == ["by cross-validation", "1/2"] * 2
     assert [row[0] for row in named[::2]] == [
