@@ -169,9 +169,20 @@ def test_the_state_of_another_rule_is_refused_and_nothing_changes():
     small = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=4))
     train(net, small, range(1))
     large = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=8))
-    with pytest.raises(ValueError, match="load it with the rule that it was saved with"):
+    with pytest.raises(ValueError, match="load it with the rule, and the version of rnnopt,"):
         large.load_state_dict(small.state_dict())
     assert not large.state
+
+
+def test_the_state_of_a_version_that_gave_large_tensors_a_cell_is_refused(monkeypatch):
+    net = model()
+    earlier = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, earlier, range(1))
+    monkeypatch.setattr("rnnopt.rules.two_level.LARGEST", 1)
+    now = LearnedOptimizer(net.parameters(), random_lstm())
+    with pytest.raises(ValueError, match=r"and the version of rnnopt, that it was saved with"):
+        now.load_state_dict(earlier.state_dict())
+    assert not now.state
 
 
 def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
