@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnnopt.data.corpus import dropped_words, readable, text_key
+from rnnopt.data.corpus import Names, dropped_words, readable, text_key
 from rnnopt.data.files import rows_of, text_of
 from rnnopt.errors import InputError
 
@@ -62,15 +62,17 @@ def read_several(
         )
     path = Path(path)
     found: dict[str, tuple[str, set[str]]] = {}
-    count = 0
+    count, names = 0, Names()
     for line, row in rows_of(path, label_column):
         where = f"{path}, line {line}"
         text = " ".join(text_of(where, row, text_column, "--text-column").split())
-        labels = _labels(where, row, label_column, separator)
+        parts = _labels(where, row, label_column, separator)
+        labels = [names.of(label, line) for label in parts]
         found.setdefault(text_key(text), (text, set()))[1].update(labels)
         count += 1
     if not found:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
+    names.warn(path)
     texts = [text for text, _ in found.values()]
     return SeveralLabels(texts, [sorted(row) for _, row in found.values()], count - len(found))
 
@@ -88,4 +90,4 @@ def _labels(where: str, row: Mapping[str, object], column: str, separator: str) 
         parts = value
     else:
         parts = text_of(where, row, column, "--label-column").split(separator)
-    return [label for label in map(readable, parts) if label]
+    return [label.strip() for label in parts if readable(label)]
