@@ -154,6 +154,7 @@ def readable(text: str) -> str:
     return " ".join(visible.split())
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _look(name: str) -> str:
     """Equal for names that look the same: also full-width characters, and letters of two scripts.
 
@@ -169,21 +170,38 @@ def _look(name: str) -> str:
 
 
 class Names:
-    """Labels or domains of a file; those that look alike are one, as it is first written."""
+    """Labels or domains of a file; those that look alike are one, as it is first written.
 
-    def __init__(self) -> None:
-        self._first: dict[str, str] = {}
+    Args:
+        known: names whose spelling counts, if one looks like them.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = frozenset(known)
+        self._first = {_look(name): name for name in sorted(self._known)}
         self._lines: dict[str, dict[str, int]] = {}
 
     def of(self, spelling: str, line: int) -> str:
         """The name for a spelling that stands in this line."""
-        name = self._first.setdefault(_look(spelling), readable(spelling))
+        name = readable(spelling)
+        if name not in self._known:
+            name = self._first.setdefault(_look(spelling), name)
         self._lines.setdefault(name, {}).setdefault(spelling, line)
         return name
 
     def warn(self, path: object) -> None:
         """Warn of labels that have been united, if there are some."""
         united = {name: lines for name, lines in self._lines.items() if len(lines) > 1}
+        spelled = {name: next(iter(lines)) for name, lines in self._lines.items()}
+        foreign = [name for name in spelled if name in self._known - {spelled[name], *united}]
+        if foreign:
+            name, spelling = foreign[0], spelled[foreign[0]]
+            warnings.warn(
+                f"{path}: {counted(len(foreign), 'label')} spelled otherwise than the one that "
+                f"looks like it, such as {spelling!a} in line {self._lines[name][spelling]} for "
+                f"{name!a}; it counts as that",
+                stacklevel=3,
+            )
         if united:
             name, lines = next(iter(united.items()))
             (one, first), (other, second) = list(lines.items())[:2]

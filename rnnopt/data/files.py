@@ -28,6 +28,7 @@ def read_corpus(
     label_column: str = "label",
     domain_column: str | None = None,
     domain: str | None = None,
+    known_labels: Iterable[str] = (),
 ) -> Corpus:
     """Read one file: JSON lines, CSV or TSV with a header; UTF-8; plain or gzip.
 
@@ -42,6 +43,7 @@ def read_corpus(
         label_column: the column of the labels; numbers become their decimal string.
         domain_column: the column of the domains; None if all texts are of one domain.
         domain: the name of that one domain; None for the file's name without its suffixes.
+        known_labels: of the file that this one goes with; labels that look like one of them are it.
 
     Raises:
         InputError: the file, a line or a value is unusable; names file and line.
@@ -50,7 +52,7 @@ def read_corpus(
     stem = stem_and_suffix(path)[0]
     rows = rows_of(path, label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
-    labels_of, domains_of = Names(), Names()
+    labels_of, domains_of = Names(known_labels), Names()
     kept: list[tuple[str, str, str]] = []
     dropped = 0
     conflicts: list[tuple[int, str, int, str]] = []

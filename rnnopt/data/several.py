@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def read_several(
     *,
     text_column: str = "text",
     label_column: str = "label",
+    known_labels: Iterable[str] = (),
 ) -> SeveralLabels:
     """Read a file as `rnnopt.data.files.read_corpus` does, with several labels in a row.
 
@@ -52,6 +53,7 @@ def read_several(
         separator: between the labels of a row. In JSON lines they may also be a list of strings.
         text_column: the column (or JSON key) of the texts.
         label_column: the column of the labels.
+        known_labels: as in `read_corpus`.
 
     Raises:
         InputError: the file, a line, a value or the separator is unusable.
@@ -62,7 +64,7 @@ def read_several(
         )
     path = Path(path)
     found: dict[str, tuple[str, set[str]]] = {}
-    count, names = 0, Names()
+    count, names = 0, Names(known_labels)
     for line, row in rows_of(path, label_column):
         where = f"{path}, line {line}"
         text = " ".join(text_of(where, row, text_column, "--text-column").split())

@@ -219,3 +219,16 @@ def test_labels_that_differ_to_the_eye_stay_apart(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{c}\n" for i, c in enumerate(labels)))
     assert read_corpus(path).labels == tuple(labels)
+
+
+def test_labels_of_a_second_file_are_spelled_as_in_the_first(tmp_path):
+    """Of several spellings that are known, each stays as it is."""
+    path = tmp_path / "test.csv"
+    path.write_text("text,label\nhi,don't\nyo,ok\nzo,new\n")
+    with pytest.warns(UserWarning, match=r'1 label spelled otherwise .*"don\'t" in line 2') as told:
+        corpus = read_corpus(path, known_labels=["don\u2019t", "ok", "o\u043a"])
+    assert corpus.labels == ("don\u2019t", "ok", "new")
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="1 label spelled otherwise"):
+        several = read_several(path, ";", known_labels=["don\u2019t"])
+    assert several.labels == [["don\u2019t"], ["ok"], ["new"]]
