@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.functional import cross_entropy
 
 from rnnopt import Adam, LearnedOptimizer
+from rnnopt.rules import two_level
 
 STEPS, BATCH = 6, 12
 RULES = {**RULES, "shipped": lambda: None}
@@ -159,6 +160,10 @@ def main():
     fast = sys.argv[1] == "fast"
     same_as_one_process("shipped", fused=mixed)
     same_as_one_process("shipped", make_shared=parts_apart)
+    two_level.LARGEST, largest = 1000, two_level.LARGEST  # more than that in the divided matrix
+    same_as_one_process("shipped")
+    resumes("shipped")
+    two_level.LARGEST = largest
     same_as_one_process("shipped", head)
     same_as_one_process("shipped", double=True)
     flat_parameters_are_refused()

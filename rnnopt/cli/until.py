@@ -13,7 +13,7 @@ import torch
 
 from rnnopt.cli.progress import waiting
 from rnnopt.cli.settings.commands import Adapt
-from rnnopt.data.corpus import Corpus, merge, text_key
+from rnnopt.data.corpus import Corpus, counted, merge, text_key
 from rnnopt.data.files import first_lines, read_corpus
 from rnnopt.data.splits import stratified_holdout
 from rnnopt.errors import InputError
@@ -159,7 +159,7 @@ def user_texts(settings: Adapt) -> tuple[Corpus, Corpus]:
     train = read_corpus(settings.data, **columns)
     if not settings.test or settings.until is not None:
         return stratified_holdout(train, fraction=settings.held_out, seed=settings.seed)
-    test = read_corpus(settings.test, **columns)
+    test = read_corpus(settings.test, **columns, known_labels=train.labels)
     left = _without(
         train, test,
         f"--test {settings.test}: all {len(train)} texts of --data are in it, and none is left "
@@ -214,7 +214,7 @@ def judge_unseen(
         InputError: as `read_corpus` and `label_numbers`; no text is left to judge by.
     """
     columns = {"text_column": settings.text_column, "label_column": settings.label_column}
-    read = read_corpus(path, **columns)
+    read = read_corpus(path, **columns, known_labels=train.labels)
     test = _without(
         read, merge([train, held_out]),
         f"{path}: all of its {len(read)} texts are in --data too, none is left to judge by; the "
@@ -246,8 +246,9 @@ def judgement_line(judged: Judgement, what: str) -> str:
     metrics = judged.metrics
     low, high = _accuracy_interval(judged)
     return (
-        f"on {judged.matrix.sum()} texts {what}: accuracy {metrics.accuracy:.3f} (95 % interval "
-        f"{low:.3f} to {high:.3f}), macro precision {metrics.precision:.3f}, recall "
+        f"on {counted(int(judged.matrix.sum()), 'text')} {what}: accuracy "
+        f"{metrics.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), macro precision "
+        f"{metrics.precision:.3f}, recall "
         f"{metrics.recall:.3f}, F1 {metrics.f1:.3f}"
     )
 

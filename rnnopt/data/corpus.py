@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,18 @@ from rnnopt.errors import InputError
 ClassKey = tuple[str, str]  # (domain, label)
 # soft hyphen, zero-width space, marks of direction, word joiner, byte-order mark
 _INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+# Hyphens, minus and apostrophes that look like those of a keyboard, and ligatures.
+_TYPED = str.maketrans(
+    {"\u2010": "-", "\u2011": "-", "\u2212": "-", "\u2019": "'", "\u02bc": "'"}
+    | {chr(c): unicodedata.normalize("NFKC", chr(c)) for c in range(0xFB00, 0xFB07)}
+)
+# Cyrillic and Greek letters beside the Latin ones that they look like.
+_LATIN = str.maketrans(
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0430\u0435\u043e"
+    "\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u0391\u0392\u0395\u0396\u0397\u0399\u039a"
+    "\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf",
+    "ABEKMHOPCTXaeopcyxijsABEZHIKMNOPTYXo",
+)
 HASH_BYTES = 6  # 48 bits: among a million texts, two have the same hash with probability 1/500
 
 
@@ -139,6 +152,65 @@ def readable(text: str) -> str:
     """
     visible = unicodedata.normalize("NFC", text).translate(_INVISIBLE)
     return " ".join(visible.split())
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _look(name: str) -> str:
+    """Equal for names that look the same: also full-width characters, and letters of two scripts.
+
+    Of a single letter the script counts, since it may be what a label tells.
+    """
+    narrow = "".join(
+        unicodedata.normalize("NFKC", c)
+        if unicodedata.decomposition(c).startswith(("<wide>", "<narrow>"))
+        else c
+        for c in readable(name).translate(_TYPED)
+    )
+    return narrow.translate(_LATIN) if len(narrow) > 1 else narrow
+
+
+class Names:
+    """Labels or domains of a file; those that look alike are one, as it is first written.
+
+    Args:
+        known: names whose spelling counts, if one looks like them.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = frozenset(known)
+        self._first = {_look(name): name for name in sorted(self._known)}
+        self._lines: dict[str, dict[str, int]] = {}
+
+    def of(self, spelling: str, line: int) -> str:
+        """The name for a spelling that stands in this line."""
+        name = readable(spelling)
+        if name not in self._known:
+            name = self._first.setdefault(_look(spelling), name)
+        self._lines.setdefault(name, {}).setdefault(spelling, line)
+        return name
+
+    def warn(self, path: object) -> None:
+        """Warn of labels that have been united, if there are some."""
+        united = {name: lines for name, lines in self._lines.items() if len(lines) > 1}
+        spelled = {name: next(iter(lines)) for name, lines in self._lines.items()}
+        foreign = [name for name in spelled if name in self._known - {spelled[name], *united}]
+        if foreign:
+            name, spelling = foreign[0], spelled[foreign[0]]
+            warnings.warn(
+                f"{path}: {counted(len(foreign), 'label')} spelled otherwise than the one that "
+                f"looks like it, such as {spelling!a} in line {self._lines[name][spelling]} for "
+                f"{name!a}; it counts as that",
+                stacklevel=3,
+            )
+        if united:
+            name, lines = next(iter(united.items()))
+            (one, first), (other, second) = list(lines.items())[:2]
+            warnings.warn(
+                f"{path}: {counted(len(united), 'label')} in several spellings that look alike, "
+                f"such as {one!a} in line {first} and {other!a} in line {second}; they count as "
+                f"one label, {name!r}",
+                stacklevel=3,
+            )
 
 
 def summary(corpus: Corpus) -> str:

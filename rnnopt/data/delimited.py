@@ -65,9 +65,11 @@ def table_rows(
             balanced; names the line.
     """
     if delimiter == "\t":
-        table = _tab_separated(path, content)
+        table = _tab_separated(path, content, label_column)
     else:
-        table = _table(path, _records(path, content, delimiter, csv.QUOTE_MINIMAL), delimiter)
+        table = _table(
+            path, _records(path, content, delimiter, csv.QUOTE_MINIMAL), delimiter, label_column
+        )
         swallowed = _swallowed(table, content, delimiter, label_column)
         if swallowed is not None:
             _warn(
@@ -92,19 +94,21 @@ def _rows(lines: Sequence[int]) -> str:
     return f"{counted(len(lines), 'row')} (line {listed(map(str, lines))})"
 
 
-def _tab_separated(path: Path, content: str) -> _Table:
+def _tab_separated(path: Path, content: str, label_column: str) -> _Table:
     """Read each line as a row if the fields fit the header, and by RFC 4180 if they do not."""
     plain = [
         _Record(record.first, record.last, [_unquoted(field) for field in record.fields])
         for record in _records(path, content, "\t", csv.QUOTE_NONE)
     ]
     try:
-        return _table(path, plain, "\t")
+        return _table(path, plain, "\t", label_column)
     except InputError as error:
         if '"' not in content:
             raise
         try:
-            table = _table(path, _records(path, content, "\t", csv.QUOTE_MINIMAL), "\t")
+            table = _table(
+                path, _records(path, content, "\t", csv.QUOTE_MINIMAL), "\t", label_column
+            )
         except InputError:
             raise error from None
         for row in table.rows:
@@ -145,13 +149,15 @@ def _records(path: Path, content: str, delimiter: str, quoting: Literal[0, 3]) -
     return records
 
 
-def _table(path: Path, records: Sequence[_Record], delimiter: str) -> _Table:
+def _table(path: Path, records: Sequence[_Record], delimiter: str, label_column: str) -> _Table:
     """Check the header and the number of fields of every row."""
     if not records:
         return _Table([], [], [], [])
     header = [field.strip() for field in records[0].fields]
     _check_header(path, header, delimiter)
     header = _cut(header, 0)
+    if label_column and label_column not in header and len(records) > 1:
+        _check_first(path, records[1], label_column)
     names = [readable(name).casefold() for name in header]
     table = _Table(header, [], [], [])
     for record in records[1:]:
@@ -186,6 +192,15 @@ def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
     twice = [name for name in header if name and header.count(name) > 1]
     if twice:
         raise InputError(f"{path}: column {twice[0]!r} stands twice in the header; rename one")
+
+
+def _check_first(path: Path, record: _Record, label_column: str) -> None:
+    """Refuse a header that stands behind a title, as spreadsheets have them."""
+    if label_column in map(str.strip, record.fields):
+        raise InputError(
+            f"{path}, line {record.first}: this row looks like the header, since it has a field "
+            f"{label_column!r}; delete the lines before it"
+        )
 
 
 def _cut(fields: Sequence[str], least: int) -> list[str]:

@@ -8,10 +8,10 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rnnopt.data.corpus import ClassKey, Corpus, counted, listed, readable, text_key
+from rnnopt.data.corpus import ClassKey, Corpus, Names, counted, listed, readable, text_key
 from rnnopt.data.delimited import table_rows
 from rnnopt.errors import InputError
 
@@ -28,11 +28,12 @@ def read_corpus(
     label_column: str = "label",
     domain_column: str | None = None,
     domain: str | None = None,
+    known_labels: Iterable[str] = (),
 ) -> Corpus:
     """Read one file: JSON lines, CSV or TSV with a header; UTF-8; plain or gzip.
 
     White space in texts is collapsed. Labels and domains that look alike are one, see
-    `rnnopt.data.corpus.readable`. A text that repeats an earlier one of its domain is dropped and
+    `rnnopt.data.corpus.Names`. A text that repeats an earlier one of its domain is dropped and
     counted, see `rnnopt.data.corpus.text_key`. Warnings tell which labels were united, which texts
     have conflicting labels, and which rows of a table were left out.
 
@@ -42,6 +43,7 @@ def read_corpus(
         label_column: the column of the labels; numbers become their decimal string.
         domain_column: the column of the domains; None if all texts are of one domain.
         domain: the name of that one domain; None for the file's name without its suffixes.
+        known_labels: of the file that this one goes with; labels that look like one of them are it.
 
     Raises:
         InputError: the file, a line or a value is unusable; names file and line.
@@ -50,19 +52,17 @@ def read_corpus(
     stem = stem_and_suffix(path)[0]
     rows = rows_of(path, label_column)
     seen: dict[ClassKey, tuple[int, str]] = {}
-    spellings: dict[str, dict[str, int]] = {}  # of a readable name, and their first line
+    labels_of, domains_of = Names(known_labels), Names()
     kept: list[tuple[str, str, str]] = []
     dropped = 0
     conflicts: list[tuple[int, str, int, str]] = []
     for line, row in rows:
         where = f"{path}, line {line}"
         text = " ".join(text_of(where, row, text_column, "--text-column").split())
-        spelling = text_of(where, row, label_column, "--label-column")
-        label = readable(spelling)
-        spellings.setdefault(label, {}).setdefault(spelling, line)
+        label = labels_of.of(text_of(where, row, label_column, "--label-column"), line)
         name = stem if domain is None else domain
         if domain_column is not None:
-            name = readable(text_of(where, row, domain_column, "--domain-column"))
+            name = domains_of.of(text_of(where, row, domain_column, "--domain-column"), line)
         key = name, text_key(text)
         if key in seen:
             dropped += 1
@@ -73,7 +73,7 @@ def read_corpus(
         kept.append((text, label, name))
     if not kept:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
-    _warn_of_spellings(path, spellings)
+    labels_of.warn(path)
     _warn_of_conflicts(path, conflicts, {label for _, label, _ in kept})
     texts, labels, domains = zip(*kept)
     return Corpus(texts, labels, domains, dropped)
@@ -125,21 +125,8 @@ def rows_of(path: Path, label_column: str) -> Iterator[Row]:
     """
     content, suffix = _file_text(path), stem_and_suffix(path)[1]
     if suffix in (".jsonl", ".ndjson"):
-        return _json_rows(path, content)
+        return _without_headers(path, _json_rows(path, content))
     return table_rows(path, content, "," if suffix == ".csv" else "\t", label_column)
-
-
-def _warn_of_spellings(path: Path, spellings: Mapping[str, Mapping[str, int]]) -> None:
-    united = {label: lines for label, lines in spellings.items() if len(lines) > 1}
-    if united:
-        label, lines = next(iter(united.items()))
-        (one, first), (other, second) = list(lines.items())[:2]
-        warnings.warn(
-            f"{path}: {counted(len(united), 'label')} in several spellings that look alike, such "
-            f"as {one!a} in line {first} and {other!a} in line {second}; they count as one "
-            f"label, {label!r}",
-            stacklevel=3,
-        )
 
 
 def _warn_of_conflicts(
@@ -203,6 +190,25 @@ def _unpacked(path: Path, packed: bytes) -> bytes:
             "many, as labelled texts don't; check where the file is from, or unpack it yourself"
         )
     return data
+
+
+def _without_headers(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows but those that repeat the names of the columns, as tables have them that were joined."""
+    repeated = []
+    for line, row in rows:
+        if len(row) > 1 and all(
+            isinstance(value, str) and readable(value).casefold() == readable(name).casefold()
+            for name, value in row.items()
+        ):
+            repeated.append(line)
+        else:
+            yield line, row
+    if repeated:
+        warnings.warn(
+            f"{path}: left out {counted(len(repeated), 'row')} (line "
+            f"{listed(map(str, repeated))}): the names of the columns once more",
+            stacklevel=3,
+        )
 
 
 def _json_rows(path: Path, content: str) -> Iterator[Row]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnnopt.data.corpus import dropped_words, readable, text_key
+from rnnopt.data.corpus import Names, dropped_words, readable, text_key
 from rnnopt.data.files import rows_of, text_of
 from rnnopt.errors import InputError
 
@@ -41,6 +41,7 @@ def read_several(
     *,
     text_column: str = "text",
     label_column: str = "label",
+    known_labels: Iterable[str] = (),
 ) -> SeveralLabels:
     """Read a file as `rnnopt.data.files.read_corpus` does, with several labels in a row.
 
@@ -52,6 +53,7 @@ def read_several(
         separator: between the labels of a row. In JSON lines they may also be a list of strings.
         text_column: the column (or JSON key) of the texts.
         label_column: the column of the labels.
+        known_labels: as in `read_corpus`.
 
     Raises:
         InputError: the file, a line, a value or the separator is unusable.
@@ -62,15 +64,17 @@ def read_several(
         )
     path = Path(path)
     found: dict[str, tuple[str, set[str]]] = {}
-    count = 0
+    count, names = 0, Names(known_labels)
     for line, row in rows_of(path, label_column):
         where = f"{path}, line {line}"
         text = " ".join(text_of(where, row, text_column, "--text-column").split())
-        labels = _labels(where, row, label_column, separator)
+        parts = _labels(where, row, label_column, separator)
+        labels = [names.of(label, line) for label in parts]
         found.setdefault(text_key(text), (text, set()))[1].update(labels)
         count += 1
     if not found:
         raise InputError(f"{path}: no rows, needs at least one; check that it is the right file")
+    names.warn(path)
     texts = [text for text, _ in found.values()]
     return SeveralLabels(texts, [sorted(row) for _, row in found.values()], count - len(found))
 
@@ -88,4 +92,4 @@ def _labels(where: str, row: Mapping[str, object], column: str, separator: str) 
         parts = value
     else:
         parts = text_of(where, row, column, "--label-column").split(separator)
-    return [label for label in map(readable, parts) if label]
+    return [label.strip() for label in parts if readable(label)]

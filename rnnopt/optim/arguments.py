@@ -65,6 +65,35 @@ def as_number(name: str, value: Any) -> float:
     raise TypeError(f"{name}={value!r}: give a real number, or a tensor of one")
 
 
+def check_finite(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check before a step what a schedule may have made of lr and weight_decay.
+
+    Raises:
+        TypeError: see `as_number`.
+        ValueError: one is not finite, or a tensor of several elements.
+    """
+    for group in groups:
+        for name in ("lr", "weight_decay"):
+            number = as_number(name, group[name])
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"{name}={number} at a step: must be finite; look for what has set it in "
+                    "param_groups"
+                )
+
+
+def as_switch(name: str, value: Any) -> bool | None:
+    """The value of `guard` or `fused`: None, True or False.
+
+    Raises:
+        TypeError: it is none of these, nor 0 or 1.
+    """
+    known = isinstance(value, numbers.Integral) or type(value).__name__ in ("bool", "bool_")
+    if value is None or (known and value in (0, 1)):
+        return None if value is None else bool(value)
+    raise TypeError(f"{name}={value!r}: give None, True or False")
+
+
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Check the `lr` and the `weight_decay` of a param group.
 

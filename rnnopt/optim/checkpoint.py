@@ -5,7 +5,8 @@ state_dict it has the shape of its parameter, (..., *shape), as the state of tor
 does, and the placements of a DTensor parameter.
 
 FSDP1 gathers leaves (N,) of one dtype only, and takes the others from one process as they are:
-of its parameters a leaf (H, N) is saved as H leaves, and a tensor's own leaf as a list.
+of its parameters a leaf (H, N) is saved as H leaves, and a tensor's own leaf as a list. And it
+gathers a leaf of all parameters or of none: those with a smaller H are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,11 +97,12 @@ def _shaped(state_dict: Mapping[str, Any], groups: Groups, rule: UpdateRule) -> 
         rule: the optimizer's.
     """
     states = dict(state_dict["state"])
+    most = _most_rows(states.values(), rule)
     for index, param in _pairs(state_dict, groups):
         if index in states:
             state = _of_whole(state_dict["state"][index], param, rule)
             states[index] = (
-                _flat_parts(state, rule)
+                _flat_parts(state, rule, most)
                 if flat_shard(param)
                 else {
                     name: like_param(leaf, param) if _is_coordinate_wise(rule, name, leaf) else leaf
@@ -163,8 +165,18 @@ def _of_tensor(rule: UpdateRule, state: State) -> State:
     return {k: v.cpu() for k, v in state.items() if not _is_coordinate_wise(rule, k, v)}
 
 
-def _flat_parts(state: State, rule: UpdateRule) -> dict[str, Any]:
-    """A state as FSDP1 takes it, see above."""
+def _most_rows(states: Iterable[Any], rule: UpdateRule) -> dict[str, int]:
+    """H of the leaves (H, N), by their names: the largest of all parameters."""
+    most: dict[str, int] = {}
+    for state in states:
+        for name, leaf in state.items():
+            if _is_coordinate_wise(rule, name, leaf):
+                most[name] = max(most.get(name, 0), math.prod(leaf.shape[:-1]))
+    return most
+
+
+def _flat_parts(state: State, rule: UpdateRule, most: Mapping[str, int]) -> dict[str, Any]:
+    """A state as FSDP1 takes it, see above; `most` is the result of `_most_rows`."""
     own = {name: leaf for name, leaf in state.items() if _is_coordinate_wise(rule, name, leaf)}
     dtype = functools.reduce(
         torch.promote_types, (leaf.dtype for leaf in own.values()), torch.bfloat16
@@ -176,7 +188,9 @@ def _flat_parts(state: State, rule: UpdateRule) -> dict[str, Any]:
         elif leaf.dim() == 1:
             parts[name] = leaf.to(dtype)
         else:
-            rows = leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]).to(dtype)
+            rows = leaf.new_zeros(most[name], leaf.shape[-1], dtype=dtype)
+            held = math.prod(leaf.shape[:-1])
+            rows[:held] = leaf.reshape(held, leaf.shape[-1])
             parts |= {f"{name}.{i}": row for i, row in enumerate(rows)}
     return parts
 
@@ -193,6 +207,9 @@ def _joined(parts: Mapping[str, Any], rule: UpdateRule, expected: State) -> dict
             if all(isinstance(state.get(each), Tensor) for each in names):
                 taken = [state.pop(each).to(leaf.dtype) for each in names]
                 state[name] = torch.stack(taken).reshape(leaf.shape) if taken else leaf
+                filling = [key for key in state if key.startswith(f"{name}.")]
+                for key in filling:
+                    del state[key]
         elif isinstance(state.get(name), Tensor):
             state[name] = state[name].to(leaf.dtype)
     return state
@@ -275,7 +292,7 @@ def _matching(param: Tensor, saved: State, rule: UpdateRule, expected: State) ->
         raise ValueError(
             f"the saved state of a parameter of shape {tuple(param.shape)} is {_shapes(saved)}, "
             f"but this optimizer's rule keeps { ({k: v[0] for k, v in fitting.items()}) }; load it "
-            "with the rule that it was saved with"
+            "with the rule, and the version of rnnopt, that it was saved with"
         )
     return {name: _own(leaves[name], name, param, rule, leaf) for name, leaf in expected.items()}
 

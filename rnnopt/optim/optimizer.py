@@ -13,6 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from rnnopt.optim.arguments import (
     as_number,
+    as_switch,
+    check_finite,
     check_group,
     first_device,
     refuse_capture,
@@ -94,8 +96,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ValueError: lr or weight_decay is negative or not finite.
         ValueError: a parameter occurs twice in a group, or is a flat one of FSDP1 and the rule
             needs whole tensors.
-        TypeError: a parameter is complex or integer, lr or weight_decay is no number, or rule is
-            not an update rule.
+        TypeError: a parameter is complex or integer, lr or weight_decay is no number, fused or
+            guard is something else than None, True or False, or rule is not an update rule.
         RuntimeError: `fused` is True and there is no kernel for this rule or machine, or `guard` is
             True and the rule has no fallback.
         InputError: the rule file can't be used.
@@ -126,13 +128,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         find_flat_shards(params)
         self.rule = resolve_rule(SHIPPED_RULE if rule is None else rule)
         refuse_mixed_tensors(params, self.rule)
-        self.fused = fused
-        self.guard = guard
+        self.fused = as_switch("fused", fused)
+        self.guard = as_switch("guard", guard)
         if rule is not self.rule:  # loaded here: moved once, or each step would copy its weights
             self.rule.to(first_device(self.param_groups))  # type: ignore[attr-defined]
-        if fused:
+        if self.fused:
             self._kernel(self.rule)
-        check_guard(guard, self.rule)
+        check_guard(self.guard, self.rule)
         watch(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,6 +174,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is sparse; then no parameter has been changed.
+            ValueError: lr or weight_decay has become NaN or infinite; then too.
             RuntimeError: a CUDA graph is being captured: its replay would not update the state.
         """
         refuse_capture()
@@ -197,6 +200,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @_disable_dynamo
     def _step_eagerly(self, work: Work) -> None:
         refuse_sparse(work)
+        check_finite(self.param_groups)
         states = [self._state_of(param) for _, param, _ in work]
         if not self._has_gradient:
             seen = float(has_gradient(work, states, self.init_state))

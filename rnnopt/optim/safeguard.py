@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from rnnopt.optim.arguments import as_number
+from rnnopt.optim.arguments import MOST_LR, as_number
 from rnnopt.optim.kernels.fused import GuardKernel
 from rnnopt.optim.peers import ALONE, Peers
 from rnnopt.optim.sharding import local, local_gradient, sum_over_shards
@@ -38,6 +38,9 @@ GROUP_STATE = {"undone": 0, "loss_rise": 0.0, "skipped": False, "largest_gradien
 # A gradient so many times larger than any before is an accident of one batch: Adam's second moment
 # would remember it for thousands of steps. Between batches norms differ tenfold at most.
 _OUTLIER = 1000.0
+# Steps of an lr above `MOST_LR` reach far beyond what two gradients tell: the estimate of a rise is
+# too small, and the gradients of the ruined model raise the limit. So it is a third there.
+_SHARE_IF_LONG = 1 / 3
 
 Work = Sequence[tuple[dict[str, Any], Tensor, Tensor]]  # (param group, parameter, gradient)
 
@@ -220,7 +223,7 @@ def check_last_step(
     # has come to stay.
     skipped = math.isinf(rise) and not group["skipped"]
     total = group["loss_rise"] if skipped else max(0.0, group["loss_rise"] + rise)
-    ruined = _is_ruined(total, work, states, rule, peers)
+    ruined = _is_ruined(total, work, states, groups, rule, peers)
     if not (ruined or skipped or group["skipped"]) and 0 < _OUTLIER * largest < norm:
         skipped, total = True, group["loss_rise"]
     if not (ruined or skipped):
@@ -238,12 +241,20 @@ def check_last_step(
 
 
 def _is_ruined(
-    rise: float, work: Work, states: Sequence[State], rule: UpdateRule, peers: Peers
+    rise: float,
+    work: Work,
+    states: Sequence[State],
+    groups: Sequence[dict[str, Any]],
+    rule: UpdateRule,
+    peers: Peers,
 ) -> bool:
     """Whether the loss has risen too far above its minimum."""
     if math.isinf(rise) or not isinstance(rule, ScaleFreeRule):
         return rise > MAX_RISE
-    if rise <= peers.largest(float(rule.largest_rise(states)) if states else 0.0):
+    limit = peers.largest(float(rule.largest_rise(states)) if states else 0.0)
+    if not groups[0]["undone"] and rise > _SHARE_IF_LONG * limit and _is_long(groups):
+        return True
+    if rise <= limit:
         return False
     rows = [
         statistics_of(rule, local(param), local_gradient(grad, param), state)
@@ -251,6 +262,11 @@ def _is_ruined(
     ]
     sums = sum_over_shards(rows, [param for _, param, _ in work])
     return rise > float(rule.promised(peers.rows(cast(list[Tensor], sums))))
+
+
+def _is_long(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether steps are far longer than the rule was meta-trained for."""
+    return max(as_number("lr", group["lr"]) for group in groups) > MOST_LR
 
 
 @torch.no_grad()

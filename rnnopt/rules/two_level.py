@@ -49,6 +49,9 @@ LOG_RATE_BOUND = 4.0  # a learned factor on the rate lies within exp(-4) .. exp(
 # A matrix with both sides above this has no coordinate-wise LSTM: 12 bytes of state a coordinate in
 # place of 28, and a fifth of the time. LoRA factors, heads, biases and small encoders have one.
 WIDEST = 256
+# Nor has a tensor of more coordinates, such as word embeddings of 30,522 x 128: its state would
+# take most of the memory of a step.
+LARGEST = 1 << 20
 # Directions that are divided by their own size fade once a tensor's gradient is below this share of
 # its root mean square so far, as Adam's does by its second moment; they would shake a model whose
 # gradients have vanished.
@@ -180,11 +183,20 @@ class TwoLevelLSTM(nn.Module):
         """See `rnnopt.rules.orthogonal.orthogonalized`; (..., R, C)."""
         return orthogonalized(direction, ROOT_FLOOR)
 
+    def units_of(self, shape: Sequence[int]) -> int:
+        """H in a tensor of this shape, or 0 if it has no coordinate-wise LSTM.
+
+        Args:
+            shape: of the whole tensor, also where a shard of it is stepped.
+        """
+        wide = len(shape) > 1 and min(shape[0], math.prod(shape[1:])) > WIDEST
+        return 0 if wide or math.prod(shape) > LARGEST else self.coordinate_units
+
     def init_state(self, param: Tensor, shape: Sequence[int] | None = None) -> State:
         """The state before the first step. All leaves but ``rows`` and ``columns`` are zero.
 
         - ``m``, ``v``, ``change`` (N,): Adam's moments and the last update.
-        - ``cell`` (H, N): the coordinate-wise LSTM's, (0, N) in a matrix wider than `WIDEST`.
+        - ``cell`` (H, N): the coordinate-wise LSTM's, with the H of `units_of`.
         - ``slope`` 0-d: the last update times the gradient before it; of a shard its share of it.
         - ``rows``, ``columns`` 0-d: the tensor's shape; 0 rows mark a vector.
         - ``hidden``, ``memory`` (U,): the tensor-wise LSTM's.
@@ -199,13 +211,12 @@ class TwoLevelLSTM(nn.Module):
         shape = tuple(param.shape if shape is None else shape)
         matrix = len(shape) > 1
         rows, columns = (shape[0], math.prod(shape[1:])) if matrix else (0, math.prod(shape))
-        units = 0 if matrix and min(rows, columns) > WIDEST else self.coordinate_units
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=self.output.weight.dtype, device=param.device)
 
         state = {name: zeros(param.numel()) for name in ("m", "v", "change")}
-        state |= {"cell": zeros(units, param.numel()), "slope": zeros()}
+        state |= {"cell": zeros(self.units_of(shape), param.numel()), "slope": zeros()}
         state |= {"rows": zeros() + rows, "columns": zeros() + columns}
         state |= {name: zeros() for name in _SCALARS}
         return state | {name: zeros(self.tensor_units) for name in _VECTORS}

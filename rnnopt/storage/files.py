@@ -27,6 +27,7 @@ from rnnopt.errors import InputError
 _ABOUT = "rnnopt"
 _READABLE = 0o644  # a temporary file is private, and a result is for others, too
 _CHECK = "fingerprint of tensors"  # files that were written before 0.2 have none
+_TEMPORARY = ".tmp-"  # how the names of files begin that are being written
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -46,7 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_TEMPORARY, delete=False) as file:
             temporary = Path(file.name)
             file.write(data)
             file.flush()
@@ -78,11 +79,18 @@ def let_others_read(folder: Path) -> None:
 def claim_folder(folder: Path) -> None:
     """Create an output folder, or accept an existing one that is empty.
 
+    What a process has left that was killed during its first write is removed.
+
     Raises:
-        InputError: the folder is not empty, or can't be created.
+        InputError: the folder is not empty, or can't be created, or another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        found = list(folder.iterdir())
+        if found and all(path.name.startswith(_TEMPORARY) for path in found):
+            hold_folder(folder)  # so nobody is writing them now
+            for path in found:
+                path.unlink(missing_ok=True)
         taken = any(folder.iterdir())
     except OSError as error:
         raise InputError(

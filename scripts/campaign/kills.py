@@ -16,12 +16,14 @@ from typing import Any
 from children import Child, run
 from material import Job, Material, half_written, jobs
 
+_FIRST = 5  # the first writes of a job are always among the moments: folders are made there
+
 
 def part(material: Material, folder: Path, seed: int, small: bool) -> dict[str, Any]:
     """Kill each job at its share of the moments, and let it end.
 
-    Half of the moments are random times, half are random writes: a file opened, forced to the disk
-    or renamed.
+    Half of the moments are random times, half are writes: a file opened, forced to the disk or
+    renamed. These are the first five of a job, and random ones.
 
     Returns:
         Of each job: the moments, how many ended with the bits of an undisturbed run, and how many
@@ -45,8 +47,12 @@ def _job(job: Job, folder: Path, count: int, chance: random.Random) -> dict[str,
     for moment in range(count):
         place = folder / str(moment)
         place.mkdir()
-        stop = _kill_at_time if moment % 2 else _kill_at_event
-        told = stop(job, place, chance, whole.seconds, events, folder)
+        if moment % 2:
+            told = _kill_at_time(job, place, chance.uniform(0, whole.seconds))
+        else:
+            write = moment // 2 if moment < 2 * _FIRST else chance.randrange(events)
+            told = _kill_at_event(job, place, min(write, events - 1), counter)
+            told = f"{told} of {events}"
         halves = half_written(place)
         broken += bool(halves)
         ended = run(job.words(place))
@@ -65,10 +71,7 @@ def _result(job: Job, place: Path) -> str:
         return f"no result: {error}"
 
 
-def _kill_at_time(
-    job: Job, place: Path, chance: random.Random, seconds: float, events: int, folder: Path
-) -> str:
-    after = chance.uniform(0, seconds)
+def _kill_at_time(job: Job, place: Path, after: float) -> str:
     child = Child(job.words(place))
     time.sleep(after)
     child.send(signal.SIGKILL)
@@ -76,12 +79,9 @@ def _kill_at_time(
     return f"after {after:.2f} s"
 
 
-def _kill_at_event(
-    job: Job, place: Path, chance: random.Random, seconds: float, events: int, folder: Path
-) -> str:
-    number = chance.randrange(events)
-    run(job.words(place), before=lambda: _at_event(number, folder / "events"))
-    return f"at write {number} of {events}"
+def _kill_at_event(job: Job, place: Path, number: int, counter: Path) -> str:
+    run(job.words(place), before=lambda: _at_event(number, counter))
+    return f"at write {number}"
 
 
 def _at_event(number: int, counter: Path) -> None:

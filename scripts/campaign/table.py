@@ -10,9 +10,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "results" / "campaign.md"
 ABOUT = {
     "kills": (
         "SIGKILL, then the same command again",
-        "Half of the moments are random times, half are random writes: a file opened, forced to "
-        "the disk or renamed. *Same bits* counts those whose result is that of an undisturbed run; "
-        "*half written* those that left a file incomplete under its final name.",
+        "Half of the moments are random times, half are writes, the first five and random ones: a "
+        "file opened, forced to the disk or renamed. *Same bits* counts those whose result is that "
+        "of an undisturbed run; *half written* those that left a file incomplete under its final "
+        "name.",
     ),
     "places": (
         "Full disk, read-only folder, two runs at once, a clock set back, a folder moved",

@@ -90,11 +90,10 @@ def initial_states(rule: TwoLevelLSTM, tasks: TaskBatch) -> list[State]:
     """
     states = []
     for group in tasks.alike:
-        shape = tasks.shapes[group[0]]
-        state = rule.init_state(torch.empty(math.prod(shape)), shape)
+        held = whole = tasks.shapes[group[0]]
         if tasks.names[group[0]] == WORDS:
-            rows = tasks.spec.encoder.vocabulary
-            state["rows"] = torch.full((), rows, dtype=state["rows"].dtype)
+            whole = (tasks.spec.encoder.vocabulary, *held[1:])
+        state = rule.init_state(torch.empty(math.prod(held)), whole)
         size = (len(group), tasks.size)
         states.append({leaf: x.expand(*size, *x.shape).clone() for leaf, x in state.items()})
     return states

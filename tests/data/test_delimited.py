@@ -1,6 +1,7 @@
 """CSV and TSV files as people have them: no row is lost, and what is left out is told."""
 
 import csv
+import json
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from rnnopt.data.corpus import class_name
 from rnnopt.data.files import read_corpus
+from rnnopt.data.several import read_several
 from rnnopt.errors import InputError
 
 STRAY = [
@@ -177,3 +179,56 @@ def test_two_classes_never_have_one_name(parts):
 
 def test_a_class_is_named_by_its_domain_and_its_label():
     assert class_name(("hwu64", "alarm/query")) == "hwu64/alarm/query"
+
+
+def test_a_title_before_the_header_is_named(tmp_path):
+    for suffix, mark in ((".csv", ","), (".tsv", "\t")):
+        path = tmp_path / f"sheet{suffix}"
+        path.write_text(f"My texts{mark * 2}\ntext{mark}label{mark}\nhi{mark}a{mark}\n")
+        with pytest.raises(InputError, match=r"line 2: this row looks like the header, .*'label'"):
+            read_corpus(path)
+
+
+def test_json_lines_of_joined_tables_lose_the_repeated_names_of_columns(tmp_path):
+    rows = [("hi", "a"), ("Text", "label"), ("yo", "b"), ("text", "b")]
+    path = tmp_path / "joined.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "label": c}) + "\n" for t, c in rows))
+    with pytest.warns(UserWarning, match=r"left out 1 row \(line 2\): the names of the columns"):
+        corpus = read_corpus(path)
+    assert corpus.texts == ("hi", "yo", "text")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ab", "\uff41\uff42"), ("self-care", "self\u2011care"), ("don\u2019t", "don't"),
+        ("fin", "\ufb01n"), ("paypal", "p\u0430ypal"), ("\u041e\u041a", "OK"),
+    ],
+)  # fmt: skip
+def test_labels_that_look_alike_are_one_as_first_written(one, other, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"text,label\nhi,{one}\nyo,{other}\nzo,c\n")
+    with pytest.warns(UserWarning, match=r"1 label in several spellings .* in line 2 .* line 3"):
+        assert read_corpus(path).labels == (one, one, "c")
+    with pytest.warns(UserWarning, match="1 label in several spellings"):
+        assert read_several(path, ";").labels == [[one], [one], ["c"]]
+
+
+def test_labels_that_differ_to_the_eye_stay_apart(tmp_path):
+    labels = ["x2", "x\u00b2", "AB", "ab", "A", "\u0410", "caf\u00e9", "cafe", "\u0414\u0410"]
+    path = tmp_path / "labels.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{c}\n" for i, c in enumerate(labels)))
+    assert read_corpus(path).labels == tuple(labels)
+
+
+def test_labels_of_a_second_file_are_spelled_as_in_the_first(tmp_path):
+    """Of several spellings that are known, each stays as it is."""
+    path = tmp_path / "test.csv"
+    path.write_text("text,label\nhi,don't\nyo,ok\nzo,new\n")
+    with pytest.warns(UserWarning, match=r'1 label spelled otherwise .*"don\'t" in line 2') as told:
+        corpus = read_corpus(path, known_labels=["don\u2019t", "ok", "o\u043a"])
+    assert corpus.labels == ("don\u2019t", "ok", "new")
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="1 label spelled otherwise"):
+        several = read_several(path, ";", known_labels=["don\u2019t"])
+    assert several.labels == [["don\u2019t"], ["ok"], ["new"]]

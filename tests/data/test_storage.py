@@ -8,8 +8,23 @@ import pytest
 import torch
 
 from rnnopt import InputError
-from rnnopt.storage.files import hold_folder, parse_json, read_tensors, save_tensors
+from rnnopt.storage.files import (
+    claim_folder,
+    hold_folder,
+    parse_json,
+    read_tensors,
+    save_tensors,
+    write_atomically,
+)
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rnnopt.storage.files import claim_folder, write_atomically
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+claim_folder(Path(sys.argv[1]))
+write_atomically(Path(sys.argv[1]) / "run.json", b"{}")
+"""
 HOLD = """
 import sys
 from pathlib import Path
@@ -36,6 +51,20 @@ def test_a_folder_belongs_to_one_process_until_that_ends_however_it_ends(tmp_pat
     hold_folder(tmp_path)
     hold_folder(tmp_path)  # this process has it
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_folder_is_still_free_after_a_process_was_killed_in_its_first_write(tmp_path):
+    folder = tmp_path / "new"
+    subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    assert len(os.listdir(folder)) == 1
+    claim_folder(folder)
+    assert os.listdir(folder) == []
+    write_atomically(folder / "run.json", b"{}")
+    (folder / ".tmp-abc").touch()
+    with pytest.raises(InputError, match="is not an empty folder"):
+        claim_folder(folder)
+    assert sorted(os.listdir(folder)) == [".tmp-abc", "run.json"]
 
 
 @pytest.mark.parametrize("place", [-1, -30])

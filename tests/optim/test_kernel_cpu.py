@@ -96,6 +96,30 @@ def test_wide_matrices_have_no_cell_in_the_kernel_either():
 
 
 @needs_compiler
+@pytest.mark.parametrize("chunk", [50, 1 << 16])
+def test_large_narrow_matrices_have_no_cell_in_the_kernel_either(chunk, monkeypatch):
+    """Beside small ones; and rests, as in the plain rule, where there is no gradient."""
+    monkeypatch.setattr("rnnopt.rules.two_level.LARGEST", 300)
+    monkeypatch.setattr("rnnopt.optim.kernels.narrow._CHUNK", chunk)
+    fused, plain = twins([(8, 40), (40, 8), (8, 30), (8, 40), (400,)], random_lstm())
+
+    def spoil(grad, step):
+        flat = grad.view(-1)
+        flat[:100] = 0  # never a gradient
+        flat[-9:] *= step > 0
+        if step == 1:
+            flat[100], flat[150], flat[200] = float("nan"), float("inf"), float("nan")
+
+    walk((fused, plain), steps=4, spoil=spoil)
+    cells = [len(fused.state[param]["cell"]) for param in params_of(fused)]
+    assert cells == [0, 0, 4, 0, 0]
+    assert_equal(fused, plain)
+    for param in params_of(fused):
+        for name in ("m", "v", "change"):
+            assert not fused.state[param][name][:100].any()
+
+
+@needs_compiler
 def test_the_kernel_repeats_itself_to_the_bit():
     first, second = twins(SHAPES)[0], twins(SHAPES)[0]
     walk((first, second))
@@ -406,7 +430,13 @@ def peak_of(make, shapes):
 
 
 @needs_compiler
-@pytest.mark.parametrize("shapes", [[(1000, 1000)] * 20, [(4000, 1000)], [(2000, 1000), (9,)] * 3])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1000, 1000)] * 20, [(4000, 1000)], [(2000, 1000), (9,)] * 3,
+        [(64, 80_000)], [(80_000, 64)], [(5_000_000,)], [(30_522, 128), (128,)],
+    ],
+)  # fmt: skip
 def test_a_guarded_step_takes_at_most_a_quarter_more_memory_than_adamw(shapes):
     ours = peak_of(LearnedOptimizer, shapes)
     adamw = peak_of(lambda params: torch.optim.AdamW(params, foreach=True), shapes)
@@ -415,7 +445,8 @@ def test_a_guarded_step_takes_at_most_a_quarter_more_memory_than_adamw(shapes):
 
 @needs_compiler
 @pytest.mark.parametrize("shape", [(64, 40_000), (40_000, 64)])
-def test_a_narrow_matrix_takes_one_copy_beside_its_state(shape):
+def test_a_narrow_matrix_takes_one_copy_beside_its_state(shape, monkeypatch):
+    monkeypatch.setattr("rnnopt.rules.two_level.LARGEST", 64 * 40_000)
     # 30 bytes of state a coordinate with four units and the guard; 4 of a direction
     assert peak_of(LearnedOptimizer, [shape]) < (30 + 4) * 64 * 40_000 + 16e6
 

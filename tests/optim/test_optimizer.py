@@ -4,10 +4,12 @@ import copy
 import gc
 import io
 import itertools
+import math
 import pickle
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,9 +171,20 @@ def test_the_state_of_another_rule_is_refused_and_nothing_changes():
     small = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=4))
     train(net, small, range(1))
     large = LearnedOptimizer(net.parameters(), random_lstm(coordinate_units=8))
-    with pytest.raises(ValueError, match="load it with the rule that it was saved with"):
+    with pytest.raises(ValueError, match="load it with the rule, and the version of rnnopt,"):
         large.load_state_dict(small.state_dict())
     assert not large.state
+
+
+def test_the_state_of_a_version_that_gave_large_tensors_a_cell_is_refused(monkeypatch):
+    net = model()
+    earlier = LearnedOptimizer(net.parameters(), random_lstm())
+    train(net, earlier, range(1))
+    monkeypatch.setattr("rnnopt.rules.two_level.LARGEST", 1)
+    now = LearnedOptimizer(net.parameters(), random_lstm())
+    with pytest.raises(ValueError, match=r"and the version of rnnopt, that it was saved with"):
+        now.load_state_dict(earlier.state_dict())
+    assert not now.state
 
 
 def test_groups_of_another_optimizer_are_refused_and_nothing_changes():
@@ -311,6 +324,8 @@ def test_without_a_rule_a_shipped_one_is_loaded():
         ({"lr": torch.ones(1, device="meta")}, TypeError, "give a real number, or a tensor"),
         ({"weight_decay": "0"}, TypeError, "weight_decay='0': give a real number"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1: must be finite and at least 0"),
+        ({"guard": "off"}, TypeError, "guard='off': give None, True or False"),
+        ({"fused": 2}, TypeError, "fused=2: give None, True or False"),
         ({"rule": object()}, TypeError, "expected an UpdateRule"),
         ({"rule": 1e-3}, TypeError, r"the multiplier of its steps is lr=0.001, and 1.0"),
         ({"rule": Path("nowhere")}, InputError, "can't read nowhere"),
@@ -360,6 +375,27 @@ def test_a_rate_that_stops_being_a_number_is_named_at_the_step():
     with pytest.raises(TypeError, match="lr='1': give a real number"):
         train(net, optimizer, range(1))
     assert all(map(torch.equal, before, values(net)))
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_rate_that_a_schedule_made_infinite_is_refused_before_anything_moves(name, value):
+    net = model()
+    optimizer = LearnedOptimizer(net.parameters())
+    train(net, optimizer, range(2))
+    before = values(net)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name}=(nan|inf) at a step: must be finite"):
+        train(net, optimizer, range(1))
+    assert all(map(torch.equal, before, values(net)))
+    optimizer.param_groups[0][name] = 1.0
+    train(net, optimizer, range(1))
+
+
+@pytest.mark.parametrize("off", [False, 0, np.bool_(False)])
+def test_whatever_is_false_turns_the_guard_and_the_kernel_off(off):
+    optimizer = LearnedOptimizer(model().parameters(), guard=off, fused=off)
+    assert optimizer.guard is False and optimizer.fused is False
 
 
 def test_a_saved_rate_that_is_no_number_is_refused_at_loading_and_nothing_changes():

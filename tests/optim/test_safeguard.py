@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_table import random_lstm
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from rnnopt import Adam, LearnedOptimizer
 from rnnopt.optim.safeguard import loss_rise
@@ -245,6 +247,30 @@ def test_no_rule_ends_far_above_where_it_started(seed, steep, lr):
     assert (
         min(losses[-2:]) < losses[0] + 1.1 * MAX_RISE * unit
     )  # the last may be about to be undone
+
+
+@pytest.mark.filterwarnings("ignore:lr=.* multiplies")
+@pytest.mark.parametrize(
+    ("depth", "lr", "fused"),
+    [(1, 20.0, None), (1, 60.0, None), (1, 60.0, False), (3, 60.0, None), (3, 300.0, None)],
+)
+def test_steps_that_are_far_too_long_are_undone_before_they_ruin_a_network(depth, lr, fused):
+    """Gradients vanish where units of tanh are saturated, and steps far beyond tell little."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(8, 32), nn.Tanh()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(32, 32), nn.Tanh()]
+        net = nn.Sequential(*layers, nn.Linear(32, 3))
+        inputs = torch.randn(64, 8)
+        labels = inputs[:, :3].argmax(1)
+        optimizer = LearnedOptimizer(net.parameters(), lr=lr, fused=fused)
+        for _ in range(15):
+            optimizer.zero_grad()
+            cross_entropy(net(inputs), labels).backward()
+            optimizer.step()
+        assert optimizer.undone == 1, seed
+        assert cross_entropy(net(inputs), labels) < 1.5, seed
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e15, 1e30])

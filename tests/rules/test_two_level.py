@@ -16,7 +16,7 @@ from rnnopt.meta.settings import UnrollSettings
 from rnnopt.meta.unroll import unroll
 from rnnopt.rules.protocol import advance, cross_tensor_context, statistics_of
 from rnnopt.rules.tensor_features import FIRST_DISTANCE
-from rnnopt.rules.two_level import WIDEST, Decisions, TwoLevelLSTM
+from rnnopt.rules.two_level import LARGEST, WIDEST, Decisions, TwoLevelLSTM
 
 SHAPES = [(6, 20), (6,), (70, 80), (3, 20)]
 
@@ -133,6 +133,21 @@ def test_wide_matrices_keep_no_cell():
         twin = copy.deepcopy(rule).to("meta")
         assert twin.init_state(wide)["cell"].shape == (0, wide.numel())
     assert rule.init_state(torch.zeros(3, 5))["cell"].shape == (4, 15)
+
+
+def test_large_tensors_keep_no_cell_whatever_their_shape():
+    """An embedding takes 12 bytes of state a coordinate, by its whole shape also in a shard."""
+    with torch.device("meta"):
+        rule = copy.deepcopy(TwoLevelLSTM(coordinate_units=4)).to("meta")
+        for shape, units in (
+            ((LARGEST // 64, 64), 4), ((LARGEST // 64 + 1, 64), 0), ((64, LARGEST // 64 + 1), 0),
+            ((30_522, 128), 0), ((LARGEST,), 4), ((LARGEST + 1,), 0),
+        ):  # fmt: skip
+            state = rule.init_state(torch.empty(shape))
+            assert state["cell"].shape == (units, math.prod(shape)), shape
+            kept = sum(leaf.nbytes for leaf in state.values() if leaf.dim())
+            assert kept // math.prod(shape) == 12 + 4 * units
+            assert rule.init_state(torch.empty(5), shape)["cell"].shape == (units, 5)
 
 
 def test_a_rule_file_holds_it(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,16 @@ class LabelledTexts:
     summary: str
 
 
-def read_labelled(path: str, settings: Named, separator: str | None = None) -> LabelledTexts:
+def read_labelled(
+    path: str, settings: Named, separator: str | None = None, known_labels: Iterable[str] = ()
+) -> LabelledTexts:
     """Read a file.
 
     Args:
         path: its name.
         settings: name its columns and the separator of labels.
         separator: where the settings name none and a text may have several labels.
+        known_labels: see `rnnopt.data.files.read_corpus`.
 
     Raises:
         InputError: the file can't be used.
@@ -46,9 +49,9 @@ def read_labelled(path: str, settings: Named, separator: str | None = None) -> L
     separator = settings.label_separator or separator
     columns = {"text_column": settings.text_column, "label_column": settings.label_column}
     if separator is not None:
-        several = read_several(path, separator, **columns)
+        several = read_several(path, separator, **columns, known_labels=known_labels)
         return LabelledTexts(several.texts, several.labels, str(several))
-    corpus = read_corpus(path, **columns)
+    corpus = read_corpus(path, **columns, known_labels=known_labels)
     return LabelledTexts(corpus.texts, corpus.labels, summary(corpus))
 
 
@@ -66,8 +69,8 @@ def read_known(
             f"--label-separator is {settings.label_separator!r}, and {settings.model} gives a text "
             "one label; leave it out"
         )
-    found = read_labelled(path, settings, SEPARATOR if several else None)
     named = {str(label): label for label in classifier.classes_.tolist()}
+    found = read_labelled(path, settings, SEPARATOR if several else None, named)
     for label in itertools.chain.from_iterable(found.labels) if several else found.labels:
         if label not in named:
             raise InputError(

@@ -17,7 +17,7 @@ from rnnopt.rules.tensor_features import ROOT_FLOOR
 from rnnopt.rules.two_level import BOUND, Decisions, advanced_moments
 
 # Coordinates of all matrices of a shape that are worked on at once.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class NarrowMatrices:
     Attributes:
         rows: B indices of their pieces.
         shape: of each of them.
+        units: of their coordinate-wise LSTMs, 0 without.
     """
 
     rows: Sequence[int]
     shape: tuple[int, ...]
+    units: int
 
     def wide(self, values: Tensor) -> Tensor:
         """Coordinates (..., N) as (..., r, C), sharing their memory."""
@@ -50,13 +52,7 @@ class NarrowMatrices:
         Yields:
             Some of the columns of `wide`, and what is added there, (B, r, columns).
         """
-        sources = [
-            [
-                self.wide(values.detach().view(-1))
-                for values in (grads[i], *(pieces[i].state[name] for name in ("m", "v")))
-            ]
-            for i in self.rows
-        ]
+        sources = self._sources(pieces, grads)
         step = torch.stack([pieces[i].state["step"] for i in self.rows])[:, None, None] + 1
         width = max(1, _CHUNK // (min(self.shape) * len(self.rows)))
         places = [slice(at, at + width) for at in range(0, max(self.shape), width)]
@@ -74,14 +70,48 @@ class NarrowMatrices:
             adam, grad = directions.double()
             yield place, torch.baddbmm(factors[0] @ adam, factors[1], grad).to(step.dtype)
 
+    def added_to_last(
+        self, pieces: Sequence[Piece], grads: Sequence[Tensor], decisions: Decisions
+    ) -> None:
+        """Make of the last updates what they and orthogonalised directions add to the step.
+
+        Where no coordinate-wise LSTM has left a direction, a step needs no copy of the matrix then.
+        Coordinates that are not stepped keep their last update: those without a finite gradient,
+        and those that never had one.
+
+        Args:
+            pieces: see `added`; their leaves ``change`` are written.
+            grads: see `added`.
+            decisions: see `added`.
+        """
+        sources = self._sources(pieces, grads)
+        changes = [self.wide(pieces[i].state["change"]) for i in self.rows]
+        for place, values in self.added(pieces, grads, decisions):
+            for i, leaves, change, value in zip(self.rows, sources, changes, values):
+                grad, m, v = (leaf[:, place] for leaf in leaves)
+                stepped = grad.isfinite() & ((grad != 0) | (v != 0) | (m != 0))
+                part = change[:, place]
+                part.copy_(torch.where(stepped, decisions.last[i] * part + value, part))
+
+    def _sources(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradient, first and second moment of each matrix, (r, C) each."""
+        return [
+            [
+                self.wide(values.detach().view(-1))
+                for values in (grads[i], pieces[i].state["m"], pieces[i].state["v"])
+            ]
+            for i in self.rows
+        ]
+
 
 def narrow_matrices(pieces: Sequence[Piece]) -> list[NarrowMatrices]:
-    """The pieces whose directions are orthogonalised, by shape."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+    """The pieces whose directions are orthogonalised, by shape and units of a coordinate."""
+    by_kind: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for i, piece in enumerate(pieces):
         if piece.transform is not None and piece.param.numel():
-            by_shape.setdefault(tuple(piece.param.shape), []).append(i)
-    return [NarrowMatrices(rows, shape) for shape, rows in by_shape.items()]
+            kind = tuple(piece.param.shape), len(piece.state["cell"])
+            by_kind.setdefault(kind, []).append(i)
+    return [NarrowMatrices(rows, shape, units) for (shape, units), rows in by_kind.items()]
 
 
 def _directions(sources: Sequence[Sequence[Tensor]], step: Tensor, place: slice) -> Tensor:

@@ -76,11 +76,7 @@ class TwoLevelStep(FusedStep):
         shared = leaves.of([piece.state for piece in pieces], leaf_names(self._two_level))
         grads = [piece.grad.contiguous() for piece in pieces]  # kept alive until the step is done
         directions = [
-            torch.empty(piece.param.numel())
-            if len(piece.state["cell"])
-            # of those that have no LSTMs the kernel writes none
-            else torch.zeros(0 if piece.transform is None else piece.param.numel())
-            for piece in pieces
+            torch.empty(piece.param.numel() if len(piece.state["cell"]) else 0) for piece in pieces
         ]
         rule, tensors = self._rule_record(), self._table(pieces, grads, directions, shared[1])
         blocks = blocks_of(tuple(piece.param.numel() for piece in pieces))
@@ -117,6 +113,10 @@ class TwoLevelStep(FusedStep):
             tensors[name] = getattr(decisions, name).numpy()
         tensors["of_cell"] = decisions.cell.numpy()
         for matrices in narrow_matrices(pieces):
+            if not matrices.units:
+                matrices.added_to_last(pieces, grads, decisions)
+                tensors["last"][matrices.rows] = 1
+                continue
             own = [directions[i] for i in matrices.rows]
             torch._foreach_mul_(own, tensors["of_cell"][matrices.rows].tolist())
             tensors["of_cell"][matrices.rows] = 1

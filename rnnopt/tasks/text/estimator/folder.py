@@ -110,7 +110,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         let_others_read(partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"can't write {target}: {first_line(error)}; choose another") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"can't write {target}: {reason}; choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
