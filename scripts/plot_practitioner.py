@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from practitioner_tables import read
+from practitioner_tables import SETS, read
 
 from rnnopt.evaluation.report.style import COLUMN, HEIGHT, STYLE, line_look
 from rnnopt.evaluation.statistics import interval
@@ -38,7 +38,8 @@ def points(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, list[fl
     for line in lines:
         name, shots, method, _ = line["cell"]
         if method in NAMES:
-            found[f"{name}, {line['ways']} classes"][method][shots].append(100 * line["accuracy"])
+            title = SETS.get(name, name).split(",")[0]
+            found[f"{title}, {line['ways']} classes"][method][shots].append(100 * line["accuracy"])
     return {
         name: methods
         for name, methods in sorted(found.items())

@@ -35,7 +35,12 @@ NAMES = {
     "frozen": "TextClassifier, not adapted", "setfit": "SetFit", OURS: "**TextClassifier**",
 }  # fmt: skip
 SHOWN = {"accuracy": 3, "log_loss": 2, "calibration_error": 3, "seconds": 1}
-FAMILIES = {"reviews": "reviews, {} products", "nusax": "NusaX, {} languages"}
+SETS = {
+    "agnews": "AG News", "amazon16_partial": "Amazon, categories", "clinc150": "CLINC150, intents",
+    "huffpost36": "HuffPost, headlines", "hwu64": "HWU64, intents", "liu54": "Liu54, intents",
+    "nusax": "NusaX, sentiment, {} languages", "reviews": "reviews, sentiment, {} products",
+    "stackoverflow20": "StackOverflow, titles", "trec28": "TREC, question types",
+}  # fmt: skip
 
 
 def read(path: Path) -> list[Line]:
@@ -56,7 +61,9 @@ def cells_of(lines: Iterable[Line], families: bool) -> dict[tuple[str, int], dic
     found: dict[tuple[str, int], dict[str, Draws]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         name, shots, method, seed = line["cell"]
-        place = name.split()[0] if families else f"{name}, {line['ways']} classes"
+        family, *own = name.split()
+        title = " ".join([SETS.get(family, family).split(",")[0], *own])
+        place = family if families else f"{title}, {line['ways']} classes"
         found[place, shots][method].setdefault((name, seed), line)
     return dict(sorted(found.items()))
 
@@ -87,7 +94,7 @@ def summary(lines: Iterable[Line]) -> list[str]:
         if not ours:
             continue
         ways = next(iter(ours.values()))["ways"]
-        name = FAMILIES.get(family, family).format(len({name for name, _ in ours}))
+        name = SETS.get(family, family).format(len({name for name, _ in ours}))
         # of other methods the same draws only, so that means can be compared
         logistic, setfit = (
             {draw: line for draw, line in methods.get(method, {}).items() if draw in ours}

@@ -44,11 +44,11 @@ def test_every_method_has_its_row_and_a_stopped_run_goes_on(run, texts, encoder,
         "**TextClassifier**",
     )
     for name, row in zip(names, lines[-4:], strict=True):
-        assert row.startswith(f"| trec28, 10 classes | 2 | {name} | 2 | 0.")
+        assert row.startswith(f"| TREC, 10 classes | 2 | {name} | 2 | 0.")
     others = "adamw 5e-5", "prodigy"
     lines = run(*words, "--shots", 2, "--draws", 1, "--seconds", 0, "--methods", *others)
     for name, row in zip(others, lines[-2:], strict=True):
-        assert row.startswith(f"| trec28, 10 classes | 2 | the same by {name} | 1 | 0.")
+        assert row.startswith(f"| TREC, 10 classes | 2 | the same by {name} | 1 | 0.")
 
 
 def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
@@ -66,7 +66,7 @@ def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
     words += "--shots", 2, "--draws", 1, "--methods", "logistic"
     lines = run(*words, "--sets", "nusax buginese")
     classes = len({label for _, label in texts[:40]})
-    assert any(line.startswith(f"| nusax buginese, {classes} classes | 2 |") for line in lines)
+    assert any(line.startswith(f"| NusaX buginese, {classes} classes | 2 |") for line in lines)
     with pytest.raises(SystemExit, match="agnews has no classes to choose by"):
         run(*words, "--sets", "agnews", "--part", "choose")
 
@@ -93,13 +93,13 @@ def test_the_tables_pair_draws_and_unite_families(monkeypatch, capsys, tmp_path)
     module.main()
     assert capsys.readouterr().out == "7 rows\n"
     row = (tmp_path / "practitioner-summary.md").read_text().splitlines()[2]
-    assert row.startswith("| NusaX, 2 languages, 3 classes | 5 | 4 | 0.650 ± ")
+    assert row.startswith("| NusaX, sentiment, 2 languages, 3 classes | 5 | 4 | 0.650 ± ")
     assert "| 0.950 | 0.750 ± " in row  # of SetFit a draw, and the four of TextClassifier
     assert "| +0.100 ± 0.000 | -0.050 | 1.00 (1.00, 1.00) | 0.100 | 20 (20) |" in row
     rows = (tmp_path / "practitioner-cells.md").read_text().splitlines()
-    assert rows[2].startswith("| nusax buginese, 3 classes | 5 | logistic regression | 3 | 0.433")
+    assert rows[2].startswith("| NusaX buginese, 3 classes | 5 | logistic regression | 3 | 0.433")
     assert "| +0.100 ± 0.000 |" in rows[2]
-    assert rows[-1].startswith("| nusax english, 3 classes | 5 | the same by prodigy | 1 | 0.900 |")
+    assert rows[-1].startswith("| NusaX english, 3 classes | 5 | the same by prodigy | 1 | 0.900 |")
 
 
 def test_the_picture_is_the_same_for_the_same_results(monkeypatch, capsys, tmp_path):
@@ -125,4 +125,4 @@ def test_the_picture_is_the_same_for_the_same_results(monkeypatch, capsys, tmp_p
     for picture in pictures:
         call(picture)
     first, second = (picture.read_text() for picture in pictures)
-    assert first == second and "trec28, 10 classes" in first and "TextClassifier" in first
+    assert first == second and "TREC, 10 classes" in first and "TextClassifier" in first
