@@ -94,7 +94,12 @@ def draw(path: Path, shots: int, seed: int, domain: str = "") -> tuple[Texts, Te
     generator = np.random.default_rng([seed, shots])
     fit: Texts = ([], np.array([], int))
     judge: Texts = ([], np.array([], int))
-    for number, (_, rows) in enumerate(sorted(corpus.classes.items())):
+    for number, ((_, label), rows) in enumerate(sorted(corpus.classes.items())):
+        if len(rows) <= shots:
+            raise SystemExit(
+                f"{path}: {label} has {len(rows)} texts, and {shots} to fit on leave none to judge "
+                "by; ask for fewer with --shots, or leave the set out of --sets"
+            )
         order = generator.permutation(rows)
         parts = order[:shots], order[shots : shots + judged]
         fit, judge = (

@@ -69,6 +69,8 @@ def test_a_language_is_a_set_and_a_set_with_nothing_to_choose_by_says_so(
     assert any(line.startswith(f"| NusaX buginese, {classes} classes | 2 |") for line in lines)
     with pytest.raises(SystemExit, match="agnews has no classes to choose by"):
         run(*words, "--sets", "agnews", "--part", "choose")
+    with pytest.raises(SystemExit, match="and 99 to fit on leave none to judge by"):
+        run(*words, "--sets", "nusax buginese", "--shots", 99)
 
 
 def test_the_tables_pair_draws_and_unite_families(monkeypatch, capsys, tmp_path):
