@@ -49,10 +49,10 @@ def read(path: Path) -> list[Line]:
 
 
 def show(values: Iterable[float], digits: int, signed: bool = False) -> str:
-    """Mean and 95 % interval; of one value itself, of none nothing."""
+    """Mean and 95 % interval; of one or two values themselves, of none nothing."""
     found = list(values)
-    if len(found) < 2:
-        return "".join(f"{value:{'+' if signed else ''}.{digits}f}" for value in found)
+    if len(found) < 3:
+        return " ".join(f"{value:{'+' if signed else ''}.{digits}f}" for value in found)
     return with_interval(interval(np.array(found)), digits, signed)
 
 
