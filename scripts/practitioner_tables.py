@@ -8,6 +8,7 @@ OUT gets, in Markdown,
     practitioner-summary.md  a row for each set and number of labels a class; sets of one family
                              (products, languages) are one row, and each of their draws counts
     practitioner-cells.md    a row for each set, number of labels and method
+    practitioner-means.md    means over the rows of the summary with five labels a class or more
 
 Where several lines are of one cell, the first one counts. Differences are those of the accuracy of
 `TextClassifier`, draw by draw. Takes a second. Last line: the number of rows.
@@ -18,7 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,43 @@ def summary(lines: Iterable[Line]) -> list[str]:
     return rows
 
 
+def means(lines: Iterable[Line], least: int = 5) -> list[str]:
+    """Means over the places of the summary with at least so many labels a class."""
+    places = [
+        (place, methods)
+        for place, methods in cells_of(lines, families=True).items()
+        if OURS in methods and place[1] >= least
+    ]
+    rows = ["| rows with five labels a class or more | rows | mean | range |", "|---|---|---|---|"]
+
+    def add(what: str, other: str, of: Callable[[Line, Line], float], digits: int) -> None:
+        found = {}
+        for place, methods in places:
+            draws = methods[OURS] if other == OURS else methods.get(other, {})
+            both = [draw for draw in methods[OURS] if draw in draws]
+            if both:
+                found[place] = float(np.mean([of(methods[OURS][i], draws[i]) for i in both]))
+        if found:
+            low, high = min(found.values()), max(found.values())
+            extremes = f"{low:.{digits}f} to {high:.{digits}f}"
+            rows.append(f"| {what} | {len(found)} | {show(found.values(), digits)} | {extremes} |")
+
+    for name, other in (("logistic regression", "logistic"), ("SetFit", "setfit")):
+        add(f"accuracy, less that of {name}", other, partial(_difference, "accuracy"), 3)
+        add(f"log loss, as a share of that of {name}", other, partial(_share, "log_loss"), 2)
+    add("time, as a share of that of SetFit", "setfit", partial(_share, "seconds"), 2)
+    add("expected calibration error", OURS, lambda ours, _: float(ours["calibration_error"]), 3)
+    return rows
+
+
+def _difference(key: str, ours: Line, other: Line) -> float:
+    return float(ours[key] - other[key])
+
+
+def _share(key: str, ours: Line, other: Line) -> float:
+    return float(ours[key] / other[key])
+
+
 def details(lines: Iterable[Line]) -> list[str]:
     """A row for every cell and method."""
     rows = [
@@ -142,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = [line for path in options.results for line in read(path)]
     options.output.mkdir(parents=True, exist_ok=True)
-    tables = {"summary": summary(lines), "cells": details(lines)}
+    tables = {"summary": summary(lines), "cells": details(lines), "means": means(lines)}
     for name, rows in tables.items():
         path = options.output / f"practitioner-{name}.md"
         write_atomically(path, ("\n".join(rows) + "\n").encode())

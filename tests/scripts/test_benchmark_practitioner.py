@@ -93,11 +93,14 @@ def test_the_tables_pair_draws_and_unite_families(monkeypatch, capsys, tmp_path)
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     monkeypatch.setattr(sys, "argv", ["practitioner_tables.py", *files, "--output", str(tmp_path)])
     module.main()
-    assert capsys.readouterr().out == "7 rows\n"
+    assert capsys.readouterr().out == "13 rows\n"
     row = (tmp_path / "practitioner-summary.md").read_text().splitlines()[2]
     assert row.startswith("| NusaX, sentiment, 2 languages, 3 classes | 5 | 4 | 0.650 ± ")
     assert "| 0.950 | 0.750 ± " in row  # of SetFit a draw, and the four of TextClassifier
     assert "| +0.100 ± 0.000 | -0.050 | 1.00 (1.00, 1.00) | 0.100 | 20 (20) |" in row
+    mean = (tmp_path / "practitioner-means.md").read_text()
+    assert "| accuracy, less that of logistic regression | 1 | 0.100 | 0.100 to 0.100 |" in mean
+    assert "| log loss, as a share of that of SetFit | 1 | 1.00 | 1.00 to 1.00 |" in mean
     rows = (tmp_path / "practitioner-cells.md").read_text().splitlines()
     assert rows[2].startswith("| NusaX buginese, 3 classes | 5 | logistic regression | 3 | 0.433")
     assert "| +0.100 +0.100 |" in rows[2]  # two draws have no interval
