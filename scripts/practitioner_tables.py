@@ -70,10 +70,24 @@ def cells_of(lines: Iterable[Line], families: bool) -> dict[tuple[str, int], dic
     return dict(sorted(found.items()))
 
 
-def less(ours: Draws, other: Draws, signed: bool = True) -> str:
+def gain(ours: Line, other: Line) -> float:
+    """How much more accurate."""
+    return float(ours["accuracy"] - other["accuracy"])
+
+
+def share(key: str, ours: Line, other: Line) -> float:
+    """A figure as a share of the other's."""
+    return float(ours[key] / other[key])
+
+
+def paired(ours: Draws, other: Draws, of: Callable[[Line, Line], float]) -> list[float]:
+    """A figure of each draw that both have."""
+    return [of(ours[draw], other[draw]) for draw in ours if draw in other]
+
+
+def less(ours: Draws, other: Draws) -> str:
     """How much more accurate, over the draws of both."""
-    both = [draw for draw in ours if draw in other]
-    return show((ours[draw]["accuracy"] - other[draw]["accuracy"] for draw in both), 3, signed)
+    return show(paired(ours, other, gain), 3, signed=True)
 
 
 def mean(draws: Draws, key: str) -> str:
@@ -114,41 +128,28 @@ def summary(lines: Iterable[Line]) -> list[str]:
     return rows
 
 
-def means(lines: Iterable[Line], least: int = 5) -> list[str]:
-    """Means over the places of the summary with at least so many labels a class."""
+def means(lines: Iterable[Line]) -> list[str]:
+    """Means over the places of the summary with five labels a class or more."""
     places = [
         (place, methods)
         for place, methods in cells_of(lines, families=True).items()
-        if OURS in methods and place[1] >= least
+        if OURS in methods and place[1] >= 5
     ]
     rows = ["| rows with five labels a class or more | rows | mean | range |", "|---|---|---|---|"]
 
     def add(what: str, other: str, of: Callable[[Line, Line], float], digits: int) -> None:
-        found = {}
-        for place, methods in places:
-            draws = methods[OURS] if other == OURS else methods.get(other, {})
-            both = [draw for draw in methods[OURS] if draw in draws]
-            if both:
-                found[place] = float(np.mean([of(methods[OURS][i], draws[i]) for i in both]))
+        draws = [paired(methods[OURS], methods.get(other, {}), of) for _, methods in places]
+        found = [float(np.mean(values)) for values in draws if values]
         if found:
-            low, high = min(found.values()), max(found.values())
-            extremes = f"{low:.{digits}f} to {high:.{digits}f}"
-            rows.append(f"| {what} | {len(found)} | {show(found.values(), digits)} | {extremes} |")
+            extremes = f"{min(found):.{digits}f} to {max(found):.{digits}f}"
+            rows.append(f"| {what} | {len(found)} | {show(found, digits)} | {extremes} |")
 
     for name, other in (("logistic regression", "logistic"), ("SetFit", "setfit")):
-        add(f"accuracy, less that of {name}", other, partial(_difference, "accuracy"), 3)
-        add(f"log loss, as a share of that of {name}", other, partial(_share, "log_loss"), 2)
-    add("time, as a share of that of SetFit", "setfit", partial(_share, "seconds"), 2)
+        add(f"accuracy, less that of {name}", other, gain, 3)
+        add(f"log loss, as a share of that of {name}", other, partial(share, "log_loss"), 2)
+    add("time, as a share of that of SetFit", "setfit", partial(share, "seconds"), 2)
     add("expected calibration error", OURS, lambda ours, _: float(ours["calibration_error"]), 3)
     return rows
-
-
-def _difference(key: str, ours: Line, other: Line) -> float:
-    return float(ours[key] - other[key])
-
-
-def _share(key: str, ours: Line, other: Line) -> float:
-    return float(ours[key] / other[key])
 
 
 def details(lines: Iterable[Line]) -> list[str]:
