@@ -19,6 +19,7 @@ RATE, GROWTH, ADAM = (Decisions._fields.index(name) for name in ("rate", "growth
 # in the context, which has no rows and columns
 LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
 TOP = 3  # layers, at most: those of a cache
+EARLY = 10  # steps, see `Changes`
 GROWN = 0.1  # weight of growth in steps
 MOST = 0.98  # of a bound, which an output reaches at infinity only
 
@@ -41,6 +42,7 @@ class Changes(NamedTuple):
         growth: factor on what all else grows, beside that.
         adam: if above 0, all but the head takes AdamW's steps at this rate.
         head_adam: if above 0, the head does.
+        early: factor on `adam` at the first step, which falls to 1 within `EARLY` steps.
     """
 
     first: float = 1.0
@@ -49,13 +51,15 @@ class Changes(NamedTuple):
     growth: float = 1.0
     adam: float = 0.0
     head_adam: float = 0.0
+    early: float = 1.0
 
     def of(self, tasks: TaskBatch, step: int) -> Asked:
         """What is asked of each tensor in a step, which counts from 1."""
         names = [tasks.names[i] for group in tasks.alike for i in group]
         of_head = self.first if step == 1 else self.later
         head = of_head, of_head, self.head_adam
-        body = self.body, self.body * self.growth, self.adam
+        adam = self.adam * self.early ** max(0.0, 1 - (step - 1) / EARLY)
+        body = self.body, self.body * self.growth, adam
         asked = zip(*(head if name.startswith("head") else body for name in names))
         return Asked(*(torch.tensor(values) for values in asked))
 

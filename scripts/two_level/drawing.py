@@ -11,7 +11,7 @@ from pathlib import Path
 from curriculum import CPU, Drawn, Profile, draw
 from encoder import Encoder, read_encoder, read_small
 from tasks import TaskBatch
-from texts import Texts, read_texts
+from texts import Texts, by_word, read_texts
 
 from rnnopt.errors import InputError
 
@@ -37,7 +37,7 @@ def material(options: argparse.Namespace) -> tuple[Texts, list[Encoder]]:
     encoders = [read_encoder(options.encoder)]
     small = sorted(options.cache.glob("small_*.safetensors"))
     encoders += [read_small(path, encoders[0]) for path in small]
-    return read_texts(options.cache / "train.safetensors"), encoders
+    return by_word(read_texts(options.cache / "train.safetensors")), encoders
 
 
 def drawing(texts: Texts, encoders: Sequence[Encoder], profile: Profile = CPU) -> Draw:

@@ -46,7 +46,8 @@ from rnnopt.storage.files import write_atomically
 
 # The values tried of each change, one after the other, each with the best of those before; rates by
 # what trains.
-TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "growth": (0.0,)}
+TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "growth": (0.0,),
+         "early": (2.0, 5.0)}  # fmt: skip
 RATES = {
     "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }  # fmt: skip
@@ -130,6 +131,8 @@ def tries(kind: str) -> dict[str, Sequence[float]]:
         found |= {"later": TRIED["later"], "first": TRIED["first"], "head_adam": RATES["head"]}
     if trains != "head":
         found |= {name: TRIED[name] for name in ("body", "growth")} | {"adam": RATES[trains]}
+    if trains == "full":
+        found["early"] = TRIED["early"]  # with the rate that was best
     return found
 
 

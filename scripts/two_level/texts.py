@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,10 @@ LEAST = 10  # texts of a class
 SHARES = {"huffpost36": 2.5, "trec28": 2.5, "reuters31": 1.5, "liu54": 0.7, "hwu64": 0.7,
           "amazon16_partial": 0.7, "arsc_domains": 0.7}  # fmt: skip
 DOMAINS, RARE = "arsc/", 0.05
+# Sources whose classes are words, see `by_word`: their number, how often each is drawn, texts of a
+# class, and the tokens of a text in which its word lies.
+BY_WORD, BY_WORD_SOURCES, BY_WORD_SHARE = "words/", 4, 0.9
+OF_WORD, WITHIN = (16, 400), 12
 
 
 @dataclass
@@ -93,7 +97,7 @@ class Texts:
             raise InputError(
                 f"{source or 'no source'}: fewer than {ways} classes with {shots + queries} texts"
             )
-        weights = [RARE if name.startswith(DOMAINS) else SHARES.get(name, 1.0) for name in sources]
+        weights = [_share(name) for name in sources]
         while True:
             drawn = source or rng.choices(list(sources), weights)[0]
             if len(enough[drawn]) >= ways:
@@ -136,6 +140,42 @@ class Texts:
         part = path.with_suffix(".part")  # so that a file with the name is complete
         save_file(tensors, part, {"sources": json.dumps(self.sources)})
         part.replace(path)
+
+
+def _share(source: str) -> float:
+    """How often a source is drawn, as against others."""
+    for prefix, share in ((DOMAINS, RARE), (BY_WORD, BY_WORD_SHARE)):
+        if source.startswith(prefix):
+            return share
+    return SHARES.get(source, 1.0)
+
+
+def by_word(texts: Texts) -> Texts:
+    """With sources whose classes are the texts that hold a word.
+
+    A sentence encoder tells topics apart, and few sources need anything else: question types, of
+    which the training classes are nine. By which words a text holds, tasks of many classes can be
+    drawn that need other features, as in Bansal et al. 2020 (SMLMT), arXiv:2009.08445, where the
+    word is masked.
+    """
+    holds: dict[int, list[int]] = {}
+    rows, lengths = texts.tokens[:, 1:WITHIN].tolist(), texts.lengths.clamp(max=WITHIN).tolist()
+    for text, (row, length) in enumerate(zip(rows, lengths)):
+        for token in set(row[: length - 2]):
+            holds.setdefault(token, []).append(text)
+    least, most = OF_WORD
+    words = [word for word, found in sorted(holds.items()) if least <= len(found) <= most]
+    sources = dict(texts.sources)
+    for number in range(BY_WORD_SOURCES):
+        classes, taken = {}, set[int]()
+        for word in random.Random(number).sample(words, len(words)):
+            left = [text for text in holds[word] if text not in taken]
+            taken.update(left)
+            if len(left) >= LEAST:
+                classes[str(word)] = left
+        if len(classes) > 1:
+            sources[f"{BY_WORD}{number}"] = classes
+    return replace(texts, sources=sources)
 
 
 def read_texts(path: Path) -> Texts:

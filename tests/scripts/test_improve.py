@@ -78,6 +78,17 @@ def test_changes_are_those_of_the_head_and_of_all_else(script, tasks):
     assert sum(of_head) == 2
 
 
+def test_an_early_rate_falls_to_the_later_one(script, tasks):
+    improve = script("improve")
+    batch = tasks(random.Random(0))[1]()
+    rates = [improve.Changes(adam=0.1, early=8.0).of(batch, step).adam for step in range(1, 14)]
+    rates = torch.stack(rates).amax(1)
+    assert rates[0].item() == pytest.approx(0.8) and (rates[:10].diff() < 0).all()
+    torch.testing.assert_close(rates[10:], torch.full((3,), 0.1))
+    ratios = rates[1:11] / rates[:10]
+    torch.testing.assert_close(ratios, ratios[:1].expand(10))
+
+
 @pytest.mark.parametrize(
     "values", [(0.3, 0.3, 1.5), (0.3, 0.3, 1.5, 0.5, 0.1), (0.3, 0.3, 1.5, 0, 0, 0.2)]
 )

@@ -284,6 +284,27 @@ def pack(script, monkeypatch, data, encoder, tmp_path):
     return tmp_path / "pack"
 
 
+def test_classes_of_words_hold_their_word_and_are_disjoint(script):
+    texts = script("texts")
+    made = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 45, (400, 20), generator=made, dtype=torch.int32)
+    lengths = torch.randint(4, 20, (400,), generator=made)
+    none = torch.zeros(0, dtype=torch.long)
+    plain = texts.Texts({"own": {"a": [0], "b": [1]}}, tokens, lengths, {}, none, {}, tokens)
+    found = texts.by_word(plain).sources
+    assert found == texts.by_word(plain).sources  # the same every time
+    assert found.pop("own") == plain.sources["own"]
+    assert len(found) == texts.BY_WORD_SOURCES and len({str(own) for own in found.values()}) > 1
+    for classes in found.values():
+        held = [text for own in classes.values() for text in own]
+        assert len(held) == len(set(held)) and len(classes) > 5
+        for word, own in classes.items():
+            assert texts.LEAST <= len(own) <= texts.OF_WORD[1]
+            for text in own:
+                end = min(int(lengths[text]), texts.WITHIN) - 1  # the last token is the separator
+                assert int(word) in tokens[text, 1:end]
+
+
 def test_a_pack_holds_the_same_encoders_and_texts(script, pack, encoder, tmp_path):
     read = script("encoder")
     whole, packed = read.read_encoder(encoder), read.read_encoder(pack / "encoder")
