@@ -69,9 +69,9 @@ class LanguageTask(TextTask):
         self.asked = [corpus.texts[i] for i in episode.query], episode.query_labels
         self.scored = scored
 
-    def scores(self, module: nn.Module) -> dict[str, float]:
+    def scores(self, module: nn.Module, step: int = 0) -> dict[str, float]:
         """The figures on the query set; in meta-training the loss alone."""
-        found = super().scores(module)
+        found = super().scores(module, step)
         return found if self.scored else {"loss": found["loss"]}
 
 

@@ -190,20 +190,28 @@ class FromStream(rnnopt.Learner):
             param.copy_(task.start[name])
 
 
-class AfterChange(rnnopt.Task):
-    """The domain that follows on a change."""
+class AcrossChange(rnnopt.Task):
+    """Two domains one after the other, with the change at a step that is drawn.
 
-    def __init__(self, domain: Domain, start: Mapping[str, Tensor], number: int) -> None:
+    The rule keeps its memory through the change, as it does along a stream, so that it can learn to
+    notice it.
+    """
+
+    def __init__(
+        self, domains: tuple[Domain, Domain], start: Mapping[str, Tensor], number: int, steps: int
+    ) -> None:
         self.start = start
+        change = random.Random(f"change {number}").randrange(steps // 4, steps * 3 // 4 + 1)
 
         def support(net: nn.Module, step: int) -> Tensor:
-            x, y = domain.batch(random.Random(f"{number} {step}"))
+            x, y = domains[step >= change].batch(random.Random(f"{number} {step}"))
             return cross_entropy(net(x), y)
 
-        super().__init__(
-            support, lambda net, step: cross_entropy(net(domain.held), domain.held_labels),
-            loss_unit=float(np.log(TOPICS)),
-        )  # fmt: skip
+        def query(net: nn.Module, step: int) -> Tensor:
+            domain = domains[step >= change]
+            return cross_entropy(net(domain.held), domain.held_labels)
+
+        super().__init__(support, query, loss_unit=float(np.log(TOPICS)))
 
 
 def left_behind(model: Model, stream: Sequence[Domain], seed: int) -> list[dict[str, Tensor]]:
@@ -221,16 +229,18 @@ def left_behind(model: Model, stream: Sequence[Domain], seed: int) -> list[dict[
 
 
 def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options) -> Any:
-    """The shipped rule after meta-training on changes of the training part."""
+    """The shipped rule after meta-training across changes of the training part."""
+    steps = 2 if options.small else STEPS
     before = {
         part: left_behind(model, streams[part].stream(12, f"before {part}"), options.seed)
         for part in ("train", "validation")
     }
 
-    def tasks(part: str) -> Callable[[int], AfterChange]:
-        def task(number: int) -> AfterChange:
+    def tasks(part: str) -> Callable[[int], AcrossChange]:
+        def task(number: int) -> AcrossChange:
             drawn = random.Random(f"{part} {number}")
-            return AfterChange(streams[part].domain(drawn), drawn.choice(before[part]), number)
+            domains = streams[part].domain(drawn), streams[part].domain(drawn)
+            return AcrossChange(domains, drawn.choice(before[part]), number, steps)
 
         return task
 
@@ -243,7 +253,7 @@ def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options)
     with progress_bar("meta-train: stream rule", options.meta_steps) as bar:
         found = rnnopt.meta_train(
             FromStream(model), tasks("train"), validation=tasks("validation"),
-            rule=rule.requires_grad_(True).train(), steps=2 if options.small else 8,
+            rule=rule.requires_grad_(True).train(), steps=steps,
             meta_steps=options.meta_steps, meta_lr=1e-3, tasks_per_meta_step=2,
             validate_every=max(1, options.meta_steps // 5), validation_tasks=6,
             seed=options.seed, report=lambda record: bar.at(record["meta_step"]),
@@ -401,4 +411,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, main, meta_steps=60, episodes=100, more=MORE))
+    sys.exit(command(__doc__, main, meta_steps=150, episodes=100, more=MORE))

@@ -58,7 +58,7 @@ def adapt_and_judge(
         seconds += time.perf_counter() - started
         if step in budgets:
             with evaluation_point(optimizer):
-                scores[step] = task.scores(learner.module)
+                scores[step] = task.scores(learner.module, step - 1)
     return Adaptation(scores, seconds / max(budgets), getattr(optimizer, "undone", 0))
 
 

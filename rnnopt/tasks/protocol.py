@@ -221,14 +221,19 @@ class Task:
         return _checked_loss(self._query_loss(module, step), "query_loss")
 
     @torch.no_grad()
-    def scores(self, module: nn.Module) -> Scores:
-        """The figures of the module on the query set, in `eval` mode; "loss" is among them."""
+    def scores(self, module: nn.Module, step: int = 0) -> Scores:
+        """The figures of the module on the query set, in `eval` mode; "loss" is among them.
+
+        Args:
+            module: the learner's module.
+            step: the number of the step that it has just taken, from 0, as `query_loss` gets it.
+        """
         modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
             metrics = {} if self._metrics is None else self._metrics(module)
             scores = {name: float(value) for name, value in metrics.items()}
-            return scores | {"loss": bounded_loss(float(self.query_loss(module, 0)))}
+            return scores | {"loss": bounded_loss(float(self.query_loss(module, step)))}
         finally:
             for part, training in modes.items():
                 part.training = training

@@ -93,7 +93,7 @@ class Profile(NamedTuple):
 
 
 CPU = Profile(
-    {"lora": 0.55, "full": 0.27, "head": 0.18}, 0.12, (0.6, 0.3, 0.1), 60,
+    {"lora": 0.55, "full": 0.27, "head": 0.18}, 0.06, (0.6, 0.3, 0.1), 60,
     {"head": 60, "lora": 40, "full": 30}, {"lora": 12, "full": 12}, 8, 50, 24, 8, 1.5, 20_000,
 )  # fmt: skip
 GPU = Profile(

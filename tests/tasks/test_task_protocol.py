@@ -95,6 +95,22 @@ def test_scores_hold_loss_and_metrics_and_restore_each_mode():
     assert (module.training, module[1].training) == (True, False)
 
 
+def test_scores_are_of_the_query_set_after_the_step():
+    """Validation and comparison judge a task whose query set changes as meta-training does."""
+    seen = []
+
+    def query(module, step):
+        seen.append(step)
+        return module(X).mean() * 0 + step
+
+    task = Task(lambda m, step: m(X).square().mean(), query)
+    learner = Learner(net())
+    optimizer = torch.optim.SGD(learner.module.parameters(), 0.1)
+    scores = adapt_and_judge(learner, optimizer, task, (1, 3)).scores
+    assert {step: found["loss"] for step, found in scores.items()} == {1: 0.0, 3: 2.0}
+    assert seen == [0, 2]
+
+
 def test_a_loss_that_is_not_finite_counts_as_diverged():
     task = Task(lambda m, step: m(X).mean(), lambda m, step: m(X).mean() * math.nan)
     assert task.scores(net())["loss"] == DIVERGED_LOSS

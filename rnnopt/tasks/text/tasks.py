@@ -166,8 +166,8 @@ class TextTask(Task):
         """Cross-entropy on the query set, mean nats per text; 0-d; see `mixed_loss`."""
         return self.query.loss(self.classifier, module, calibrated)
 
-    def scores(self, module: nn.Module) -> Scores:
-        """The figures of a module on the query set, see `judge`."""
+    def scores(self, module: nn.Module, step: int = 0) -> Scores:
+        """The figures of a module on the query set, the same at every step; see `judge`."""
         return judge(self.classifier, self.query, module)
 
 
