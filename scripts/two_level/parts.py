@@ -20,6 +20,9 @@ _OUTPUTS = {
     "growth": ("growth",),
 }
 PARTS = (*_OUTPUTS, "message", "memory")
+# What meta-training goes on without. Second order is no part of the rule. With "nothing" only the
+# averaged weights begin anew, as they do where something is left out: to compare with.
+LEFT_OUT = (*PARTS, "second-order", "nothing")
 FORGOTTEN = -30.0  # bias of a forget gate that is shut
 
 
@@ -34,7 +37,7 @@ def leave_out(rule: TwoLevelLSTM, parts: Collection[str]) -> None:
 
     Args:
         rule: is changed in place.
-        parts: of `PARTS`.
+        parts: of `PARTS`; other names are passed over.
     """
     for part in parts:
         for name in _OUTPUTS.get(part, ()):

@@ -38,7 +38,7 @@ from tempfile import TemporaryDirectory
 import torch
 from curriculum import CPU, GPU, Drawn, cost, judgement, second_order, segment
 from drawing import Draw, drawing, material, reading
-from parts import PARTS, leave_out
+from parts import LEFT_OUT, leave_out
 from safetensors import safe_open
 from tasks import TaskBatch
 from torch import Tensor, distributed
@@ -70,7 +70,7 @@ class MetaTraining:
         seed: every meta-step draws from a generator of its own, by this and its number.
         meta_lr: the highest learning rate.
         horizon: meta-steps of the curriculum and of the learning rate's fall.
-        without: parts of the rule that are left out, see parts.py.
+        without: what is left out, see parts.py.
 
     Attributes:
         steps: meta-steps so far.
@@ -161,7 +161,8 @@ class MetaTraining:
         weights = judgement(drawn.spec.steps, rng)
         try:
             tasks = make()
-            run = unroll(self.rule, tasks, weights, 1 + second_order(drawn), segment(drawn))
+            second = second_order(drawn) and "second-order" not in self.without
+            run = unroll(self.rule, tasks, weights, 1 + second, segment(drawn))
         except torch.OutOfMemoryError:  # of a GPU: its size was an estimate
             torch.cuda.empty_cache()
             return None
@@ -266,7 +267,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--meta-lr", type=float, default=2e-3, help="highest learning rate (default: 2e-3)")
     add("--horizon", type=int, default=1200, help="meta-steps of the curriculum (default: 1200)")
     add("--seed", type=int, default=1)
-    add("--without", nargs="*", choices=PARTS, default=[], help="parts of the rule to leave out")
+    add("--without", nargs="*", choices=LEFT_OUT, default=[], help="to leave out, see parts.py")
+    add("--kinds", nargs="+", choices=list(CPU.kinds), help="of what trains (default: all)")
     add("--device", default="cpu", help="cpu (the default) or cuda, with larger batches")
     add("--processes", type=int, default=1, help="that share a meta-step's batches (default: 1)")
     return parser.parse_args(words)
@@ -304,6 +306,8 @@ def meta_train(rank: int, options: argparse.Namespace, meeting: Path | None) -> 
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_per_process_memory_fraction(0.95 / options.processes)
     (texts, encoders), profile = material(options), GPU if gpu else CPU
+    if options.kinds:
+        profile = profile._replace(kinds={kind: profile.kinds[kind] for kind in options.kinds})
     rule = TrainedRule()
     rule.largest = profile.largest
     training = MetaTraining(

@@ -431,3 +431,23 @@ def test_a_part_stays_out_in_meta_training_and_when_it_goes_on(script, training,
     assert not torch.equal(second.params["output.weight"], whole.params["output.weight"])
     for name, weight in through.average.items():
         assert torch.equal(second.average[name], weight)
+
+
+def test_without_second_order_the_meta_gradient_is_another_one(script, training, batches, tmp_path):
+    """And without nothing the same, but the averaged weights begin anew."""
+    training().save(tmp_path)
+    make = script("train").MetaTraining
+    found = {}
+    for without in ([], ["nothing"], ["second-order"]):
+        run = make(training().rule, batches, 4, without=without)
+        run.restore(tmp_path / "state.safetensors")
+        run.averaged = run.averaged or 50 * (not without)  # of a run that has lasted for long
+        run.meta_step(1, print)
+        found["".join(without)] = run
+    whole, control, first = (found[name].params for name in ("", "nothing", "second-order"))
+    for name, weight in whole.items():
+        assert torch.equal(control[name], weight)
+    assert not torch.equal(first["output.weight"], whole["output.weight"])
+    old, new = (found[name].average["output.weight"] for name in ("", "nothing"))
+    start = training().params["output.weight"]
+    assert (new - start).norm() > (old - start).norm()
