@@ -451,3 +451,31 @@ def test_without_second_order_the_meta_gradient_is_another_one(script, training,
     old, new = (found[name].average["output.weight"] for name in ("", "nothing"))
     start = training().params["output.weight"]
     assert (new - start).norm() > (old - start).norm()
+
+
+def test_differences_are_paired_over_the_episodes_of_a_setting(script, tmp_path, capsys):
+    differences = script("differences")
+    made = torch.Generator().manual_seed(0)
+
+    def entry(name, batch, judged=8):
+        figures = {x: torch.rand(judged, 5, generator=made).tolist() for x in ("loss", "accuracy")}
+        setting = {"cell": "j", "split": "val", "batch": batch, "label_noise": 0.2}
+        return {"method": name, **setting, **figures}
+
+    whole, part = entry("whole.safetensors 1", 8), entry("part.safetensors 2", 8)
+    short = [entry("whole.safetensors 1", None), entry("part.safetensors 2", None, judged=6)]
+    alone = entry("part.safetensors 2", 4)
+    others = [{**whole, "method": "logistic regression"}, *short, alone]
+    file = tmp_path / "figures.jsonl"
+    file.write_text("".join(json.dumps(x) + "\n" for x in (whole, part, *others)))
+    differences.main([str(file), "--of", "whole", "--steps", "3", "10"])
+    *rows, last = capsys.readouterr().out.strip().splitlines()
+    assert last == "3 settings of 2 rules"
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:-1]]
+    assert [row[0] for row in rows] == ["whole", "part", "whole", "part"]  # none of `alone`
+    assert "minibatches of 8, 20% of the labels wrong" in rows[0][1]
+    more = torch.tensor(part["loss"][3]) - torch.tensor(whole["loss"][3])
+    error = 2.776 * float(more.std()) / math.sqrt(5)
+    assert rows[1][2] == f"{float(more.mean()):+.3f} ± {error:.3f}"
+    assert rows[0][5] == f"{sum(whole['accuracy'][7]) / 5:.3f}"
+    assert (rows[3][3], rows[3][5]) == ("-", "-") and rows[3][2] != "-"
