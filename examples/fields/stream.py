@@ -246,6 +246,7 @@ def meta_trained(streams: Mapping[str, Streams], model: Model, options: Options)
 
     rule = rnnopt.load_rule(SHIPPED_RULE)
     facts = {"from": rule_name(rule), "meta_steps": options.meta_steps, "small": options.small}
+    facts |= {"tasks": AcrossChange.__name__, "steps": steps}
     facts |= {"seed": options.seed, "texts": float(streams["train"].x.sum()), "more": options.more}
     file = options.output / f"stream-rule-{digest(facts)}.safetensors"
     if file.exists():
