@@ -55,7 +55,9 @@ def lines(rows: Rows, base: str, steps: Sequence[int]) -> list[str]:
     table = [f"| rule | setting | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for setting, rules in rows.items():
         own = next((found for name, found in rules.items() if name.startswith(base)), None)
-        for name, found in rules.items() if own else ():
+        if own is None:
+            continue
+        for name, found in rules.items():
             cells = [
                 _cell(found[metric], own[metric], JUDGED.index(step))
                 for metric in METRICS

@@ -267,6 +267,16 @@ def test_the_commands_follow_each_other(script, monkeypatch, data, encoder, tmp_
     evaluate.main(words)  # from the file
     assert capsys.readouterr().out == table
     assert len(figures.read_text().splitlines()) == 3
+    kinds, unroll = [], train.unroll
+
+    def spy(rule, tasks, *rest):
+        kinds.append(tasks.spec.kind)
+        return unroll(rule, tasks, *rest)
+
+    monkeypatch.setattr(train, "unroll", spy)
+    words = ["--resume", str(run), "--output", str(tmp_path / "heads"), "--kinds", "head"]
+    train.main([*places, *words, "--meta-steps", "3", "--tasks", "2"])
+    assert kinds == 6 * ["head"]
 
 
 @pytest.fixture
