@@ -57,6 +57,29 @@ def test_replay_forgets_less():
     assert kept[True] < kept[False] / 2
 
 
+def test_a_task_changes_its_domain_once_for_support_and_query_alike():
+    """A model that knows the first domain only has a low loss before the change, and none after."""
+    model = stream.Model(6, 6)
+    with torch.no_grad():
+        model.head.weight.copy_(20 * torch.eye(6))
+        model.head.weight[:, 2:] = 0
+        model.head.bias.zero_()
+    changes = set()
+    for number in range(30):
+        both = make_domain([0, 1]), make_domain([2, 3])
+        task = stream.AcrossChange(both, {}, number, stream.STEPS)
+        known = [
+            [float(loss(model, step).detach()) < 1 for step in range(stream.STEPS)]
+            for loss in (task.support_loss, task.query_loss)
+        ]
+        assert known[0] == known[1]
+        at = known[0].index(False)
+        assert known[0] == [step < at for step in range(stream.STEPS)]
+        changes.add(at)
+    assert min(changes) >= stream.STEPS // 4 and max(changes) <= stream.STEPS * 3 // 4
+    assert len(changes) > 4
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Reviews of three kinds of product, and a set of six topics, in three parts."""
