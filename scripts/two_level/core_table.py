@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from evaluate import FREE, JUDGED, LOGISTIC, SHOWN
 
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 
 Figures = dict[str, np.ndarray]  # "accuracy" and "loss", (J, episodes)
 HEADS = (
@@ -50,12 +50,17 @@ TARGETS = {
 }
 
 
+def entries(path: Path) -> Iterator[tuple[dict[str, Any], Figures]]:
+    """What evaluate.py wrote of a cell and a method, and its figures."""
+    for line in path.read_text().splitlines():
+        entry: dict[str, Any] = json.loads(line)
+        yield entry, {name: np.array(entry[name]) for name in ("accuracy", "loss")}
+
+
 def read(path: Path) -> dict[str, dict[str, Figures]]:
     """The figures by cell and method."""
     cells: dict[str, dict[str, Figures]] = {}
-    for line in path.read_text().splitlines():
-        entry: dict[str, Any] = json.loads(line)
-        own = {name: np.array(entry[name]) for name in ("accuracy", "loss")}
+    for entry, own in entries(path):
         cells.setdefault(entry["cell"], {})[entry["method"]] = own
     return cells
 
@@ -89,7 +94,7 @@ def row(cell: str, rule: Figures, methods: dict[str, Figures]) -> tuple[str, dic
         f"{accuracy[place[step]]:.3f}" if place[step] < ran else "-" for step in (0, 1, 3, 10, 40)
     ]
     cells += [f"{best.mean():.3f} ({rate.removeprefix('AdamW at ')}, {JUDGED[at]} steps)"]
-    cells += [f"{difference['mean']:+.3f} ± {difference['ci95']:.3f}"]
+    cells += [with_interval(difference, signed=True)]
     cells += [f"{free[untuned]:.3f} ({untuned})" if free else "-", f"{others[0]:.3f}"]
     cells += [f"{loss[place[5]]:.2f}", f"{lowest:.2f}", f"{others[1]:.2f}"]
     falls = accuracy[1:] >= accuracy[0] - 0.01
@@ -141,7 +146,7 @@ def _compared(found: list[tuple[Figures, Figures | None]], place: int) -> tuple[
     if found[0][0] is found[0][1] or len(means) < 2:  # one value has no interval
         return f"{means[:, 1].mean():.3f}", ""
     more = interval(means[:, 0] - means[:, 1])
-    return f"{means[:, 1].mean():.3f}", f"{more['mean']:+.3f} ± {more['ci95']:.3f}"
+    return f"{means[:, 1].mean():.3f}", with_interval(more, signed=True)
 
 
 def main(words: Sequence[str] | None = None) -> None:

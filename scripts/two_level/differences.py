@@ -12,30 +12,28 @@ Time: a second. Prints Markdown; last line: "12 settings of 4 rules", or other c
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cells import CELLS
+from core_table import Figures, entries
 from evaluate import JUDGED
 
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 
 METRICS = ("loss", "accuracy")
 SETTINGS = ("cell", "split", "batch", "label_noise")
-Rows = dict[tuple[Any, ...], dict[str, dict[str, np.ndarray]]]
+Rows = dict[tuple[Any, ...], dict[str, Figures]]
 
 
 def read(paths: Sequence[Path]) -> Rows:
     """The figures of rules by setting and file, those of later lines last; (J, episodes) each."""
     found: Rows = {}
     for path in paths:
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
+        for entry, own in entries(path):
             if ".safetensors" in entry["method"]:
-                own = {name: np.array(entry[name]) for name in METRICS}
                 setting = tuple(entry[name] for name in SETTINGS)
                 found.setdefault(setting, {})[entry["method"]] = own
     return found
@@ -73,8 +71,7 @@ def _cell(found: np.ndarray, own: np.ndarray, place: int) -> str:
         return "-"
     if found is own:
         return f"{own[place].mean():.3f}"
-    more = interval(found[place] - own[place])
-    return f"{more['mean']:+.3f} ± {more['ci95']:.3f}"
+    return with_interval(interval(found[place] - own[place]), signed=True)
 
 
 def main(words: Sequence[str] | None = None) -> None:

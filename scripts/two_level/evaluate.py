@@ -49,7 +49,7 @@ from torch import Tensor
 from unroll import TrainedRule, adapt
 
 from rnnopt.evaluation.baselines import BASELINES
-from rnnopt.evaluation.statistics import interval
+from rnnopt.evaluation.statistics import interval, with_interval
 from rnnopt.rules.files import rule_fingerprint
 from rnnopt.tasks.adaptation import evaluation_point
 
@@ -188,7 +188,7 @@ def row(name: str, figures: dict[str, Any]) -> str:
     for metric, digits in (("accuracy", 3), ("loss", 2)):
         values = np.array(figures[metric])
         for found in (interval(x) for step, x in zip(JUDGED, values) if step in SHOWN):
-            cells.append(f"{found['mean']:.{digits}f} ± {found['ci95']:.{digits}f}")
+            cells.append(with_interval(found, digits))
     return f"| {' | '.join(cells)} |"
 
 

@@ -160,6 +160,8 @@ def search(kind: str, options: argparse.Namespace) -> tuple[str, Changes, list[s
     lines = [f"{kind}: {said(most)} as it is, {sum(batch.size for batch in tasks)} tasks"]
     for part, values in tries(kind).items():
         tried = best
+        if part == "early" and not best.adam:
+            continue  # a factor on nothing
         for value in values:
             changes = tried._replace(**{part: value})
             found = judge(changes)
