@@ -21,6 +21,7 @@ LAST_RATE = len(Decisions._fields) + TwoLevelLSTM.leaves.index("last_rate") - 2
 TOP = 3  # layers, at most: those of a cache
 EARLY = 10  # steps, see `Changes`
 GROWN = 0.1  # weight of growth in steps
+LENGTHS = {"cls": 1.0, "unit": 1.0, "mean": 6.0}  # of MiniLM's features, about
 MOST = 0.98  # of a bound, which an output reaches at infinity only
 
 
@@ -41,8 +42,9 @@ class Changes(NamedTuple):
         body: factor on the steps of all else.
         growth: factor on what all else grows, beside that.
         adam: if above 0, all but the head takes AdamW's steps at this rate.
-        head_adam: if above 0, the head does.
+        head_adam: if above 0, the head does, for features of length 1.
         early: factor on `adam` at the first step, which falls to 1 within `EARLY` steps.
+        head_early: the same for `head_adam`, within half as many.
     """
 
     first: float = 1.0
@@ -52,16 +54,24 @@ class Changes(NamedTuple):
     adam: float = 0.0
     head_adam: float = 0.0
     early: float = 1.0
+    head_early: float = 1.0
 
     def of(self, tasks: TaskBatch, step: int) -> Asked:
         """What is asked of each tensor in a step, which counts from 1."""
         names = [tasks.names[i] for group in tasks.alike for i in group]
         of_head = self.first if step == 1 else self.later
-        head = of_head, of_head, self.head_adam
-        adam = self.adam * self.early ** max(0.0, 1 - (step - 1) / EARLY)
+        length = tasks.spec.feature_scale * LENGTHS[tasks.spec.pooling]
+        head_adam = self.head_adam / length * _falling(self.head_early, step, EARLY / 2)
+        head = of_head, of_head, head_adam
+        adam = self.adam * _falling(self.early, step, EARLY)
         body = self.body, self.body * self.growth, adam
         asked = zip(*(head if name.startswith("head") else body for name in names))
         return Asked(*(torch.tensor(values) for values in asked))
+
+
+def _falling(factor: float, step: int, steps: float) -> float:
+    """From a factor at the first step to 1 after so many."""
+    return factor ** max(0.0, 1 - (step - 1) / steps)
 
 
 def kind_of(drawn: Drawn) -> str:

@@ -47,7 +47,7 @@ from rnnopt.storage.files import write_atomically
 # The values tried of each change, one after the other, each with the best of those before; rates by
 # what trains.
 TRIED = {"later": (0.15, 0.35, 2.0), "first": (0.5, 2.0), "body": (0.5, 2.0), "growth": (0.0,),
-         "early": (2.0, 5.0)}  # fmt: skip
+         "early": (2.0, 5.0), "head_early": (3.0,)}  # fmt: skip
 RATES = {
     "head": (3e-3, 1e-2, 3e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4),
 }  # fmt: skip
@@ -128,7 +128,8 @@ def tries(kind: str) -> dict[str, Sequence[float]]:
     """The values of each change that are tried in tasks of a kind."""
     trains, found = kind.split()[0], dict[str, Sequence[float]]()
     if "pairs" not in kind:
-        found |= {"later": TRIED["later"], "first": TRIED["first"], "head_adam": RATES["head"]}
+        found |= {"later": TRIED["later"], "first": TRIED["first"], "head_adam": RATES["head"],
+                  "head_early": TRIED["head_early"]}  # fmt: skip
     if trains != "head":
         found |= {name: TRIED[name] for name in ("body", "growth")} | {"adam": RATES[trains]}
     if trains == "full":
@@ -160,7 +161,7 @@ def search(kind: str, options: argparse.Namespace) -> tuple[str, Changes, list[s
     lines = [f"{kind}: {said(most)} as it is, {sum(batch.size for batch in tasks)} tasks"]
     for part, values in tries(kind).items():
         tried = best
-        if part == "early" and not best.adam:
+        if (part, 0.0) in (("early", best.adam), ("head_early", best.head_adam)):
             continue  # a factor on nothing
         for value in values:
             changes = tried._replace(**{part: value})

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_an_early_rate_falls_to_the_later_one(script, tasks):
     torch.testing.assert_close(rates[10:], torch.full((3,), 0.1))
     ratios = rates[1:11] / rates[:10]
     torch.testing.assert_close(ratios, ratios[:1].expand(10))
+    changes = improve.Changes(head_adam=0.1, head_early=32.0)
+    rates = torch.stack([changes.of(batch, step).adam.amax() for step in range(1, 9)])
+    expected = [3.2, 1.6, 0.8, 0.4, 0.2, 0.1, 0.1, 0.1]
+    torch.testing.assert_close(rates, torch.tensor(expected))
+
+
+def test_a_rate_of_the_head_is_smaller_where_features_are_longer(script, tasks):
+    """The logits then move as far."""
+    improve = script("improve")
+    batch = tasks(random.Random(0))[1]()
+    changes = improve.Changes(head_adam=0.6)
+    for pooling, scale, rate in (("cls", 1, 0.6), ("unit", 4, 0.15), ("mean", 1, 0.1)):
+        batch.spec = replace(batch.spec, pooling=pooling, feature_scale=scale)
+        assert changes.of(batch, 1).adam.amax().item() == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
