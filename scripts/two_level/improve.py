@@ -13,7 +13,8 @@ changes, on tasks of all kinds that the LSTM in training runs through (Ross et a
 arXiv:1011.0686). Training goes on from RUN with `train.py --resume RUN`.
 
 RUN/changes.json gets the changes. Kinds that it has are not searched for again, and changes of
-one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py.
+one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py. Kinds
+without changes, {"head cls cold": {}}, are drawn as often, to stay as they are.
 Time: 3 minutes of a core for a kind, 10 with all layers; 10 to 30 minutes for the second part.
 Last line: where the state was written.
 """
@@ -196,6 +197,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--resume", type=Path, required=True, help="a state.safetensors")
     add("--output", type=Path, required=True, help="folder of the run")
+    add("--teacher", type=Path,
+        help="whose decisions are changed, to go on with a lesson (default: --resume)")  # fmt: skip
     add("--batches", type=int, default=3, help="of each kind of task (default: 3)")
     add("--updates", type=int, default=300, help="of the second part (default: 300)")
     add("--processes", type=int, default=1, help="of the first part (default: 1)")
@@ -220,13 +223,13 @@ def main(words: Sequence[str] | None = None) -> None:
     prepare(options)
     texts, encoders = material(options)
     run = training(options.resume, texts, encoders)
+    teacher = training(options.teacher or options.resume, texts, encoders).rule
     profile = usual(options)
     kinds = {
         kind: (Changes(**values), drawing_of(kind, texts, encoders, profile))
         for kind, values in found.items()
-        if Changes(**values) != Changes()
     }
-    teach(run, drawing(texts, encoders[:1], profile), kinds, options.updates)
+    teach(run, teacher, drawing(texts, encoders[:1], profile), kinds, options.updates)
     run.save(options.output)
     print(f"{options.output / STATE_FILE}: {run.counts()}")
 

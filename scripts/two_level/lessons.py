@@ -66,19 +66,19 @@ def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes)
 
 
 def teach(
-    run: MetaTraining, usual: Draw, kinds: Mapping[str, tuple[Changes, Draw]], updates: int
-) -> None:
+    run: MetaTraining, teacher: TrainedRule, usual: Draw,
+    kinds: Mapping[str, tuple[Changes, Draw]], updates: int,
+) -> None:  # fmt: skip
     """Train the tensor-wise LSTM, in place.
 
     Args:
-        run: whose rule is both the pupil and, as it is now, the teacher.
+        run: whose rule is the pupil.
+        teacher: what decides what is changed, and what stays.
         usual: draws tasks as users have them, for which changes hold.
-        kinds: what to change in a kind of task, and what draws such tasks; others are to stay as
-            they are.
+        kinds: what to change in a kind of task, and what draws such tasks, each as often as the
+            others; the kinds that are not here are to stay as they are, and are drawn seldom.
         updates: of the weights, a batch each.
     """
-    teacher = TrainedRule(**run.rule.config)
-    teacher.load_state_dict(run.rule.state_dict())
     pupil, shown = Pupil.of(run.rule), Pupil.of(teacher.requires_grad_(False))
     trained = [p for n, p in run.rule.named_parameters()
                if n.split(".")[0] in ("tensor_cell", "message", "output")]  # fmt: skip

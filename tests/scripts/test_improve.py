@@ -232,10 +232,32 @@ def test_a_rule_learns_to_take_the_changes_by_itself(script, tasks, rule, monkey
 
     begun = {name: leaf.clone() for name, leaf in rule.state_dict().items()}
     before = difference()
-    lessons.teach(run, tasks, {"lora cls cold, top layers": (asked, tasks)}, 60)
+    teacher = script("unroll").TrainedRule()
+    teacher.load_state_dict(begun)
+    lessons.teach(run, teacher, tasks, {"lora cls cold, top layers": (asked, tasks)}, 60)
     assert difference() < before / 2
     assert torch.equal(rule.candidate.weight, begun["candidate.weight"])
     assert all(torch.equal(run.average[name], leaf) for name, leaf in run.params.items())
+
+
+def test_a_lesson_goes_on_with_the_teacher_that_it_began_with(script, tasks, rule, monkeypatch):
+    """A kind without changes is drawn as well, and comes back to what the teacher decides."""
+    improve, lessons, train = script("improve"), script("lessons"), script("train")
+    monkeypatch.setattr(lessons, "ASKED", 1.0)
+    teacher = script("unroll").TrainedRule()
+    teacher.load_state_dict(rule.state_dict())
+    with torch.no_grad():
+        rule.output.bias += 0.3
+    batch = tasks(random.Random(1))[1]()
+
+    def difference():
+        pupils = [lessons.Pupil.of(x) for x in (rule, teacher.requires_grad_(False))]
+        return float(lessons.difference(*pupils, batch, improve.Changes()).detach())
+
+    before = difference()
+    kinds = {"lora cls cold, top layers": (improve.Changes(), tasks)}
+    lessons.teach(train.MetaTraining(rule, tasks), teacher, tasks, kinds, 60)
+    assert difference() < before / 4
 
 
 def test_the_command_goes_on_from_a_state(script, material, tasks, rule, monkeypatch, tmp_path):
