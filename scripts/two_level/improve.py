@@ -14,7 +14,7 @@ arXiv:1011.0686). Training goes on from RUN with `train.py --resume RUN`.
 
 RUN/changes.json gets the changes. Kinds that it has are not searched for again, and changes of
 one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py. Kinds
-without changes, {"head cls cold": {}}, are drawn as often, to stay as they are.
+with {} are drawn as often, to stay as they are, and so are those where the search found nothing.
 Time: 3 minutes of a core for a kind, 10 with all layers; 10 to 30 minutes for the second part.
 Last line: where the state was written.
 """
@@ -198,7 +198,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", type=Path, required=True, help="a state.safetensors")
     add("--output", type=Path, required=True, help="folder of the run")
     add("--teacher", type=Path,
-        help="whose decisions are changed, to go on with a lesson (default: --resume)")  # fmt: skip
+        help="a state whose decisions, changed, are taught (default: --resume)")  # fmt: skip
     add("--batches", type=int, default=3, help="of each kind of task (default: 3)")
     add("--updates", type=int, default=300, help="of the second part (default: 300)")
     add("--processes", type=int, default=1, help="of the first part (default: 1)")
@@ -217,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         missing = [kind for kind in options.kinds if kind not in found]
         for kind, best, lines in pool.imap_unordered(partial(search, options=options), missing):
-            found[kind] = best._asdict()
+            found[kind] = best._asdict() if best != Changes() else {}
             print("\n".join(lines), flush=True)
             write_atomically(path, json.dumps(found, indent=1).encode())
     prepare(options)
@@ -226,7 +226,7 @@ def main(words: Sequence[str] | None = None) -> None:
     teacher = training(options.teacher or options.resume, texts, encoders).rule
     profile = usual(options)
     kinds = {
-        kind: (Changes(**values), drawing_of(kind, texts, encoders, profile))
+        kind: (Changes(**values) if values else None, drawing_of(kind, texts, encoders, profile))
         for kind, values in found.items()
     }
     teach(run, teacher, drawing(texts, encoders[:1], profile), kinds, options.updates)

@@ -67,19 +67,23 @@ def difference(pupil: Pupil, teacher: Pupil, tasks: TaskBatch, changes: Changes)
 
 def teach(
     run: MetaTraining, teacher: TrainedRule, usual: Draw,
-    kinds: Mapping[str, tuple[Changes, Draw]], updates: int,
+    kinds: Mapping[str, tuple[Changes | None, Draw]], updates: int,
 ) -> None:  # fmt: skip
     """Train the tensor-wise LSTM, in place.
 
     Args:
-        run: whose rule is the pupil.
-        teacher: what decides what is changed, and what stays.
+        run: whose rule is the pupil. Where nothing is asked, it is to decide as it does now.
+        teacher: what decides, with changes, where they are asked.
         usual: draws tasks as users have them, for which changes hold.
-        kinds: what to change in a kind of task, and what draws such tasks, each as often as the
-            others; the kinds that are not here are to stay as they are, and are drawn seldom.
+        kinds: what to change in a kind of task, None for nothing, and what draws such tasks, each
+            kind as often as the others. Those that are not here are drawn seldom, and nothing is
+            asked of them.
         updates: of the weights, a batch each.
     """
-    pupil, shown = Pupil.of(run.rule), Pupil.of(teacher.requires_grad_(False))
+    before = TrainedRule(**run.rule.config)
+    before.load_state_dict(run.rule.state_dict())
+    pupil = Pupil.of(run.rule)
+    asking, keeping = (Pupil.of(rule.requires_grad_(False)) for rule in (teacher, before))
     trained = [p for n, p in run.rule.named_parameters()
                if n.split(".")[0] in ("tensor_cell", "message", "output")]  # fmt: skip
     optimizer = torch.optim.Adam(trained, META_LR)
@@ -96,8 +100,9 @@ def teach(
         tasks = make()
         tasks.spec = replace(drawn.spec, steps=min(drawn.spec.steps, MOST_STEPS))
         kind = kind_of(drawn)
-        asked = kinds[kind][0] if as_usual and kind in kinds else Changes()
-        loss = difference(pupil, shown, tasks, asked)
+        asked = kinds[kind][0] if as_usual and kind in kinds else None
+        shown = keeping if asked is None else asking
+        loss = difference(pupil, shown, tasks, asked or Changes())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
