@@ -14,7 +14,8 @@ arXiv:1011.0686). Training goes on from RUN with `train.py --resume RUN`.
 
 RUN/changes.json gets the changes. Kinds that it has are not searched for again, and changes of
 one's own are {"lora cls cold, top layers": {"later": 0.3, "adam": 0.001}}, see changes.py. Kinds
-with {} are drawn as often, to stay as they are, and so are those where the search found nothing.
+with {} are drawn as often, to stay as they are, and so are those where the search found nothing;
+those with {"body": 1.0} follow --teacher as it is.
 Time: 3 minutes of a core for a kind, 10 with all layers; 10 to 30 minutes for the second part.
 Last line: where the state was written.
 """
@@ -162,7 +163,7 @@ def search(kind: str, options: argparse.Namespace) -> tuple[str, Changes, list[s
     lines = [f"{kind}: {said(most)} as it is, {sum(batch.size for batch in tasks)} tasks"]
     for part, values in tries(kind).items():
         tried = best
-        if (part, 0.0) in (("early", best.adam), ("head_early", best.head_adam)):
+        if {"early": best.adam, "head_early": best.head_adam}.get(part) == 0:
             continue  # a factor on nothing
         for value in values:
             changes = tried._replace(**{part: value})
